@@ -1,0 +1,50 @@
+"""The errors that the public API raises. Each message says what was found, what was expected and the cure."""
+
+from __future__ import annotations
+
+
+class DatasetError(ValueError):
+    """The data set cannot be used: wrong columns, no rows, an unreadable file."""
+
+
+class RewardError(RuntimeError):
+    """A reward raised, hung, or returned what is not a finite number, under `on_reward_error="raise"`.
+
+    `traceback` is the text of the user's traceback (empty for a time-out or a bad value).
+    """
+
+    def __init__(self, message: str, traceback: str = "") -> None:
+        super().__init__(message)
+        self.traceback = traceback
+
+
+class NonFiniteTraining(RuntimeError):
+    """The loss or the gradient stayed NaN or infinite for several steps in a row."""
+
+
+class TrainingInterrupted(RuntimeError):
+    """SIGTERM came; the state was saved. Run the same call again to go on."""
+
+    def __init__(self, message: str, checkpoint_path: str | None, step: int) -> None:
+        super().__init__(message)
+        self.checkpoint_path = checkpoint_path
+        self.step = step
+
+
+class TrainingFailed(RuntimeError):
+    """A job on the cluster failed. Carries what is needed to understand and to resume it."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        cause: str = "",
+        step: int | None = None,
+        traceback: str = "",
+        checkpoint: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.cause = cause
+        self.step = step
+        self.traceback = traceback
+        self.checkpoint = checkpoint

@@ -1,0 +1,78 @@
+"""Every name that crosses a process boundary: the API group, labels, paths, ports and exit codes."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+GROUP = "nemo-rl.io"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+KIND = "RLTrainingJob"
+PLURAL = "rltrainingjobs"
+SINGULAR = "rltrainingjob"
+SHORT_NAME = "rlj"
+CRD_NAME = f"{PLURAL}.{GROUP}"
+MAX_NAME_LENGTH = 50
+"""Longest name of a job: children add a suffix and must stay below 63 characters."""
+
+LABEL_JOB = f"{GROUP}/job"
+LABEL_ATTEMPT = f"{GROUP}/attempt"
+LABEL_ALGORITHM = f"{GROUP}/algorithm"
+LABEL_COMPONENT = f"{GROUP}/component"
+LABEL_BUNDLE = f"{GROUP}/bundle"
+LABEL_QUEUE = "kueue.x-k8s.io/queue-name"
+LABEL_PRIORITY = "kueue.x-k8s.io/priority-class"
+COMPONENT_TRAINER = "trainer"
+COMPONENT_FILES = "files"
+ANNOTATION_JOB_INDEX = "batch.kubernetes.io/job-completion-index"
+
+TRAINER_CONTAINER = "trainer"
+TRAINER_PORT = 8080
+"""The pod with index 0 serves /progress, /metrics and /healthz here."""
+RENDEZVOUS_PORT = 29400
+FILES_PORT = 8081
+"""The file server of the `x-files` pod, on its loopback only."""
+
+JOB_DIR = "/etc/nemo-rl"
+JOB_FILE = f"{JOB_DIR}/job.json"
+BUNDLE_DIR = "/var/run/nemo-rl/bundles"
+OUTPUT_DIR = "/output"
+CACHE_DIR = "/cache"
+TERMINATION_LOG = "/dev/termination-log"
+TERMINATION_LIMIT = 4096
+"""Bytes that the kubelet keeps of a termination message."""
+PROGRESS_LIMIT = 64 * 1024
+"""Bytes of /progress that the operator reads at most."""
+
+MAX_INLINE_SOURCE = 64 * 1024
+MAX_BUNDLE_BYTES = 16 * 1024 * 1024
+BUNDLE_PART_BYTES = 900 * 1000
+BUNDLE_WAIT_SECONDS = 600
+
+BACKEND_VARIABLE = "NEMO_RL_BACKEND"
+
+
+class ExitCode(IntEnum):
+    """What a trainer process says by its exit code (see the failure table in docs)."""
+
+    DONE = 0
+    USER_ERROR = 40
+    BAD_DATA = 41
+    NON_FINITE = 42
+    PREEMPTED = 75
+
+
+def output_claim(job: str) -> str:
+    return f"{job}-output"
+
+
+def attempt_job(job: str, attempt: int) -> str:
+    return f"{job}-{attempt}"
+
+
+def files_pod(job: str) -> str:
+    return f"{job}-files"
+
+
+def frozen_job(job: str) -> str:
+    return f"{job}-job"

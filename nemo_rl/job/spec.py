@@ -1,0 +1,466 @@
+"""The specification of a training job, as pydantic models: the single source of every field, default, bound and description.
+
+Python names are snake_case; YAML names are the camelCase of the same words. Unknown names are refused everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.alias_generators import to_camel
+
+from nemo_rl.job import names
+
+Algorithm = Literal["grpo", "sft", "dpo"]
+ALGORITHMS: tuple[Algorithm, ...] = ("grpo", "sft", "dpo")
+
+
+class Section(BaseModel):
+    """Base of all sections: camelCase outside, snake_case inside, unknown fields refused."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel,
+        populate_by_name=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_assignment=True,
+        validate_default=True,
+        allow_inf_nan=False,
+    )
+
+
+class DatasetSpec(Section):
+    """Where the rows come from. Exactly one of name, inline, path."""
+
+    name: Annotated[str, Field(min_length=1, max_length=500)] | None = None
+    """Name of a data set on the hub, for example nvidia/HelpSteer2."""
+    inline: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=10_000)] | None = None
+    """Rows written into the job itself; each is a mapping of column to value."""
+    path: Annotated[str, Field(min_length=1, max_length=1000)] | None = None
+    """A .jsonl, .json, .parquet or .csv file: a path in the image, pvc://claim/path or bundle://name/file."""
+    split: Annotated[str, Field(min_length=1, max_length=200)] = "train"
+    """Split of a hub data set, as in datasets.load_dataset (slices like train[:1000] work). Default train."""
+    subset: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    """Configuration name of a hub data set (second argument of load_dataset). Default none."""
+    data_dir: Annotated[str, Field(min_length=1, max_length=500)] | None = None
+    """Folder within a hub data set, for example preference for nvidia/HelpSteer2. Default none."""
+    streaming: bool | None = None
+    """Read a hub data set as a stream, taking only the rows that the run needs. Default: only for sets known to be huge."""
+    max_rows: Annotated[int, Field(ge=1)] | None = None
+    """Use at most this many rows. Default all."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> DatasetSpec:
+        given = [f for f in ("name", "inline", "path") if getattr(self, f) is not None]
+        if len(given) != 1:
+            raise ValueError(f"found {' and '.join(given) or 'none of them'}; give exactly one of name, inline, path")
+        return self
+
+
+class RewardSpec(Section):
+    """The reward of a GRPO job. Exactly one of function, source, bundle, builtin."""
+
+    function: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$", max_length=500)] | None = None
+    """Importable callable as package.module:name, present in the image."""
+    source: Annotated[str, Field(min_length=1, max_length=names.MAX_INLINE_SOURCE)] | None = None
+    """Inline Python source that defines the entrypoint. At most 64 kB."""
+    bundle: Annotated[str, Field(min_length=1, max_length=63)] | None = None
+    """Name of the entry in bundles that holds the code; put there by the Python client."""
+    builtin: Literal["exact_match", "math_answer", "format", "length"] | None = None
+    """A reward that ships with nemo-rl; exact_match and math_answer read the column answer (or expected_answer, ground_truth)."""
+    entrypoint: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.:]*$", max_length=200)] | None = None
+    """Name to call within source or bundle. Default reward."""
+    weights: Annotated[list[float], Field(max_length=32)] | None = None
+    """Weight of each reward where the entrypoint is a list of several. Default 1 each."""
+    timeout_seconds: Annotated[float, Field(gt=0, le=86400)] = 60.0
+    """Seconds after which one call of the reward counts as failed. Default 60."""
+    on_error: Literal["raise", "zero", "drop"] = "raise"
+    """What a reward that raises, hangs or returns no finite number does: raise ends the job, zero scores 0, drop leaves the completion out. Default raise."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> RewardSpec:
+        given = [f for f in ("function", "source", "bundle", "builtin") if getattr(self, f) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"found {' and '.join(given) or 'none of them'}; give exactly one of function, source, bundle, builtin"
+            )
+        if self.entrypoint and not (self.source or self.bundle):
+            raise ValueError("entrypoint belongs to source or bundle; a function carries its own name after the colon")
+        return self
+
+
+class CallbackSpec(Section):
+    """A callback that runs beside the trainer. Exactly one of function, bundle."""
+
+    function: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$", max_length=500)] | None = None
+    """Importable class or factory as package.module:name, present in the image."""
+    bundle: Annotated[str, Field(min_length=1, max_length=63)] | None = None
+    """Name of the entry in bundles that holds the code."""
+    entrypoint: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.:]*$", max_length=200)] | None = None
+    """Name to use within the bundle. Default callback."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> CallbackSpec:
+        given = [f for f in ("function", "bundle") if getattr(self, f) is not None]
+        if len(given) != 1:
+            raise ValueError(f"found {' and '.join(given) or 'none of them'}; give exactly one of function, bundle")
+        return self
+
+
+class BundleSpec(Section):
+    """Files shipped by the client: a tar.gz cut over immutable ConfigMaps, named by its digest."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
+    """Name by which reward, callbacks, dataset and model refer to it."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """SHA-256 of the whole archive; the pod checks it before it unpacks."""
+    config_maps: Annotated[list[Annotated[str, Field(min_length=1, max_length=253)]], Field(min_length=1, max_length=32)]
+    """Names of the ConfigMaps that hold the parts, in order."""
+    python: Annotated[str, Field(pattern=r"^3\.\d+$")] | None = None
+    """Python minor version that the bundle needs; only where it holds pickles."""
+
+
+def _resume(value: Any) -> Any:
+    """Python says True and False where YAML says required and never."""
+    return {True: "required", False: "never"}.get(value, value) if isinstance(value, bool) else value
+
+
+class TrainingSpec(Section):
+    """What all algorithms share: length, optimizer, batches, checkpoints, logging."""
+
+    max_steps: Annotated[int, Field(ge=1)] = 1000
+    """Optimizer steps after which training ends. Default 1000."""
+    max_epochs: Annotated[int, Field(ge=1)] = 1
+    """Passes over the data after which training ends, if max_steps is not reached before. Default 1."""
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-6
+    """Peak learning rate of AdamW. Default 1e-6."""
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Rows per optimizer step: prompts (GRPO), examples (SFT) or pairs (DPO). Default 32."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Seed of every random draw; equal seeds give equal runs. Default 42."""
+    shuffle: bool = True
+    """Draw the rows in a new random order each epoch. Default true."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or decay to zero at the last step. Default constant."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps over which the learning rate rises from zero. Default 5 % of the steps, at most 50."""
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
+    """AdamW weight decay of matrices; biases and norms have none. Default 0.01."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of AdamW's first moment. Default 0.9."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of AdamW's second moment. Default 0.999."""
+    adam_epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    """AdamW's epsilon. Default 1e-8."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradients are scaled down to this norm; null clips nothing. Default 1."""
+    tokens_per_microbatch: Annotated[int, Field(ge=1)] | None = None
+    """Tokens of one forward and backward pass; never changes the gradient, only memory and speed. Default by device."""
+    max_sequence_length: Annotated[int, Field(ge=2)] = 2048
+    """Longest prompt plus completion, in tokens. Default 2048."""
+    overlong_rows: Literal["drop", "truncate", "error"] = "drop"
+    """What happens to rows over max_sequence_length: drop them, cut their end (of GRPO prompts the beginning), or stop. Counted and logged. Default drop."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a quarter slower. Default false."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of forward and backward; weights and optimizer stay fp32. auto is bf16 on CUDA, fp32 on CPU. Default auto."""
+    lora_rank: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Train low-rank adapters of this rank instead of all weights (needs the extra lora). Default none: full training."""
+    lora_alpha: Annotated[float, Field(gt=0)] | None = None
+    """Scale of the adapters. Default twice lora_rank."""
+    lora_target_modules: Annotated[list[str], Field(min_length=1, max_length=64)] | None = None
+    """Names of the modules that get adapters. Default all linear layers."""
+    save_every: Annotated[int, Field(ge=1)] | None = 100
+    """Steps between checkpoints; null saves only at the end. Default 100."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    """Newest checkpoints to keep; the best one is always kept besides. Default 2."""
+    eval_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between evaluations of the validation data. Default: at every checkpoint and at the end."""
+    resume: Annotated[Literal["auto", "required", "never"], BeforeValidator(_resume)] = "auto"
+    """auto continues an unfinished run of the same settings, required fails if there is none, never starts anew. In Python also True and False. Default auto."""
+    logged_completions: Annotated[int, Field(ge=0)] = 2
+    """Sample completions with their rewards that each GRPO step writes to completions.jsonl. Default 2."""
+    tensorboard: bool = False
+    """Write TensorBoard event files beside metrics.jsonl. Default false."""
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        BeforeValidator(lambda v: v.lower() if isinstance(v, str) else v),
+    ] = "info"
+    """Least severe level that is printed. Default info."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint. Default false."""
+
+
+class GRPOSpec(Section):
+    """Group relative policy optimisation: rollouts, advantages and the clipped loss."""
+
+    num_generations_per_prompt: Annotated[int, Field(ge=2, le=4096)] = 16
+    """Completions sampled for each prompt; they form one group. Default 16."""
+    normalize_rewards: bool = True
+    """Divide advantages by the spread of the group. Default true."""
+    use_leave_one_out_baseline: bool = True
+    """Compare each reward with the mean of the others of its group, rather than of all. Default true."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 512
+    """Longest completion, in tokens. Default 512."""
+    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Sampling temperature; the loss uses the same. Default 1."""
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """Sample only among the k likeliest tokens. Default all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample only among the likeliest tokens that together have this probability. Default 1."""
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
+    """How token losses are averaged: dapo over all tokens of the batch, grpo first within each completion, dr_grpo by the constant max_new_tokens. Default dapo."""
+    clip_low: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """The probability ratio is clipped below at 1 - clip_low. Default 0.2."""
+    clip_high: Annotated[float, Field(ge=0)] = 0.2
+    """The probability ratio is clipped above at 1 + clip_high; DAPO uses 0.28. Default 0.2."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Bound of the loss of tokens with negative advantage, times the advantage; 3 is usual. Default none."""
+    num_iterations: Annotated[int, Field(ge=1, le=100)] = 1
+    """Optimizer updates from each batch of rollouts. Default 1."""
+    beta: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the KL divergence to the reference model; 0 loads no reference. Default 0."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that divergence (Schulman). Default k3."""
+    mask_truncated_completions: bool = False
+    """Leave completions that ran into max_new_tokens out of the loss. Default false."""
+
+
+class DPOSpec(Section):
+    """Direct preference optimisation."""
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """Strength of the tie to the reference model. Default 0.1."""
+    preference_loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    """Loss of a pair's margin. Default sigmoid."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pairs assumed to be labelled the wrong way round (sigmoid only). Default 0."""
+    nll_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the chosen completions' negative log-likelihood per token, added to the loss. Default 0."""
+
+
+class SFTSpec(Section):
+    """Supervised fine-tuning."""
+
+    train_on_prompt: bool = False
+    """Train on the prompt's tokens too, not only on completions and assistant turns. Default false."""
+
+
+Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$", max_length=20)]
+
+
+class OutputSpec(Section):
+    """Where checkpoints and metrics are kept on the cluster."""
+
+    claim: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    """Existing PersistentVolumeClaim to write to. Default: one is made for the job."""
+    size: Quantity = "20Gi"
+    """Size of the claim that is made. Default 20Gi."""
+    storage_class_name: Annotated[str, Field(max_length=253)] | None = None
+    """StorageClass of that claim. Default: the cluster's default."""
+    access_mode: Literal["ReadWriteOnce", "ReadWriteMany", "ReadWriteOncePod"] | None = None
+    """Access mode of that claim. Default ReadWriteOnce for one node, ReadWriteMany for several."""
+    retain: bool = True
+    """Keep the claim when the job is deleted. Default true."""
+    serve_until: Annotated[str, Field(json_schema_extra={"format": "date-time"}, max_length=40)] | None = None
+    """While this time (RFC 3339) is in the future, a pod serves the output for download. Default: not served."""
+
+
+class CacheSpec(Section):
+    """A claim for hub downloads, shared by attempts and jobs."""
+
+    claim: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    """Existing PersistentVolumeClaim, mounted at /cache. Default: an emptyDir of the pod."""
+
+
+class ResourcesSpec(Section):
+    """What each pod asks of the cluster."""
+
+    nodes: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Pods that train together. Default 1."""
+    gpus_per_node: Annotated[int, Field(ge=0, le=64)] = 1
+    """GPUs of each pod (nvidia.com/gpu); 0 trains on the CPU. Default 1."""
+    cpu: Quantity | None = None
+    """CPUs of each pod, request and limit alike. Default none asked."""
+    memory: Quantity | None = None
+    """Memory of each pod, request and limit alike. Default none asked."""
+    shared_memory: Quantity = "1Gi"
+    """Size of /dev/shm. Default 1Gi."""
+
+
+class SecretKeyRef(Section):
+    """One key of a Secret in the job's namespace."""
+
+    name: Annotated[str, Field(min_length=1, max_length=253)]
+    """Name of the Secret."""
+    key: Annotated[str, Field(min_length=1, max_length=253)]
+    """Key within the Secret."""
+    optional: bool = False
+    """Start even if it does not exist. Default false."""
+
+
+class EnvSource(Section):
+    """Where the value of an environment variable comes from."""
+
+    secret_key_ref: SecretKeyRef
+    """One key of a Secret."""
+
+
+class EnvVar(Section):
+    """An environment variable of the trainer: a literal value, or one key of a Secret."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*$", max_length=200)]
+    """Name of the variable."""
+    value: Annotated[str, Field(max_length=4096)] | None = None
+    """Literal value; never a secret."""
+    value_from: EnvSource | None = None
+    """Reference to a Secret."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> EnvVar:
+        if (self.value is None) == (self.value_from is None):
+            raise ValueError(f"environment variable {self.name}: give exactly one of value, valueFrom")
+        return self
+
+
+class LocalReference(Section):
+    """A Secret of the job's namespace, by name."""
+
+    name: Annotated[str, Field(min_length=1, max_length=253)]
+    """Name of the Secret."""
+
+
+class EnvFrom(Section):
+    """All keys of a Secret as environment variables."""
+
+    secret_ref: LocalReference
+    """The Secret."""
+
+
+class Toleration(Section):
+    """A taint that the pods tolerate, as in the core API."""
+
+    key: Annotated[str, Field(max_length=317)] | None = None
+    """Key of the taint; empty matches all with operator Exists."""
+    operator: Literal["Exists", "Equal"] = "Equal"
+    """How value is compared. Default Equal."""
+    value: Annotated[str, Field(max_length=63)] | None = None
+    """Value of the taint."""
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    """Effect that is tolerated. Default all."""
+    toleration_seconds: Annotated[int, Field(ge=0)] | None = None
+    """Seconds that a NoExecute taint is tolerated. Default for ever."""
+
+
+Labels = Annotated[dict[str, Annotated[str, Field(max_length=63)]], Field(max_length=64)]
+Annotations = Annotated[dict[str, Annotated[str, Field(max_length=4096)]], Field(max_length=64)]
+
+
+class RLTrainingJobSpec(Section):
+    """One post-training run: what to train, on which data, by which algorithm, with which resources."""
+
+    model: Annotated[str, Field(min_length=1, max_length=500)]
+    """Hub name, path in the image, pvc://claim/path or bundle://name."""
+    algorithm: Algorithm = "grpo"
+    """grpo (reinforcement learning from a reward), sft (supervised) or dpo (preferences). Default grpo."""
+    dataset: DatasetSpec
+    """The training rows."""
+    validation_dataset: DatasetSpec | None = None
+    """Rows that are only evaluated; decides which checkpoint is best. Default none."""
+    reward: RewardSpec | None = None
+    """The reward; required for grpo, refused otherwise."""
+    callbacks: Annotated[list[CallbackSpec], Field(max_length=32)] = []
+    """Callbacks that run beside the trainer. Default none."""
+    bundles: Annotated[list[BundleSpec], Field(max_length=16)] = []
+    """Files shipped by the Python client. Default none."""
+    training: TrainingSpec = TrainingSpec()
+    """What all algorithms share."""
+    grpo: GRPOSpec | None = None
+    """Settings of GRPO; refused with another algorithm. Default: the defaults of its fields."""
+    dpo: DPOSpec | None = None
+    """Settings of DPO; refused with another algorithm. Default: the defaults of its fields."""
+    sft: SFTSpec | None = None
+    """Settings of SFT; refused with another algorithm. Default: the defaults of its fields."""
+    output: OutputSpec = OutputSpec()
+    """Where checkpoints and metrics are kept."""
+    cache: CacheSpec = CacheSpec()
+    """Where hub downloads are kept."""
+    resources: ResourcesSpec = ResourcesSpec()
+    """What each pod asks of the cluster."""
+    image: Annotated[str, Field(min_length=1, max_length=500)] | None = None
+    """Trainer image. Default: the one the operator was installed with."""
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
+    """When the image is pulled. Default IfNotPresent."""
+    image_pull_secrets: Annotated[list[LocalReference], Field(max_length=16)] = []
+    """Secrets for the image's registry. Default none."""
+    service_account_name: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    """Service account of the pods; its token is never mounted. Default: the namespace's default."""
+    env: Annotated[list[EnvVar], Field(max_length=128)] = []
+    """Environment variables of the trainer. Default none."""
+    env_from: Annotated[list[EnvFrom], Field(max_length=16)] = []
+    """Secrets whose keys become environment variables. Default none."""
+    node_selector: Labels = {}
+    """Labels that a node must have. Default none."""
+    tolerations: Annotated[list[Toleration], Field(max_length=32)] = []
+    """Taints that the pods tolerate. Default none."""
+    affinity: dict[str, Any] | None = None
+    """Affinity of the pods, as in the core API. Default none."""
+    priority_class_name: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    """PriorityClass of the pods. Default none."""
+    scheduler_name: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    """Scheduler of the pods. Default the cluster's default scheduler."""
+    labels: Labels = {}
+    """Further labels of the pods. Default none."""
+    annotations: Annotations = {}
+    """Further annotations of the pods. Default none."""
+    suspend: bool = False
+    """true saves, stops and frees the pods; false goes on from the last checkpoint. Default false."""
+    backoff_limit: Annotated[int, Field(ge=0, le=1000)] = 3
+    """Failed attempts that are retried. Disruptions such as evictions are retried without counting. Default 3."""
+    active_deadline_seconds: Annotated[int, Field(ge=1)] | None = None
+    """Seconds that the job may run in all, not counting time suspended. Default no limit."""
+    ttl_seconds_after_finished: Annotated[int, Field(ge=0)] | None = None
+    """Seconds after its end that the job is deleted. Default never."""
+    termination_grace_period_seconds: Annotated[int, Field(ge=1, le=86400)] = 120
+    """Seconds that a pod has to save when it is stopped. Default 120."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RLTrainingJobSpec:
+        for section in ALGORITHMS:
+            if section != self.algorithm and getattr(self, section) is not None:
+                raise ValueError(f"section {section} belongs to algorithm {section}, but algorithm is {self.algorithm}; remove it")
+        if self.algorithm == "grpo" and self.reward is None:
+            raise ValueError("grpo needs a reward; give spec.reward")
+        if self.algorithm != "grpo" and self.reward is not None:
+            raise ValueError(f"{self.algorithm} uses no reward; remove spec.reward or choose algorithm grpo")
+        known = {bundle.name for bundle in self.bundles}
+        if len(known) < len(self.bundles):
+            raise ValueError("two bundles have the same name; names must differ")
+        for where, reference in self._bundle_references():
+            if reference not in known:
+                raise ValueError(f"{where} names bundle {reference!r}, which is not among bundles: {sorted(known) or 'none'}")
+        return self
+
+    def _bundle_references(self) -> list[tuple[str, str]]:
+        found = [("reward", self.reward.bundle)] if self.reward and self.reward.bundle else []
+        found += [(f"callbacks[{i}]", c.bundle) for i, c in enumerate(self.callbacks) if c.bundle]
+        paths = {"model": self.model, "dataset": self.dataset.path}
+        if self.validation_dataset:
+            paths["validationDataset"] = self.validation_dataset.path
+        for where, path in paths.items():
+            if path and path.startswith("bundle://"):
+                found.append((where, path.removeprefix("bundle://").split("/")[0]))
+        return found
+
+    @property
+    def settings(self) -> GRPOSpec | DPOSpec | SFTSpec:
+        """The section of the chosen algorithm, with defaults where it is not given."""
+        return getattr(self, self.algorithm) or SECTIONS[self.algorithm]()
+
+
+SECTIONS: dict[Algorithm, type[GRPOSpec] | type[DPOSpec] | type[SFTSpec]] = {
+    "grpo": GRPOSpec,
+    "dpo": DPOSpec,
+    "sft": SFTSpec,
+}
