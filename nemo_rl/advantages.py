@@ -1,0 +1,69 @@
+"""Group-relative advantages: the rewards of one prompt's completions compared with one another."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-6
+"""Added to the standard deviation before the division, as in NeMo RL."""
+RELATIVE_ZERO = 1e-6
+"""A standard deviation below this share of the largest reward is rounding noise and counts as zero."""
+
+
+def baseline_and_std(rewards_PG: Tensor, valid_PG: Tensor | None = None, leave_one_out: bool = True) -> tuple[Tensor, Tensor]:
+    """Returns the baseline and the standard deviation that each reward is compared with, both (P, G), in float64.
+
+    With v the validity and n = sum_j v_j of a group, m = n - 1 for the leave-one-out baseline (RLOO, arXiv 2402.14740)
+    and m = n otherwise:
+
+        baseline_i = sum_{j != i} v_j r_j / m        (j = i included without leave-one-out)
+        std_i^2    = sum_{j != i} v_j (r_j - baseline_i)^2 / (m - 1)
+
+    Groups with n <= 1 have baseline r and std 0. The variance is taken from centred rewards (two passes): the one-pass
+    formula leaves rounding noise where all other rewards are equal, which a division would blow up. An invalid row is
+    compared with all valid ones but divides by the same m; its advantage is never used.
+    """
+    rewards = rewards_PG.double()
+    valid = torch.ones_like(rewards) if valid_PG is None else valid_PG.double()
+    n = valid.sum(-1, keepdim=True)
+    mean = (valid * rewards).sum(-1, keepdim=True) / n.clamp(min=1)
+    centred = (rewards - mean) * valid
+    total, squares = centred.sum(-1, keepdim=True), centred.square().sum(-1, keepdim=True)
+    if leave_one_out:
+        m = n - 1
+        # an invalid row's own term is zero, so the sums over the others of such a row hold all n valid rewards
+        raw_sum = (valid * rewards).sum(-1, keepdim=True) - valid * rewards
+        baseline = raw_sum / m.clamp(min=1)
+        shift = (total - centred) / m.clamp(min=1)
+        spread = squares - centred.square() - m * shift.square()
+    else:
+        m = n
+        baseline = mean.expand_as(rewards)
+        spread = squares.expand_as(rewards)
+    std = (spread.clamp(min=0) / (m - 1).clamp(min=1)).sqrt()
+    largest = (rewards.abs() * valid).amax(-1, keepdim=True).clamp(min=1.0)
+    std = torch.where((m <= 1) | (std <= RELATIVE_ZERO * largest), torch.zeros_like(std), std)
+    alone = n <= 1
+    return torch.where(alone, rewards, baseline), std
+
+
+def group_advantages(
+    rewards_PG: Tensor, valid_PG: Tensor | None = None, *, leave_one_out: bool = True, normalize: bool = True
+) -> Tensor:
+    """Returns the advantage of each completion, (P, G), float32: r - baseline, divided by std + 1e-6 where std > 0.
+
+    P prompts with G completions each. Where the standard deviation is zero the advantage stays as it is: with
+    `leave_one_out`, the only winner of a group (its others are all equal) has advantage 1, not 1 / std. Invalid
+    completions (`valid_PG` false: their reward is missing) have advantage 0 and do not count in their group.
+    """
+    baseline, std = baseline_and_std(rewards_PG, valid_PG, leave_one_out)
+    advantage = rewards_PG.double() - baseline
+    if normalize:
+        advantage = torch.where(std > 0, advantage / (std + EPSILON), advantage)
+    # rounding of the baseline alone is no advantage: a group of equal rewards teaches nothing
+    noise = 1e-12 * rewards_PG.double().abs().amax(-1, keepdim=True).clamp(min=1.0)
+    advantage = torch.where(advantage.abs() <= noise, torch.zeros_like(advantage), advantage)
+    if valid_PG is not None:
+        advantage = advantage * valid_PG
+    return advantage.float()

@@ -1,0 +1,178 @@
+"""Token sequences of different lengths laid out for one forward pass without padding, and cut into micro-batches.
+
+All linear layers see one flat list of tokens. Only attention looks at padded views of it, made from sequences of similar
+length. The prompt that several completions share is in the flat list once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ATTENTION_VIEWS = 4
+"""Length classes of one micro-batch: more waste less padding but make more, smaller attention calls."""
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One sequence and the tokens of it that are trained.
+
+    `ids` are all tokens. Trained are `ids[first_target:]`, or, with `mask` (one flag per token), those with a true flag.
+    Sequences with the same `group` share their first `shared` tokens, for which activations are computed once.
+    """
+
+    ids: list[int]
+    first_target: int
+    mask: list[bool] | None = None
+    group: int | None = None
+    shared: int = 0
+
+    @property
+    def num_targets(self) -> int:
+        return sum(self.mask[1:]) if self.mask is not None else len(self.ids) - max(self.first_target, 1)
+
+
+@dataclass(frozen=True)
+class AttentionView:
+    """A right-padded (rows, length) view: `gather` holds for each slot the index of its token in the flat list."""
+
+    rows: int
+    length: int
+    gather: Tensor
+    lengths: list[int]
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """N flat tokens, and S trained ones.
+
+    ids_N, positions_N: tokens and their positions. views: cover every flat token. back_N: index of each flat token among
+    the concatenated slots of all views. select_S: flat index whose hidden state predicts each trained token.
+    targets_S: the trained tokens. rows_S: index of the sequence that each belongs to.
+    """
+
+    ids_N: Tensor
+    positions_N: Tensor
+    views: list[AttentionView]
+    back_N: Tensor
+    select_S: Tensor
+    targets_S: Tensor
+    rows_S: Tensor
+    num_sequences: int
+
+    def per_sequence(self, values_S: Tensor) -> Tensor:
+        """Returns the sum of `values_S` over the trained tokens of each sequence, (num_sequences,), differentiable."""
+        return values_S.new_zeros(self.num_sequences).index_add(0, self.rows_S, values_S)
+
+
+def pack(sequences: SequenceOf[TokenSequence], device: torch.device | str = "cpu") -> PackedBatch:
+    """Returns the packed layout of the sequences. The last token of each is only a target: it needs no forward."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))
+    num_views = min(ATTENTION_VIEWS, len(sequences))
+    cuts = [len(order) * j // num_views for j in range(num_views + 1)]
+    ids: list[int] = []
+    positions: list[int] = []
+    back: list[int] = []
+    select: list[int] = []
+    targets: list[int] = []
+    rows: list[int] = []
+    views: list[AttentionView] = []
+    start_of_group: dict[int, int] = {}
+    num_slots = 0
+    for j in range(num_views):
+        members = order[cuts[j] : cuts[j + 1]]
+        width = max(len(sequences[i].ids) for i in members) - 1
+        gather: list[int] = []
+        for i in members:
+            sequence = sequences[i]
+            tokens, length = sequence.ids, len(sequence.ids) - 1
+            shared = min(sequence.shared, length) if sequence.group is not None else 0
+            slot = num_slots + len(gather)
+            prefix = start_of_group.get(sequence.group, -1) if shared else len(ids)
+            if shared and prefix < 0:
+                prefix = start_of_group[sequence.group] = len(ids)
+                ids += tokens[:shared]
+                positions += range(shared)
+                back += range(slot, slot + shared)
+            own = len(ids)
+            ids += tokens[shared:length]
+            positions += range(shared, length)
+            back += range(slot + shared, slot + length)
+            gather += range(prefix, prefix + shared)
+            gather += range(own, own + length - shared)
+            gather += [own if length > shared else prefix] * (width - length)
+            # the token at position p predicts the one at p + 1
+            if sequence.mask is None:
+                first = max(sequence.first_target, 1) - 1
+                if first < shared:
+                    select += range(prefix + first, prefix + shared)
+                select += range(own + max(first - shared, 0), own + length - shared)
+                targets += tokens[first + 1 :]
+                rows += [i] * (length - first)
+            else:
+                wanted = [p for p in range(length) if sequence.mask[p + 1]]
+                select += [prefix + p if p < shared else own + p - shared for p in wanted]
+                targets += [tokens[p + 1] for p in wanted]
+                rows += [i] * len(wanted)
+        lengths = [len(sequences[i].ids) - 1 for i in members]
+        views.append(AttentionView(len(members), width, _tensor(gather, device), lengths))
+        num_slots += len(gather)
+    return PackedBatch(
+        ids_N=_tensor(ids, device),
+        positions_N=_tensor(positions, device),
+        views=views,
+        back_N=_tensor(back, device),
+        select_S=_tensor(select, device),
+        targets_S=_tensor(targets, device),
+        rows_S=_tensor(rows, device),
+        num_sequences=len(sequences),
+    )
+
+
+def _tensor(values: list[int], device: torch.device | str) -> Tensor:
+    return torch.tensor(values, dtype=torch.long, device=device)
+
+
+def plan_microbatches(sequences: SequenceOf[TokenSequence], budget: int) -> list[list[int]]:
+    """Returns lists of sequence indices, each at most `budget` flat tokens where one sequence alone is not longer.
+
+    Sequences of one group stay together as far as the budget allows, so that their prompt is computed once; sequences of
+    similar length come together, so that attention pads little. Depends on the sequences alone, never on timing.
+    """
+    groups: dict[object, list[int]] = {}
+    for i, sequence in enumerate(sequences):
+        groups.setdefault(("single", i) if sequence.group is None else sequence.group, []).append(i)
+    units: list[list[int]] = []
+    for members in groups.values():
+        units += _split(members, sequences, budget)
+    units.sort(key=lambda unit: max(len(sequences[i].ids) for i in unit))
+    plan: list[list[int]] = []
+    used = 0
+    for unit in units:
+        cost = _flat_tokens(unit, sequences)
+        if not plan or used + cost > budget:
+            plan.append([])
+            used = 0
+        plan[-1] += unit
+        used += cost
+    return plan
+
+
+def _flat_tokens(members: list[int], sequences: SequenceOf[TokenSequence]) -> int:
+    shared = sequences[members[0]].shared if sequences[members[0]].group is not None else 0
+    return shared + sum(len(sequences[i].ids) - 1 - shared for i in members)
+
+
+def _split(members: list[int], sequences: SequenceOf[TokenSequence], budget: int) -> list[list[int]]:
+    """Cuts one group into parts that fit the budget, if it does not fit as a whole."""
+    if len(members) == 1 or _flat_tokens(members, sequences) <= budget:
+        return [members]
+    parts: list[list[int]] = [[]]
+    for i in sorted(members, key=lambda i: len(sequences[i].ids)):
+        if parts[-1] and _flat_tokens([*parts[-1], i], sequences) > budget:
+            parts.append([])
+        parts[-1].append(i)
+    return parts

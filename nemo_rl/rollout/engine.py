@@ -1,0 +1,229 @@
+"""The decode loop: prompts in, groups of completions with log-probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from nemo_rl.model import Policy
+from nemo_rl.rollout.sampler import argmax, keyed_uniforms, sample
+
+COMPACT_SHARE = 0.06
+"""Finished rows are dropped once they are this share of the batch: moving the cache costs more than a few idle rows."""
+POLL_EVERY = 16
+"""Tokens between two looks at the stop flag."""
+CACHE_BYTES_CPU = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn: `num_samples` for each prompt; greedy takes the likeliest token instead of drawing."""
+
+    num_samples: int
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    greedy: bool = False
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The tokens of one completion with the log-probability of each; `finished` if it ended with an end token."""
+
+    ids: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+class DecodeState(Protocol):
+    """A model's cache over a batch of rows."""
+
+    def prefill(self, prompts: list[list[int]], num_samples: int, max_new_tokens: int) -> Tensor:
+        """Runs each prompt once, makes `num_samples` rows of it, and returns next-token logits, (rows, V)."""
+        ...
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Appends one token to each row and returns next-token logits, (rows, V)."""
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops all rows but these, in this order."""
+        ...
+
+    def bytes_per_row(self, length: int) -> int:
+        """Returns the size of the cache of one row of `length` tokens."""
+        ...
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Returns every token that ends a completion: those of the generation config (a list for many models) and of the
+    tokenizer. Raises ValueError if there is none."""
+    found: list[int] = []
+    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        for token in value if isinstance(value, list | tuple) else [value]:
+            if token is not None and token not in found:
+                found.append(int(token))
+    if not found:
+        raise ValueError(
+            "found no end-of-sequence token in the model's generation_config, its config or the tokenizer; expected at "
+            "least one, so that completions can end: set tokenizer.eos_token or generation_config.eos_token_id"
+        )
+    return found
+
+
+def make_state(policy: Policy) -> DecodeState:
+    """Returns the decode state that fits the model: the packed one for known families, transformers' cache otherwise."""
+    if policy.native is not None:
+        from nemo_rl.rollout.native import NativeState
+
+        return NativeState(policy)
+    from nemo_rl.rollout.generic import GenericState
+
+    return GenericState(policy)
+
+
+@torch.inference_mode()
+def generate(
+    policy: Policy,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    *,
+    end_ids: list[int],
+    seed: int,
+    step: int,
+    keys: list[int] | None = None,
+    poll: Callable[[], None] = lambda: None,
+    on_group: Callable[[int, list[Completion]], None] | None = None,
+) -> list[list[Completion]]:
+    """Returns `num_samples` completions of each prompt (token ids).
+
+    Sample s of the prompt with key k draws from numbers keyed by (seed, step, k, s): it does not depend on the batch.
+    Keys default to the prompts' positions. `poll` is called every few tokens and may raise to stop; `on_group(i,
+    completions)` is called as soon as all completions of prompt i are done.
+    """
+    keys = list(range(len(prompts))) if keys is None else keys
+    groups: list[list[Completion]] = [[] for _ in prompts]
+    state = make_state(policy)
+    longest = max(map(len, prompts)) + sampling.max_new_tokens
+    rows_at_once = max(_cache_bytes(policy) // max(state.bytes_per_row(longest), 1), sampling.num_samples)
+    per_chunk = max(1, rows_at_once // sampling.num_samples)
+    # prompts of similar length together: left padding of the prefill is wasted work
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), per_chunk):
+        members = order[start : start + per_chunk]
+
+        def done(i: int, completions: list[Completion], members: list[int] = members) -> None:
+            groups[members[i]] = completions
+            if on_group is not None:
+                on_group(members[i], completions)
+
+        chunk = _Chunk([prompts[i] for i in members], [keys[i] for i in members], sampling, end_ids, policy.device)
+        chunk.run(state, seed, step, poll, done)
+    return groups
+
+
+def _cache_bytes(policy: Policy) -> int:
+    if policy.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(policy.device)
+        return int(free * 0.5)
+    return CACHE_BYTES_CPU
+
+
+class _Chunk:
+    """The rows of some prompts while they are decoded together."""
+
+    def __init__(
+        self, prompts: list[list[int]], keys: list[int], sampling: Sampling, end_ids: list[int], device: torch.device
+    ) -> None:
+        self.prompts, self.sampling, self.device = prompts, sampling, device
+        samples = sampling.num_samples
+        self.num_rows = len(prompts) * samples
+        self.keys = [key for key in keys for _ in range(samples)]
+        self.samples = list(range(samples)) * len(prompts)
+        self.end_ids = torch.tensor(end_ids, device=device)
+        self.tokens = torch.zeros(self.num_rows, sampling.max_new_tokens, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(self.num_rows, sampling.max_new_tokens, device=device)
+        self.lengths = [sampling.max_new_tokens] * self.num_rows
+        self.finished = [False] * self.num_rows
+        self.open_in_group = [samples] * len(prompts)
+
+    def run(
+        self,
+        state: DecodeState,
+        seed: int,
+        step: int,
+        poll: Callable[[], None],
+        done: Callable[[int, list[Completion]], None],
+    ) -> None:
+        sampling = self.sampling
+        uniforms = None
+        if not sampling.greedy:
+            uniforms = keyed_uniforms(seed, step, self.keys, self.samples, sampling.max_new_tokens).to(self.device)
+        poll()
+        logits = state.prefill(self.prompts, sampling.num_samples, sampling.max_new_tokens)
+        rows = torch.arange(self.num_rows, device=self.device)  # original number of each live row
+        alive = torch.ones(self.num_rows, dtype=torch.bool, device=self.device)
+        num_dead = 0
+        for t in range(sampling.max_new_tokens):
+            if t % POLL_EVERY == 0:
+                poll()
+            if uniforms is None:
+                tokens, logprobs = argmax(logits, sampling.temperature)
+            else:
+                tokens, logprobs = sample(
+                    logits,
+                    uniforms[rows, t],
+                    temperature=sampling.temperature,
+                    top_k=sampling.top_k,
+                    top_p=sampling.top_p,
+                )
+            self.tokens[rows, t], self.logprobs[rows, t] = tokens, logprobs
+            ended = torch.isin(tokens, self.end_ids) & alive
+            if ended.any():
+                self._finish(rows[ended].tolist(), t + 1, done)
+                alive &= ~ended
+                num_live = int(alive.sum())
+                num_dead = len(rows) - num_live
+                if num_live == 0:
+                    return
+                if num_dead >= COMPACT_SHARE * len(rows):
+                    keep = _fill_holes(alive, num_live)
+                    state.keep(keep)
+                    rows, tokens = rows[keep], tokens[keep]
+                    alive = torch.ones(num_live, dtype=torch.bool, device=self.device)
+            if t + 1 < sampling.max_new_tokens:
+                logits = state.step(tokens)
+        self._finish(rows[alive].tolist(), sampling.max_new_tokens, done, finished=False)
+
+    def _finish(
+        self, rows: list[int], length: int, done: Callable[[int, list[Completion]], None], finished: bool = True
+    ) -> None:
+        samples = self.sampling.num_samples
+        for row in rows:
+            self.lengths[row], self.finished[row] = length, finished
+            group = row // samples
+            self.open_in_group[group] -= 1
+            if self.open_in_group[group] == 0:
+                done(group, self._completions(group))
+
+    def _completions(self, group: int) -> list[Completion]:
+        samples = self.sampling.num_samples
+        span = range(group * samples, (group + 1) * samples)
+        tokens, logprobs = self.tokens[span.start : span.stop].tolist(), self.logprobs[span.start : span.stop].tolist()
+        return [
+            Completion(tokens[i][: self.lengths[row]], logprobs[i][: self.lengths[row]], self.finished[row])
+            for i, row in enumerate(span)
+        ]
+
+
+def _fill_holes(alive: Tensor, num_live: int) -> Tensor:
+    """Returns which rows to keep so that few of them move: live rows of the tail take the places of dead ones."""
+    keep = torch.arange(num_live, device=alive.device)
+    keep[~alive[:num_live]] = alive[num_live:].nonzero()[:, 0] + num_live
+    return keep
