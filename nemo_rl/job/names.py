@@ -16,6 +16,8 @@ MAX_NAME_LENGTH = 50
 """Longest name of a job: children add a suffix and must stay below 63 characters."""
 
 LABEL_JOB = f"{GROUP}/job"
+LABEL_JOB_UID = f"{GROUP}/job-uid"
+"""Uid of the RLTrainingJob, on its Jobs and pods: tells a job from an earlier one of the same name."""
 LABEL_ATTEMPT = f"{GROUP}/attempt"
 LABEL_ALGORITHM = f"{GROUP}/algorithm"
 LABEL_COMPONENT = f"{GROUP}/component"
@@ -38,6 +40,10 @@ JOB_FILE = f"{JOB_DIR}/job.json"
 BUNDLE_DIR = "/var/run/nemo-rl/bundles"
 OUTPUT_DIR = "/output"
 CACHE_DIR = "/cache"
+CLAIMS_DIR = "/var/run/nemo-rl/claims"
+"""Where claims of pvc:// references are mounted, read-only: pvc://data/rows.jsonl is CLAIMS_DIR/data/rows.jsonl."""
+HOME_DIR = "/home/nemo-rl"
+"""HOME of a pod: an emptyDir, since the root file system is read-only."""
 TERMINATION_LOG = "/dev/termination-log"
 TERMINATION_LIMIT = 4096
 """Bytes that the kubelet keeps of a termination message."""
@@ -49,6 +55,14 @@ MAX_BUNDLE_BYTES = 16 * 1024 * 1024
 BUNDLE_PART_BYTES = 900 * 1000
 BUNDLE_WAIT_SECONDS = 600
 
+BUNDLE_KEY = "part"
+"""Key in a bundle's ConfigMap (binaryData) that holds its bytes."""
+
+IMAGE_VARIABLE = "NEMO_RL_TRAINER_IMAGE"
+"""Environment variable of the operator with the trainer image of jobs that name none."""
+WORKER_MODULE = "nemo_rl.worker"
+FILES_MODULE = "nemo_rl.worker.files"
+"""Modules that trainer pods and the `x-files` pod run with `python -m`."""
 BACKEND_VARIABLE = "NEMO_RL_BACKEND"
 
 
@@ -76,3 +90,8 @@ def files_pod(job: str) -> str:
 
 def frozen_job(job: str) -> str:
     return f"{job}-job"
+
+
+def bundle_part(index: int) -> str:
+    """File name of the part with this index under BUNDLE_DIR/<bundle>; in sorted order they make the archive."""
+    return f"{index:03d}"

@@ -1,0 +1,375 @@
+"""What is known about a running or finished job: `status` of the resource, and the two messages a trainer pod sends.
+
+Three wire contracts live here, all in camelCase:
+
+- `Progress`: what the pod with index 0 serves at `GET /progress` (JSON, at most `names.PROGRESS_LIMIT` bytes).
+- `TerminationMessage`: what it leaves in `names.TERMINATION_LOG` as its last act (JSON, at most 4096 bytes).
+- `JobStatus`: what the operator writes to `/status`, and what clients read.
+
+A pod runs code of users, so nothing that it says is trusted: overlong texts are cut, surplus metrics are dropped and
+unknown fields are ignored. None of that is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.alias_generators import to_camel
+
+from nemo_rl.job import names
+
+MAX_METRICS = 64
+MAX_ATTEMPTS = 10
+"""Newest attempts that `status.attempts` keeps."""
+TRACEBACK_LINES = 20
+
+
+class Cause(StrEnum):
+    """Why an attempt ended without success. The first group ends the job, the second counts, the third does not."""
+
+    USER_ERROR = "UserError"
+    BAD_DATA = "BadData"
+    NON_FINITE = "NonFiniteTraining"
+    INVALID_SPEC = "InvalidSpec"
+    INVALID_IMAGE = "InvalidImageName"
+    DEADLINE = "DeadlineExceeded"
+    BUNDLES_MISSING = "BundlesMissing"
+    NAME_CONFLICT = "NameConflict"
+
+    OUT_OF_MEMORY = "OutOfMemory"
+    STORAGE_EXCEEDED = "StorageExceeded"
+    NODE_REJECTED = "NodeRejected"
+    START_FAILED = "StartFailed"
+    NO_RESULT = "NoResult"
+    ERROR = "Error"
+    UNKNOWN = "Unknown"
+
+    PREEMPTED = "Preempted"
+    DISRUPTED = "Disrupted"
+    JOB_DELETED = "JobDeleted"
+    SUSPENDED = "Suspended"
+
+
+class Wire(BaseModel):
+    """Base of all parts of the status: camelCase outside, unknown fields ignored."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel,
+        populate_by_name=True,
+        extra="ignore",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+    )
+
+
+def _cut(limit: int) -> BeforeValidator:
+    """A text over `limit` characters loses its end."""
+    return BeforeValidator(lambda v: v[: limit - 1] + "…" if isinstance(v, str) and len(v) > limit else v)
+
+
+def _tail(value: Any) -> Any:
+    """A traceback keeps its last lines: the error itself stands there."""
+    return "\n".join(value.rstrip().splitlines()[-TRACEBACK_LINES:])[-4000:] if isinstance(value, str) else value
+
+
+def _metrics(value: Any) -> Any:
+    """Numbers become short texts; what is neither number nor text, or beyond the first 64, is dropped."""
+    if not isinstance(value, Mapping):
+        return value
+    kept: dict[str, str] = {}
+    for name, metric in value.items():
+        if isinstance(metric, bool) or not isinstance(metric, str | int | float) or len(kept) == MAX_METRICS:
+            continue
+        text = f"{metric:.6g}" if isinstance(metric, float) else str(metric)
+        kept[str(name)[:64]] = text[:64]
+    return kept
+
+
+Word = Annotated[str, _cut(64), Field(max_length=64)]
+Text = Annotated[str, _cut(200), Field(max_length=200)]
+Sentence = Annotated[str, _cut(1024), Field(max_length=1024)]
+Path = Annotated[str, _cut(512), Field(max_length=512)]
+Traceback = Annotated[str, BeforeValidator(_tail), Field(max_length=4096)]
+Time = Annotated[str, Field(max_length=40, json_schema_extra={"format": "date-time"})]
+Metrics = Annotated[
+    dict[str, Annotated[str, Field(max_length=64)]], BeforeValidator(_metrics), Field(max_length=MAX_METRICS)
+]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+class Checkpoint(Wire):
+    """The checkpoints of the run, as paths within the output claim."""
+
+    latest: Path | None = None
+    """Path of the newest complete checkpoint, from the claim's root."""
+    latest_step: Count | None = None
+    """Optimizer step of the newest checkpoint."""
+    best: Path | None = None
+    """Path of the best checkpoint: highest validation metric, else highest mean reward, else the newest."""
+    best_step: Count | None = None
+    """Optimizer step of the best checkpoint."""
+    best_metric: Text | None = None
+    """What made it the best, for example reward=0.61."""
+
+
+class Progress(Wire):
+    """How far training is; served by the pod with index 0 at /progress, and copied to the status every few seconds.
+
+    A trainer must give `step`. What it leaves out of `text`, `percent` and `eta` is derived from the rest.
+    """
+
+    step: Count
+    """Optimizer steps done, counted over all attempts."""
+    total_steps: Count | None = None
+    """Optimizer steps that the run will take."""
+    text: Text | None = None
+    """Steps as text, for example 120/500."""
+    percent: Annotated[int, Field(ge=0, le=100)] | None = None
+    """Share of the steps that are done, in percent."""
+    seconds_remaining: Count | None = None
+    """Estimated seconds until the end of training."""
+    eta: Word | None = None
+    """The same for people, for example 14m."""
+    epoch: Count | None = None
+    """Pass over the data, from 0."""
+    metrics: Metrics = {}
+    """Newest metrics as text, for example reward: "0.61". At most 64."""
+    time: Time | None = None
+    """When the step ended (RFC 3339)."""
+    checkpoint: Annotated[Checkpoint | None, Field(exclude=True)] = None
+    """Checkpoints so far; the status shows them beside the progress."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_numbers(cls, value: Any) -> Any:
+        """Trainers compute these by division; a fraction of a second or of a percent is not an error."""
+        if not isinstance(value, Mapping):
+            return value
+        whole = dict(value)
+        for name in ("percent", "secondsRemaining", "seconds_remaining"):
+            number = whole.get(name)
+            if isinstance(number, float):
+                whole[name] = int(number) if math.isfinite(number) else None
+        return whole
+
+    @model_validator(mode="after")
+    def _derive(self) -> Progress:
+        if self.text is None:
+            self.text = f"{self.step}/{self.total_steps}" if self.total_steps else str(self.step)
+        if self.percent is None and self.total_steps:
+            self.percent = min(100, 100 * self.step // self.total_steps)
+        if self.eta is None and self.seconds_remaining is not None:
+            self.eta = duration(self.seconds_remaining)
+        return self
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people write them, in the two largest units: 45s, 14m, 2h5m, 3d4h."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds}s"
+    minutes = seconds // 60
+    if minutes < 60:
+        return f"{minutes}m"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours}h{minutes}m" if minutes else f"{hours}h"
+    days, hours = divmod(hours, 24)
+    return f"{days}d{hours}h" if hours else f"{days}d"
+
+
+class Result(Wire):
+    """What a finished job leaves."""
+
+    total_steps: Count = 0
+    """Optimizer steps that ran, over all attempts."""
+    metrics: Metrics = {}
+    """Final metrics as text. At most 64."""
+    checkpoint: Checkpoint | None = None
+    """The checkpoints that are kept."""
+
+
+class TerminationMessage(Wire):
+    """The trainer's last word, written to names.TERMINATION_LOG before the process of rank 0 exits.
+
+    kind `result` with exit code 0 is what makes a job Succeeded. kind `failure` explains any other exit. Every process
+    may write a failure; the first one wins, so write only where the file is still empty. Use `encode`, which keeps
+    within the 4096 bytes that the kubelet reads.
+    """
+
+    kind: Literal["result", "failure"]
+    """result after success, failure otherwise."""
+    total_steps: Count | None = None
+    """Optimizer steps done, over all attempts."""
+    metrics: Metrics = {}
+    """Final metrics as text."""
+    checkpoint: Checkpoint | None = None
+    """The checkpoints that are kept."""
+    exit_code: Annotated[int, Field(ge=0, le=255)] | None = None
+    """Exit code that the failed process chose (names.ExitCode); torchrun itself always exits with 1."""
+    cause: Word | None = None
+    """One of Cause, or the name of the exception's class."""
+    message: Sentence | None = None
+    """The error in one sentence: found, expected, cure."""
+    traceback: Traceback | None = None
+    """Last 20 lines of the traceback."""
+
+    def encode(self) -> str:
+        """JSON of at most 4096 bytes: metrics, then the traceback's beginning, then the message's end are left out."""
+        message = self.model_copy(deep=True)
+        while len(text := message.model_dump_json(by_alias=True, exclude_none=True).encode()) > names.TERMINATION_LIMIT:
+            excess = len(text) - names.TERMINATION_LIMIT
+            if message.metrics and not message.traceback:
+                message.metrics = dict(list(message.metrics.items())[: len(message.metrics) // 2])
+            elif message.traceback:
+                lines = message.traceback.splitlines()
+                message.traceback = "\n".join(lines[1:]) if len(lines) > 1 else lines[0][excess:] or None
+            elif message.message:
+                message.message = message.message[: max(0, len(message.message) - excess)] or None
+            else:
+                message.checkpoint = None
+        return text.decode()
+
+    @classmethod
+    def parse(cls, text: str | None) -> TerminationMessage | None:
+        """The message in `text`, or None if it holds none: a pod may end without one, or write anything."""
+        try:
+            value = json.loads(text or "")
+            return cls.model_validate(value) if isinstance(value, dict) else None
+        except (ValueError, RecursionError):
+            return None
+
+
+class Condition(Wire):
+    """One observation about the job, as in the Kubernetes API conventions."""
+
+    type: Word
+    """Accepted, Running, Suspended, Complete, Failed or Finished."""
+    status: Literal["True", "False", "Unknown"]
+    """True, False or Unknown."""
+    reason: Word
+    """One word, for programs."""
+    message: Sentence = ""
+    """One sentence, for people."""
+    observed_generation: Count | None = None
+    """metadata.generation that this was computed from."""
+    last_transition_time: Time
+    """When status last changed."""
+
+
+class Attempt(Wire):
+    """One run of the trainer pods."""
+
+    number: Annotated[int, Field(ge=1)]
+    """Number of the attempt, from 1."""
+    job: Annotated[str, Field(max_length=63)]
+    """Name of its batch/v1 Job."""
+    start_time: Time | None = None
+    """When its Job was created."""
+    end_time: Time | None = None
+    """When it ended; not set while it is live."""
+    cause: Word | None = None
+    """Why it ended: Succeeded, or the cause of its failure."""
+    counted: bool | None = None
+    """Whether it counts towards backoffLimit."""
+    exit_code: Annotated[int, Field(ge=-255, le=255)] | None = None
+    """Exit code of the trainer."""
+    message: Text | None = None
+    """What happened, in one sentence."""
+    from_step: Count | None = None
+    """Optimizer step of the checkpoint that it began with."""
+    to_step: Count | None = None
+    """Last optimizer step that it reported."""
+
+
+class Failure(Wire):
+    """Why the job failed; outlives the pods."""
+
+    cause: Word
+    """One word, for example UserError, OutOfMemory, DeadlineExceeded."""
+    exit_code: Annotated[int, Field(ge=-255, le=255)] | None = None
+    """Exit code of the trainer."""
+    pod: Annotated[str, Field(max_length=253)] | None = None
+    """Pod that failed first."""
+    message: Sentence | None = None
+    """What happened and what to do about it."""
+    traceback: Traceback | None = None
+    """Last 20 lines of the trainer's traceback."""
+
+
+Phase = Literal["Pending", "Queued", "Starting", "Running", "Suspended", "Succeeded", "Failed"]
+
+
+class JobStatus(Wire):
+    """What the operator knows about the job. Written by the operator alone."""
+
+    observed_generation: Count | None = None
+    """metadata.generation that this status was computed from."""
+    phase: Phase | None = None
+    """Pending (waits for something), Queued (in Kueue), Starting, Running, Suspended, Succeeded or Failed."""
+    reason: Word | None = None
+    """Why it is in this phase, in one word."""
+    message: Sentence | None = None
+    """One sentence a person can act on."""
+    conditions: Annotated[
+        list[Condition],
+        Field(
+            max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
+        ),
+    ] = []
+    """Accepted, Running, Suspended, Complete, Failed, Finished. Finished is true after either outcome."""
+    start_time: Time | None = None
+    """When the first attempt started."""
+    completion_time: Time | None = None
+    """When the job succeeded or failed."""
+    active_since: Time | None = None
+    """Since when the clock of activeDeadlineSeconds runs; not set while suspended, queued or waiting for bundles."""
+    active_seconds: Count | None = None
+    """Seconds of that clock before activeSince."""
+    gpus: Count | None = None
+    """GPUs of all pods together."""
+    attempt: Count | None = None
+    """Number of the newest attempt."""
+    counted_failures: Count | None = None
+    """Failed attempts that count towards backoffLimit."""
+    attempts: Annotated[list[Attempt], Field(max_length=MAX_ATTEMPTS)] = []
+    """The newest 10 attempts, oldest first."""
+    progress: Progress | None = None
+    """How far training is."""
+    checkpoint: Checkpoint | None = None
+    """The checkpoints so far."""
+    result: Result | None = None
+    """The outcome of a job that succeeded."""
+    failure: Failure | None = None
+    """Why the job failed."""
+
+    @property
+    def finished(self) -> bool:
+        return self.phase in ("Succeeded", "Failed")
+
+    def condition(self, kind: str) -> Condition | None:
+        return next((c for c in self.conditions if c.type == kind), None)
+
+    def dump(self) -> dict[str, Any]:
+        """The status as written to the API: JSON values, camelCase, empty fields left out."""
+        found = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        for name in ("conditions", "attempts"):
+            if not found[name]:
+                del found[name]
+        return found
+
+    @classmethod
+    def load(cls, status: Mapping[str, Any] | None) -> JobStatus:
+        """The status in a resource. A top-level field that does not fit is left out, to be computed anew."""
+        value = dict(status or {})
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            for broken in error.errors():
+                value.pop(str(broken["loc"][0]), None)
+            return cls.model_validate(value)

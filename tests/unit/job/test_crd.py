@@ -1,0 +1,92 @@
+"""The CRD: what is in the repository is what the models say, and it stays within what a cluster takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from nemo_rl.job import names
+from nemo_rl.job.crd import MUTABLE, UnsupportedSchema, crd, crd_yaml, spec_schema, structural
+
+FILE = Path(__file__).parents[3] / "crds" / "nemo-rl.io_rltrainingjobs.yaml"
+
+
+def schema() -> dict[str, Any]:
+    return crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+
+
+def leaves(node: dict[str, Any], path: str = "") -> list[tuple[str, dict[str, Any]]]:
+    found = [(path, node)]
+    for name, child in node.get("properties", {}).items():
+        found += leaves(child, f"{path}.{name}")
+    if isinstance(node.get("items"), dict):
+        found += leaves(node["items"], f"{path}[]")
+    return found
+
+
+def test_the_file_in_the_repository_is_the_generated_one() -> None:
+    assert FILE.read_text() == crd_yaml(), "run: nemo-rl crd > crds/nemo-rl.io_rltrainingjobs.yaml"
+
+
+def test_it_is_below_200_kilobytes() -> None:
+    assert len(crd_yaml().encode()) < 200_000
+
+
+def test_every_field_is_described() -> None:
+    properties = schema()["properties"]
+    missing = [
+        path
+        for part in ("spec", "status")
+        for path, node in leaves(properties[part], part)
+        if not path.endswith("[]") and not node.get("description")
+    ]
+    assert missing == []
+
+
+def test_only_the_named_fields_may_change() -> None:
+    fixed = {
+        r["fieldPath"].lstrip(".") for r in spec_schema()["x-kubernetes-validations"] if "cannot change" in r["message"]
+    }
+    assert set(spec_schema()["properties"]) - fixed == {*MUTABLE, "output"}
+    output = spec_schema()["properties"]["output"]
+    fixed = {r["fieldPath"].lstrip(".") for r in output["x-kubernetes-validations"]}
+    assert set(output["properties"]) - fixed == {"serveUntil"}
+
+
+def test_columns_categories_and_status() -> None:
+    definition = crd()["spec"]
+    version = definition["versions"][0]
+    shown = [c["name"].upper() for c in version["additionalPrinterColumns"] if not c.get("priority")]
+    wide = [c["name"].upper() for c in version["additionalPrinterColumns"] if c.get("priority")]
+    assert shown == ["ALGO", "MODEL", "PHASE", "STEP", "REWARD", "ETA", "AGE"]
+    assert wide == ["GPUS", "QUEUE", "ATTEMPT", "REASON", "CHECKPOINT"]
+    assert definition["names"]["shortNames"] == [names.SHORT_NAME]
+    assert definition["names"]["categories"] == ["all", "ml"]
+    assert version["subresources"] == {"status": {}}
+
+
+def test_null_is_allowed_where_python_allows_none() -> None:
+    training = spec_schema()["properties"]["training"]["properties"]
+    assert training["maxGradNorm"]["nullable"] and training["maxGradNorm"]["default"] == 1.0
+    assert "nullable" not in training["maxSteps"]
+
+
+class Recursive(BaseModel):
+    child: Recursive | None = None
+
+
+class Union(BaseModel):
+    value: int | str
+
+
+class Pair(BaseModel):
+    value: tuple[int, str]
+
+
+@pytest.mark.parametrize("model", [Recursive, Union, Pair])
+def test_what_a_structural_schema_cannot_say_is_refused(model: type[BaseModel]) -> None:
+    with pytest.raises(UnsupportedSchema, match=r"\$"):
+        structural(model.model_json_schema())
