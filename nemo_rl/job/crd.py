@@ -27,12 +27,12 @@ KEPT = frozenset(
 FORBIDDEN = ("prefixItems", "patternProperties", "not", "if", "dependentRequired", "propertyNames")
 
 
-class UnsupportedSchema(TypeError):
+class UnsupportedSchemaError(TypeError):
     """A model uses what a structural schema cannot say; the message gives the path within the model."""
 
 
 def structural(schema: Schema) -> Schema:
-    """pydantic's JSON schema (by alias) as a Kubernetes structural schema. Raises `UnsupportedSchema`."""
+    """pydantic's JSON schema (by alias) as a Kubernetes structural schema. Raises `UnsupportedSchemaError`."""
     return _convert(schema, schema.get("$defs", {}), "$", ())
 
 
@@ -40,7 +40,7 @@ def _convert(node: Schema, models: Schema, path: str, seen: tuple[str, ...]) -> 
     node, seen = _inline(node, models, path, seen)
     for word in FORBIDDEN:
         if word in node:
-            raise UnsupportedSchema(f"{path}: {word} is not structural")
+            raise UnsupportedSchemaError(f"{path}: {word} is not structural")
     out: Schema = {k: v for k, v in node.items() if k in KEPT or k.startswith("x-kubernetes-")}
     if "const" in node:
         out["enum"] = [node["const"]]
@@ -65,7 +65,7 @@ def _convert(node: Schema, models: Schema, path: str, seen: tuple[str, ...]) -> 
     if "items" in out:
         out["items"] = _convert(out["items"], models, f"{path}[]", seen)
     if "type" not in out and not out.get("x-kubernetes-preserve-unknown-fields"):
-        raise UnsupportedSchema(f"{path}: no type")
+        raise UnsupportedSchemaError(f"{path}: no type")
     return out
 
 
@@ -75,14 +75,16 @@ def _inline(node: Schema, models: Schema, path: str, seen: tuple[str, ...]) -> t
         if "$ref" in node:
             name = node["$ref"].rsplit("/", 1)[1]
             if name in seen:
-                raise UnsupportedSchema(f"{path}: model {name} contains itself")
+                raise UnsupportedSchemaError(f"{path}: model {name} contains itself")
             node = {**models[name], **{k: v for k, v in node.items() if k != "$ref"}}
             seen = (*seen, name)
         elif "anyOf" in node:
             rest = {k: v for k, v in node.items() if k != "anyOf"}
             members = [m for m in node["anyOf"] if m.get("type") != "null"]
             if len(members) != 1:
-                raise UnsupportedSchema(f"{path}: a union of {len(members)} types; use optional fields and a CEL rule")
+                raise UnsupportedSchemaError(
+                    f"{path}: a union of {len(members)} types; use optional fields and a CEL rule"
+                )
             node = {**members[0], **rest, "nullable": True}
         else:
             return node, seen
@@ -121,7 +123,7 @@ TOKEN = (
     r"^(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}"
     r"|glpat-\S{16,}|nvapi-\S{16,}|AKIA[A-Z0-9]{12,})"
 )
-"""Literal values of environment variables that are clearly credentials (in the notation of a CEL string)."""
+"""Literal values of environment variables that are clearly credentials"""
 
 _BUNDLES = "has(self.bundles) && self.bundles.exists(b, b.name == {name})"
 _PATH_BUNDLE = "self.{field}.substring(9).split('/')[0]"
@@ -202,7 +204,7 @@ RULES: dict[str, list[Schema]] = {
     "env[]": [
         _exactly_one("value", "valueFrom"),
         _rule(
-            f"!has(self.value) || !self.value.matches('{TOKEN}')",
+            f"!has(self.value) || !self.value.matches(r'{TOKEN}')",
             "this value looks like an access token, which everybody who can read the job could read; "
             "put it in a Secret and use valueFrom.secretKeyRef",
             ".value",

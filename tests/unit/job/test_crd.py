@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from nemo_rl.job import names
-from nemo_rl.job.crd import MUTABLE, UnsupportedSchema, crd, crd_yaml, spec_schema, structural
+from nemo_rl.job.crd import MUTABLE, UnsupportedSchemaError, crd, crd_yaml, spec_schema, structural
 
 FILE = Path(__file__).parents[3] / "crds" / "nemo-rl.io_rltrainingjobs.yaml"
 
@@ -70,7 +70,8 @@ def test_columns_categories_and_status() -> None:
 
 def test_null_is_allowed_where_python_allows_none() -> None:
     training = spec_schema()["properties"]["training"]["properties"]
-    assert training["maxGradNorm"]["nullable"] and training["maxGradNorm"]["default"] == 1.0
+    assert training["maxGradNorm"]["nullable"]
+    assert training["maxGradNorm"]["default"] == 1.0
     assert "nullable" not in training["maxSteps"]
 
 
@@ -88,5 +89,5 @@ class Pair(BaseModel):
 
 @pytest.mark.parametrize("model", [Recursive, Union, Pair])
 def test_what_a_structural_schema_cannot_say_is_refused(model: type[BaseModel]) -> None:
-    with pytest.raises(UnsupportedSchema, match=r"\$"):
+    with pytest.raises(UnsupportedSchemaError, match=r"\$"):
         structural(model.model_json_schema())
