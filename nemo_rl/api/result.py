@@ -1,0 +1,151 @@
+"""What `train()` returns: the trained model's place, its metrics, every step's history, and a plot of it."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+_NOT_PLOTTED = ("step", "epoch")
+
+
+class TrainResult:
+    """The outcome of a run.
+
+    Attributes:
+        metrics: the last step's metrics by name.
+        checkpoint_path: folder of the best checkpoint, for `AutoModelForCausalLM.from_pretrained`; None if none.
+        total_steps: optimizer steps that the run took in all, those before a resume included.
+        output_dir: folder with metrics.jsonl and the checkpoints; None if not known.
+        trainer: the trainer with model and tokenizer; of a run elsewhere, loaded from the checkpoint at first use.
+        history: one dict of metrics per step, read from metrics.jsonl at first use.
+    """
+
+    def __init__(
+        self,
+        trainer: Any = None,
+        metrics: Mapping[str, Any] | None = None,
+        checkpoint_path: str | os.PathLike[str] | None = None,
+        total_steps: int = 0,
+        *,
+        output_dir: str | os.PathLike[str] | None = None,
+        load_trainer: Callable[[], Any] | None = None,
+    ) -> None:
+        self.metrics: dict[str, Any] = dict(metrics or {})
+        self.checkpoint_path = None if checkpoint_path is None else os.fspath(checkpoint_path)
+        self.total_steps = total_steps
+        if output_dir is None:
+            output_dir = getattr(trainer, "output_dir", None)
+        self.output_dir = None if output_dir is None else Path(output_dir)
+        self._trainer = trainer
+        self._load_trainer = load_trainer
+        self._history: list[dict[str, Any]] | None = None
+
+    @property
+    def trainer(self) -> Any:
+        if self._trainer is None and self._load_trainer is not None:
+            self._trainer = self._load_trainer()
+        return self._trainer
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Every step's metrics in order. FileNotFoundError where the run left no metrics.jsonl."""
+        if self._history is None:
+            if self.output_dir is None:
+                raise FileNotFoundError(f"no output folder is known for this result, so no {METRICS_FILE} can be read")
+            text = (self.output_dir / METRICS_FILE).read_text(encoding="utf-8")
+            self._history = [json.loads(line) for line in text.splitlines() if line.strip()]
+        return self._history
+
+    def plot(self, path: str | os.PathLike[str] | None = None, metrics: Sequence[str] | None = None) -> Any:
+        """A matplotlib figure with one curve per metric over the steps; saved to `path` (.png, .svg, .pdf) if given.
+
+        `metrics` chooses the curves; by default reward, loss and validation metrics. ValueError for an unknown metric,
+        ImportError without matplotlib.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise ImportError("plot() needs matplotlib, which is not installed; pip install matplotlib") from None
+        history = self.history
+        names = list(metrics) if metrics is not None else self._main_metrics()
+        known = sorted({name for row in history for name in row if name not in _NOT_PLOTTED})
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(
+                f"metric {unknown[0]!r} is not in the history; expected some of {', '.join(known) or 'none'}"
+            )
+        figure = Figure(figsize=(7, 2.6 * max(1, len(names))), layout="constrained")
+        for index, name in enumerate(names, start=1):
+            axes = figure.add_subplot(len(names), 1, index)
+            points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
+            axes.plot(
+                [step for step, _ in points], [value for _, value in points], marker="." if len(points) < 50 else ""
+            )
+            axes.set_ylabel(name)
+            axes.grid(alpha=0.3)
+            if index == len(names):
+                axes.set_xlabel("step")
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(os.fspath(path), dpi=120)
+        return figure
+
+    def _main_metrics(self) -> list[str]:
+        found = {name for row in self.history for name in row}
+        chosen = [name for name in ("reward", "loss") if name in found]
+        return chosen + sorted(n for n in found if n.startswith(("validation/", "validation_")) and not _is_timing(n))
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={_number(value)}" for name, value in self.metrics.items() if _is_shown(name, value))
+        return (
+            f"TrainResult(total_steps={self.total_steps}, checkpoint_path={self.checkpoint_path!r}, "
+            f"metrics={{{shown}}})"
+        )
+
+    def _repr_html_(self) -> str:
+        """A small table for notebooks, with the reward or loss curve."""
+        rows = [("steps", str(self.total_steps)), ("checkpoint", str(self.checkpoint_path))]
+        rows += [(name, _number(value)) for name, value in self.metrics.items() if _is_shown(name, value)]
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+            for name, value in rows
+        )
+        return f"<div><b>TrainResult</b>{self._curve()}<table>{cells}</table></div>"
+
+    def _curve(self, width: int = 360, height: int = 80) -> str:
+        try:
+            history = self.history
+        except (OSError, ValueError):
+            return ""
+        name = "reward" if any("reward" in row for row in history) else "loss"
+        values = [float(row[name]) for row in history if isinstance(row.get(name), int | float)]
+        if len(values) < 2:
+            return ""
+        low, high = min(values), max(values)
+        spread = (high - low) or 1.0
+        points = " ".join(
+            f"{i * width / (len(values) - 1):.1f},{height - (v - low) * height / spread:.1f}"
+            for i, v in enumerate(values)
+        )
+        return (
+            "<figure style='margin:4px 0'>"
+            f"<figcaption>{name}: {_number(values[0])} → {_number(values[-1])}</figcaption>"
+            f"<svg width='{width}' height='{height}'><polyline points='{points}' fill='none' stroke='#4a7' "
+            "stroke-width='2'/></svg></figure>"
+        )
+
+
+def _is_timing(name: str) -> bool:
+    return name.endswith(("_seconds", "_per_second"))
+
+
+def _is_shown(name: str, value: Any) -> bool:
+    return isinstance(value, int | float) and not _is_timing(name) and name != "step"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

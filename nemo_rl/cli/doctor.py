@@ -1,0 +1,136 @@
+"""`nemo-rl doctor`: what this machine has, what is missing, and the command that cures it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+_ENGINE = ("torch", "transformers", "datasets", "numpy", "safetensors", "jinja2", "cloudpickle")
+_EXTRAS = {
+    "lora": ("peft", "lora_rank=…"),
+    "tensorboard": ("tensorboard", "tensorboard=True"),
+    "demo": ("matplotlib", "result.plot()"),
+    "kubernetes": ("kubernetes", "training on a cluster"),
+    "notebook": ("ipywidgets", "live display in notebooks"),
+}
+_MARKS = {"good": "ok ", "bad": "BAD", "absent": "-  "}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report. `state` is bad where training cannot work, absent where an option is not there."""
+
+    state: Literal["good", "bad", "absent"]
+    subject: str
+    found: str
+    cure: str = ""
+
+
+def checks() -> list[Check]:
+    """All checks of this machine, in the order in which they are shown. Imports torch where it is installed."""
+    return [_nemo_rl(), _python(), *(_package(name) for name in _ENGINE), *_devices(), *_extras(), _processors()]
+
+
+def render(found: list[Check]) -> str:
+    """The report as text, one line per check; a bad or absent one is followed by its cure."""
+    width = max(len(check.subject) for check in found)
+    lines = []
+    for check in found:
+        lines.append(f"{_MARKS[check.state]} {check.subject:<{width}}  {check.found}")
+        if check.cure:
+            lines.append(f"    {'':<{width}}  → {check.cure}")
+    bad = sum(check.state == "bad" for check in found)
+    lines.append(f"\n{bad} of {len(found)} checks failed." if bad else "\nThis machine can train.")
+    return "\n".join(lines)
+
+
+def _nemo_rl() -> Check:
+    return Check("good", "nemo-rl", importlib.metadata.version("nemo-rl"))
+
+
+def _python() -> Check:
+    return Check("good", "python", f"{platform.python_version()} ({sys.executable})")
+
+
+def _package(name: str) -> Check:
+    """Whether a package that the engine needs is there, in a version that the distribution's metadata allows."""
+    cure = "pip install 'nemo-rl[engine]'"
+    try:
+        found = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Check("bad", name, "not installed", cure)
+    wanted = _wanted(name)
+    if wanted and not _allows(wanted, found):
+        return Check("bad", name, f"{found}, but {wanted} is needed", cure)
+    return Check("good", name, found)
+
+
+def _wanted(name: str) -> str:
+    """The version range of a requirement, like ">=5,<6"; empty where none is declared."""
+    for requirement in importlib.metadata.requires("nemo-rl") or []:
+        match = re.match(r"([\w.-]+)(?:\[[^\]]*\])?\s*([^;]*)", requirement)
+        if match and match[1].lower() == name:
+            return match[2].strip()
+    return ""
+
+
+def _allows(wanted: str, found: str) -> bool:
+    try:
+        from packaging.specifiers import SpecifierSet
+    except ImportError:  # comes with transformers; without it there is no engine to check
+        return True
+    return SpecifierSet(wanted).contains(found, prereleases=True)
+
+
+def _devices() -> list[Check]:
+    if importlib.util.find_spec("torch") is None:
+        return []
+    try:
+        import torch
+    except Exception as error:
+        return [Check("bad", "torch import", str(error), "reinstall torch for this machine: https://pytorch.org")]
+    if not torch.cuda.is_available():
+        return [Check("absent", "gpu", "none: training runs on the CPU", _gpu_cure())]
+    return [
+        Check(
+            "good",
+            f"gpu {i}",
+            f"{torch.cuda.get_device_name(i)}, {_gib(torch.cuda.get_device_properties(i).total_memory)}",
+        )
+        for i in range(torch.cuda.device_count())
+    ]
+
+
+def _gpu_cure() -> str:
+    if os.path.exists("/dev/nvidia0"):
+        return "a GPU is there, but torch cannot use it: install a torch build with CUDA that fits the driver"
+    return ""
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.0f} GiB"
+
+
+def _extras() -> list[Check]:
+    found = []
+    for extra, (package, purpose) in _EXTRAS.items():
+        try:
+            found.append(Check("good", extra, f"{package} {importlib.metadata.version(package)}"))
+        except importlib.metadata.PackageNotFoundError:
+            cure = f"pip install 'nemo-rl[{extra}]'"
+            found.append(Check("absent", extra, f"{package} is not installed; needed for {purpose}", cure))
+    return found
+
+
+def _processors() -> Check:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = ""
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = f", {_gib(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))} memory"
+    return Check("good", "processors", f"{usable}{memory}")

@@ -1,0 +1,95 @@
+"""`nemo-rl train`: a job's YAML file to a run, and every way that it can end to a message and an exit code."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemo_rl.api.training import start
+from nemo_rl.backends import Run
+from nemo_rl.errors import DatasetError, NonFiniteTraining, RewardError, TrainingInterrupted
+from nemo_rl.job.manifest import Manifest, ManifestError, load_manifest
+from nemo_rl.job.names import ExitCode
+
+USAGE = 2
+OTHER_ERROR = 1
+INTERRUPTED = 130
+"""128 + SIGINT, as shells report it."""
+
+
+def train_job(
+    path: Path,
+    *,
+    backend: str,
+    overrides: Sequence[str],
+    output_dir: Path | None,
+    dry_run: bool,
+    log_level: str | None,
+) -> int:
+    """Runs the job of the file at `path`; returns the exit code and never raises. Errors go to stderr."""
+    try:
+        if log_level is not None:
+            overrides = [*overrides, f"training.logLevel={log_level}"]
+        manifest = load_manifest(path, overrides)
+    except ManifestError as error:
+        complain(str(error))
+        return USAGE
+    if dry_run:
+        print(manifest.to_yaml(), end="")
+        return ExitCode.DONE
+    # `function: package.module:name` and source may import modules that lie beside the job, as with `python script.py`.
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    return run_manifest(manifest, backend, output_dir)
+
+
+def run_manifest(manifest: Manifest, backend: str, output_dir: Path | None) -> int:
+    """Trains and returns the exit code of how it ended."""
+    debug = manifest.spec.training.log_level == "debug"
+    run = Run(
+        manifest.spec,
+        output_dir or Path("outputs") / manifest.name,
+        name=manifest.name,
+        namespace=manifest.namespace,
+    )
+    try:
+        result = start(run, backend)
+    except KeyboardInterrupt:
+        complain(f"interrupted; run the same command again to go on (output in {run.output_dir})")
+        return INTERRUPTED
+    except TrainingInterrupted as error:
+        complain(str(error))
+        return ExitCode.PREEMPTED
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, RewardError) and error.traceback:
+            print(error.traceback.rstrip(), file=sys.stderr)
+        complain(str(error) or type(error).__name__)
+        if not debug and not isinstance(error, _EXPECTED):
+            complain(f"this is a {type(error).__name__}; --log-level debug shows where")
+        return exit_code(error)
+    if manifest.spec.training.log_level in ("debug", "info"):
+        print(f"nemo-rl: done after {result.total_steps} steps; checkpoint in {result.checkpoint_path}")
+    return ExitCode.DONE
+
+
+_EXPECTED = (ValueError, TypeError, RewardError, NonFiniteTraining, RuntimeError, OSError)
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code that says what kind of error ended a run, the same as a trainer pod's."""
+    if isinstance(error, DatasetError):
+        return ExitCode.BAD_DATA
+    if isinstance(error, NonFiniteTraining):
+        return ExitCode.NON_FINITE
+    if isinstance(error, RewardError | TypeError | ValueError):
+        return ExitCode.USER_ERROR
+    return OTHER_ERROR
+
+
+def complain(message: str) -> None:
+    """One message on stderr."""
+    print(f"nemo-rl: {message}", file=sys.stderr, flush=True)
