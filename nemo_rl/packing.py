@@ -51,7 +51,8 @@ class PackedBatch:
 
     ids_N, positions_N: tokens and their positions. views: cover every flat token. back_N: index of each flat token among
     the concatenated slots of all views. select_S: flat index whose hidden state predicts each trained token.
-    targets_S: the trained tokens. rows_S: index of the sequence that each belongs to.
+    targets_S: the trained tokens. rows_S: index of the sequence that each belongs to; the tokens of one sequence lie
+    together, sequences in `order`.
     """
 
     ids_N: Tensor
@@ -61,6 +62,7 @@ class PackedBatch:
     select_S: Tensor
     targets_S: Tensor
     rows_S: Tensor
+    order: list[int]
     num_sequences: int
 
     def per_sequence(self, values_S: Tensor) -> Tensor:
@@ -128,6 +130,7 @@ def pack(sequences: SequenceOf[TokenSequence], device: torch.device | str = "cpu
         select_S=_tensor(select, device),
         targets_S=_tensor(targets, device),
         rows_S=_tensor(rows, device),
+        order=order,
         num_sequences=len(sequences),
     )
 
@@ -136,18 +139,21 @@ def _tensor(values: list[int], device: torch.device | str) -> Tensor:
     return torch.tensor(values, dtype=torch.long, device=device)
 
 
-def plan_microbatches(sequences: SequenceOf[TokenSequence], budget: int) -> list[list[int]]:
+def plan_microbatches(
+    sequences: SequenceOf[TokenSequence], budget: int, split_groups: bool = True
+) -> list[list[int]]:
     """Returns lists of sequence indices, each at most `budget` flat tokens where one sequence alone is not longer.
 
-    Sequences of one group stay together as far as the budget allows, so that their prompt is computed once; sequences of
-    similar length come together, so that attention pads little. Depends on the sequences alone, never on timing.
+    Sequences of one group stay together as far as the budget allows (always without `split_groups`), so that their prompt
+    is computed once; sequences of similar length come together, so that attention pads little. Depends on the sequences
+    alone, never on timing.
     """
     groups: dict[object, list[int]] = {}
     for i, sequence in enumerate(sequences):
         groups.setdefault(("single", i) if sequence.group is None else sequence.group, []).append(i)
     units: list[list[int]] = []
     for members in groups.values():
-        units += _split(members, sequences, budget)
+        units += _split(members, sequences, budget) if split_groups else [members]
     units.sort(key=lambda unit: max(len(sequences[i].ids) for i in unit))
     plan: list[list[int]] = []
     used = 0

@@ -1,0 +1,304 @@
+"""Group relative policy optimisation: sample completions, score them, and raise those that beat their group."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_rl.advantages import group_advantages
+from nemo_rl.data.prepare import Prepared, PromptExample
+from nemo_rl.environments.runner import RewardCall, RewardOutcome, RewardRunner, preflight
+from nemo_rl.environments.signature import bind_rewards
+from nemo_rl.losses import clipped_policy_loss, kl_estimate, kl_loss, token_weights
+from nemo_rl.model import Policy
+from nemo_rl.packing import PackedBatch, TokenSequence
+from nemo_rl.rollout.engine import Completion, Sampling, end_tokens, generate
+from nemo_rl.trainers.base import Trainer
+
+PREFLIGHT_ROWS = 4
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Completions of P prompts, G each, prompt by prompt, with the outcome of their rewards."""
+
+    prompts: list[PromptExample]
+    completions: list[Completion]
+    responses: list[str]
+    outcomes: list[RewardOutcome]
+    seconds: dict[str, float]
+
+
+class GRPOTrainer(Trainer):
+    """Maximises the clipped, group-relative objective (DeepSeekMath, arXiv 2402.03300, with the choices of GRPOSpec)."""
+
+    algorithm = "grpo"
+
+    def train_step(self, examples: list[PromptExample], step: int) -> dict[str, Any]:
+        rollouts = self.roll_out(examples, step)
+        rewards, valid = self.rewards_of(rollouts)
+        advantages = group_advantages(
+            rewards,
+            valid,
+            leave_one_out=self.settings.use_leave_one_out_baseline,
+            normalize=self.settings.normalize_rewards,
+        ).flatten()
+        started = time.perf_counter()
+        trained = self.train_on(rollouts, advantages, valid.flatten())
+        seconds = {**rollouts.seconds, "train_seconds": time.perf_counter() - started}
+        self.samples = self._samples(rollouts, step)
+        return {**trained, **self._reward_metrics(rollouts, rewards, valid, advantages), **seconds}
+
+    # ------------------------------------------------------------------ rollouts
+
+    def roll_out(self, examples: list[PromptExample], step: int) -> Rollouts:
+        """Samples completions of each prompt and scores them; rewards of finished groups overlap with generation."""
+        started = time.perf_counter()
+        futures: list[Any] = [None] * len(examples)
+        responses: list[list[str]] = [[] for _ in examples]
+
+        def score(i: int, completions: list[Completion]) -> None:
+            responses[i] = self.tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
+            futures[i] = self.runner.submit(self._calls(examples[i], responses[i], step))
+
+        groups = generate(
+            self.policy,
+            [example.ids for example in examples],
+            self.sampling,
+            end_ids=self.end_ids,
+            seed=self.training.seed,
+            step=step,
+            keys=[example.index for example in examples],
+            poll=self.poll,
+            on_group=score,
+        )
+        generated = time.perf_counter()
+        outcomes = [outcome for future in futures for outcome in self.runner.wait(future)]
+        seconds = {"generate_seconds": generated - started, "reward_seconds": time.perf_counter() - generated}
+        return Rollouts(
+            examples,
+            [completion for group in groups for completion in group],
+            [response for group in responses for response in group],
+            outcomes,
+            seconds,
+        )
+
+    def _calls(self, example: PromptExample, responses: list[str], step: int) -> list[RewardCall]:
+        row = example.row
+        return [
+            RewardCall(row.prompt, response, row.messages, row.columns, (self.training.seed, step, example.index, sample))
+            for sample, response in enumerate(responses)
+        ]
+
+    def rewards_of(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        """Returns the rewards and which of them count, both (P, G). Dropped completions have reward 0 and do not count."""
+        shape = (len(rollouts.prompts), self.settings.num_generations_per_prompt)
+        values = [outcome.value if outcome.value is not None else 0.0 for outcome in rollouts.outcomes]
+        valid = [outcome.value is not None for outcome in rollouts.outcomes]
+        return torch.tensor(values, dtype=torch.float64).view(shape), torch.tensor(valid).view(shape)
+
+    # ------------------------------------------------------------------ the update
+
+    def train_on(self, rollouts: Rollouts, advantages: Tensor, valid: Tensor) -> dict[str, float]:
+        """Makes `num_iterations` optimizer updates from the rollouts; `advantages` and `valid` are (P * G,)."""
+        settings = self.settings
+        completions = rollouts.completions
+        counted = valid.tolist()
+        if settings.mask_truncated_completions:
+            counted = [v and c.finished for v, c in zip(counted, completions, strict=True)]
+        lengths = [len(c.ids) if keep else 0 for c, keep in zip(completions, counted, strict=True)]
+        weights = token_weights(lengths, settings.loss_type, settings.max_new_tokens)
+        # without a KL term a completion of zero advantage has no gradient; the weights above still count its tokens
+        live = [i for i, keep in enumerate(counted) if keep and (settings.beta > 0 or advantages[i] != 0)]
+        sequences = [self._sequence(rollouts, i) for i in live]
+        totals = {"kl": 0.0, "clipped": 0.0}
+        device = self.device
+        advantage_of, weight_of = advantages[live].to(device), torch.tensor(weights, device=device)[live]
+
+        def loss_fn(batch: PackedBatch, indices: list[int]) -> Tensor:
+            rows = torch.tensor(indices, device=device)[batch.rows_S]
+            logprobs = self.policy.logprobs(batch, settings.temperature)
+            old = logprobs.detach()
+            if settings.num_iterations > 1:
+                drawn = [completions[live[indices[i]]].logprobs for i in batch.order]
+                old = torch.tensor([value for values in drawn for value in values], device=device)
+            loss, ratio, clipped = clipped_policy_loss(
+                logprobs,
+                old,
+                advantage_of[rows],
+                clip_low=settings.clip_low,
+                clip_high=settings.clip_high,
+                dual_clip=settings.dual_clip,
+            )
+            totals["clipped"] += clipped.sum().item()
+            if settings.beta > 0:
+                reference = self._reference_logprobs(batch)
+                loss = loss + settings.beta * kl_loss(logprobs, reference, ratio, settings.kl_estimator)
+                totals["kl"] += kl_estimate(logprobs.detach(), reference, settings.kl_estimator).sum().item()
+            return (loss * weight_of[rows]).sum()
+
+        loss, grad_norm = 0.0, 0.0
+        for iteration in range(settings.num_iterations if sequences else 0):
+            loss = self.accumulate(sequences, loss_fn, may_stop=iteration == 0)
+            grad_norm = self._optimizer.step(self.rate)
+        trained_tokens = max(sum(sequence.num_targets for sequence in sequences), 1) * settings.num_iterations
+        return {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "kl": totals["kl"] / trained_tokens,
+            "clip_fraction": totals["clipped"] / trained_tokens,
+        }
+
+    def _sequence(self, rollouts: Rollouts, i: int) -> TokenSequence:
+        group = i // self.settings.num_generations_per_prompt
+        prompt = rollouts.prompts[group].ids
+        return TokenSequence(prompt + rollouts.completions[i].ids, len(prompt), group=group, shared=len(prompt))
+
+    @torch.no_grad()
+    def _reference_logprobs(self, batch: PackedBatch) -> Tensor:
+        with self._as_reference() as policy:
+            return policy.logprobs(batch, self.settings.temperature)
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[Policy]:
+        """The model that training started from: with adapters, the same model without them."""
+        if self.reference is not None:
+            yield self.reference
+        else:
+            with self.model.disable_adapter():
+                yield self.policy
+
+    # ------------------------------------------------------------------ start, evaluation, words
+
+    def _bind(self, data: Prepared, validation: Prepared | None, reward_fn: Any, reward_weights: Any) -> None:
+        spec = self.config.reward
+        if reward_fn is None and spec is not None:
+            from nemo_rl.environments.load import load_reward
+
+            reward_fn = load_reward(spec, {})
+        if reward_fn is None:
+            raise ValueError("reward_fn is required for GRPO: a function (prompt, response) -> float")
+        columns = set(data.examples[0].row.columns)
+        weights = reward_weights if reward_weights is not None else (spec.weights if spec is not None else None)
+        rewards = bind_rewards(reward_fn, weights, columns)
+        self.rewards_identity = rewards.identity
+        timeout, on_error = (spec.timeout_seconds, spec.on_error) if spec is not None else (60.0, "raise")
+        self.runner = RewardRunner(rewards, timeout_seconds=timeout, on_error=on_error)
+
+    def _identity(self, data: Prepared, validation: Prepared | None) -> dict[str, Any]:
+        return {**super()._identity(data, validation), "reward": self.rewards_identity}
+
+    def _start(self, data: Prepared, validation: Prepared | None) -> None:
+        settings = self.settings
+        self.end_ids = end_tokens(self.policy.causal, self.tokenizer)
+        self.sampling = Sampling(
+            settings.num_generations_per_prompt,
+            settings.max_new_tokens,
+            settings.temperature,
+            settings.top_k,
+            settings.top_p,
+        )
+        self.reference: Policy | None = None
+        if settings.beta > 0 and self.training.lora_rank is None:
+            self.reference = self.initial_policy()
+        self.runner.should_stop = lambda: self.signals.requested is not None
+        self.runner.start()
+        rows = data.examples[:PREFLIGHT_ROWS]
+        for warning in preflight(self.runner, [self._calls(row, [""], 0)[0] for row in rows], on_error=self.runner.on_error):
+            self.display.note(warning)
+
+    def initial_policy(self) -> Policy:
+        if self.current_step == 0:
+            frozen = copy.deepcopy(self.model).requires_grad_(False)
+            return Policy(frozen, self.training.precision)
+        return super().initial_policy()
+
+    def _release(self) -> None:
+        if hasattr(self, "runner"):
+            self.runner.close()
+
+    def evaluate(self, validation: Prepared) -> tuple[dict[str, float], float]:
+        sampling = Sampling(1, self.settings.max_new_tokens, greedy=True)
+        groups = generate(
+            self.policy,
+            [example.ids for example in validation.examples],
+            sampling,
+            end_ids=self.end_ids,
+            seed=self.training.seed,
+            step=0,
+            poll=self.poll,
+        )
+        responses = self.tokenizer.batch_decode([group[0].ids for group in groups], skip_special_tokens=True)
+        calls = [self._calls(example, [text], 0)[0] for example, text in zip(validation.examples, responses, strict=True)]
+        values = [outcome.value for outcome in self.runner.score(calls) if outcome.value is not None]
+        reward = sum(values) / max(len(values), 1)
+        return {"validation_reward": reward}, reward
+
+    def _observe(self, metrics: dict[str, Any]) -> None:
+        self.reward_sum += metrics["reward"]
+        self.reward_steps += 1
+
+    def _checkpoint_metric(self) -> float | None:
+        return self.reward_sum / self.reward_steps if self.reward_steps else None
+
+    reward_sum = 0.0
+    reward_steps = 0
+
+    def _save(self, *args: Any) -> Any:
+        path = super()._save(*args)
+        self.reward_sum, self.reward_steps = 0.0, 0
+        return path
+
+    def _reward_metrics(self, rollouts: Rollouts, rewards: Tensor, valid: Tensor, advantages: Tensor) -> dict[str, Any]:
+        counts = valid.sum(-1)
+        means = (rewards * valid).sum(-1) / counts.clamp(min=1)
+        variances = ((rewards - means[:, None]).square() * valid).sum(-1) / (counts - 1).clamp(min=1)
+        lengths = [len(c.ids) for c in rollouts.completions]
+        metrics: dict[str, Any] = {
+            "reward": ((rewards * valid).sum() / valid.sum().clamp(min=1)).item(),
+            "reward_std": variances.sqrt().mean().item(),
+            **_mean_parts(rollouts.outcomes),
+            "reward_errors": sum(outcome.error is not None for outcome in rollouts.outcomes),
+            "entropy": -sum(sum(c.logprobs) for c in rollouts.completions) / max(sum(lengths), 1),
+            "completion_length": sum(lengths) / len(lengths),
+            "truncated_fraction": sum(not c.finished for c in rollouts.completions) / len(lengths),
+            "flat_group_fraction": (advantages.view(rewards.shape) == 0).all(-1).float().mean().item(),
+            "tokens": sum(lengths) + sum(len(prompt.ids) for prompt in rollouts.prompts),
+        }
+        metrics |= {f"environment/{name}": value for name, value in self.runner.metrics().items() if "/" not in name}
+        return metrics
+
+    def _samples(self, rollouts: Rollouts, step: int) -> list[dict[str, Any]]:
+        found = []
+        for i in range(min(self.training.logged_completions, len(rollouts.completions))):
+            # the first of each of the first groups, so that samples show different prompts
+            group = i % len(rollouts.prompts)
+            j = group * self.settings.num_generations_per_prompt + i // len(rollouts.prompts)
+            outcome = rollouts.outcomes[j]
+            found.append(
+                {
+                    "prompt": rollouts.prompts[group].row.prompt,
+                    "completion": rollouts.responses[j],
+                    "reward": outcome.value,
+                    "tokens": len(rollouts.completions[j].ids),
+                    "error": outcome.error,
+                }
+            )
+        return found
+
+
+def _mean_parts(outcomes: list[RewardOutcome]) -> dict[str, float]:
+    """Returns the mean of each named part of the rewards over the completions that have it, as reward/<part>."""
+    names = sorted({name for outcome in outcomes for name in outcome.parts})
+    found = {}
+    for name in names:
+        values = [outcome.parts[name] for outcome in outcomes if name in outcome.parts]
+        found[f"reward/{name}"] = sum(values) / len(values)
+    return found
