@@ -1,0 +1,173 @@
+"""What becomes of a failed attempt: told apart by its pods, retried free or counted, or final."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from cluster.kubelet import PlayedPod
+from cluster.manifests import failure
+from cluster.scene import Scene
+from nemo_rl.job.names import ExitCode, attempt_job
+from nemo_rl.job.status import Cause
+
+pytestmark = pytest.mark.usefixtures("operator")
+
+TRACEBACK = """Traceback (most recent call last):
+  File "reward.py", line 3, in reward
+    return 1 / 0
+ZeroDivisionError: division by zero"""
+
+FINAL: dict[str, tuple[Callable[[PlayedPod], None], Cause]] = {
+    "user error": (lambda p: p.run().exit(ExitCode.USER_ERROR, failure("no")), Cause.USER_ERROR),
+    "bad data": (lambda p: p.run().exit(ExitCode.BAD_DATA, failure("no")), Cause.BAD_DATA),
+    "non-finite": (lambda p: p.run().exit(ExitCode.NON_FINITE, failure("no")), Cause.NON_FINITE),
+    "user error without a word": (lambda p: p.run().exit(ExitCode.USER_ERROR), Cause.USER_ERROR),
+    # torchrun ends with 1 whatever its workers ended with: the message tells
+    "user error behind torchrun": (
+        lambda p: p.run().exit(1, failure("no", exit_code=int(ExitCode.USER_ERROR))),
+        Cause.USER_ERROR,
+    ),
+}
+COUNTED: dict[str, tuple[Callable[[PlayedPod], None], Cause]] = {
+    "out of memory": (lambda p: p.run().oom(), Cause.OUT_OF_MEMORY),
+    "unknown exit code": (lambda p: p.run().exit(3), Cause.ERROR),
+    "crash": (lambda p: p.run().exit(139), Cause.ERROR),
+    "success without a result": (lambda p: p.run().exit(0, ""), Cause.NO_RESULT),
+    "success with garbage": (lambda p: p.run().exit(0, "\x00{not json"), Cause.NO_RESULT),
+}
+FREE: dict[str, tuple[Callable[[PlayedPod], None], Cause]] = {
+    "preempted after a checkpoint": (lambda p: p.run().exit(ExitCode.PREEMPTED), Cause.PREEMPTED),
+    "evicted by the node": (lambda p: p.run().evict(), Cause.DISRUPTED),
+    "drained": (lambda p: p.run().disrupt(), Cause.DISRUPTED),
+    "drained, killed after the grace period": (lambda p: p.run().disrupt(code=137), Cause.DISRUPTED),
+    "preempted by the scheduler before it ran": (
+        lambda p: p.evict("Preempted in order to admit critical pod"),
+        Cause.DISRUPTED,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FINAL)
+def test_failure_that_a_retry_cannot_cure_is_final(scene: Scene, case: str) -> None:
+    play, cause = FINAL[case]
+    scene.submit()
+    play(scene.attempt(1))
+    status = scene.phase("Failed")
+    assert status["failure"]["cause"] == cause
+    assert [a["cause"] for a in status["attempts"]] == [cause]
+    assert len(scene.jobs()) == 1
+
+
+@pytest.mark.parametrize("case", COUNTED)
+def test_failure_of_unknown_origin_is_retried_and_counted(scene: Scene, case: str) -> None:
+    play, cause = COUNTED[case]
+    scene.submit(backoffLimit=1)
+    play(scene.attempt(1))
+    status = scene.until(lambda s: s["attempts"][0].get("cause"), "the attempt's end is recorded")
+    assert status["attempts"][0]["cause"] == cause
+    assert status["attempts"][0]["counted"] is True
+    status = scene.succeed(attempt=2)
+    assert [a["number"] for a in status["attempts"]] == [1, 2]
+    assert status["countedFailures"] == 1
+
+
+@pytest.mark.parametrize("case", FREE)
+def test_disruption_is_retried_without_counting(scene: Scene, case: str) -> None:
+    play, cause = FREE[case]
+    scene.submit(backoffLimit=0)
+    play(scene.attempt(1))
+    status = scene.succeed(attempt=2)
+    assert status["attempts"][0]["cause"] == cause
+    assert status["attempts"][0]["counted"] is False
+    assert status.get("countedFailures", 0) == 0
+
+
+def test_user_error_shows_its_traceback_after_the_pods_are_gone(scene: Scene) -> None:
+    scene.submit()
+    pod = scene.attempt(1).run()
+    pod.exit(ExitCode.USER_ERROR, failure("ZeroDivisionError: division by zero", traceback=TRACEBACK))
+    scene.phase("Failed")
+    scene.api.delete("jobs", scene.namespace, attempt_job("x", 1))
+    scene.gone("pods", pod.name)
+    found = scene.status()["failure"]
+    assert found["exitCode"] == ExitCode.USER_ERROR
+    assert found["pod"] == pod.name
+    assert "division by zero" in found["message"]
+    assert "line 3, in reward" in found["traceback"]
+
+
+def test_backoff_limit_ends_the_job_with_the_last_cause(scene: Scene) -> None:
+    scene.submit(backoffLimit=2)
+    for number in (1, 2, 3):
+        scene.attempt(number).run().oom()
+    status = scene.phase("Failed")
+    assert status["failure"]["cause"] == Cause.OUT_OF_MEMORY
+    assert status["failure"]["exitCode"] == 137
+    assert status["countedFailures"] == 3
+    assert len(status["attempts"]) == 3
+
+
+def test_backoff_limit_may_be_raised_while_the_job_runs(scene: Scene) -> None:
+    scene.submit(backoffLimit=0)
+    pod = scene.attempt(1).run()
+    scene.change(backoffLimit=1)
+    pod.oom()
+    assert scene.succeed(attempt=2)["phase"] == "Succeeded"
+
+
+def test_only_the_newest_ten_attempts_are_kept(scene: Scene) -> None:
+    scene.submit(backoffLimit=0)
+    for number in range(1, 13):
+        scene.attempt(number).run().exit(ExitCode.PREEMPTED)
+    status = scene.succeed(attempt=13)
+    assert [a["number"] for a in status["attempts"]] == list(range(4, 14))
+    assert status["attempt"] == 13
+
+
+def test_next_attempt_starts_only_when_all_pods_of_the_last_are_gone(scene: Scene) -> None:
+    scene.submit(resources={"nodes": 2})
+    first, second = (scene.attempt(1, index=i).run() for i in (0, 1))
+    scene.phase("Running")
+    second.when_stopped(0)
+    first.disrupt()
+    retried = scene.attempt(2)
+    assert not first.alive
+    assert not second.alive
+    assert retried.job == attempt_job("x", 2)
+
+
+def test_one_failed_pod_of_several_decides_the_cause(scene: Scene) -> None:
+    scene.submit(resources={"nodes": 2})
+    pods = [scene.attempt(1, index=i).run() for i in (0, 1)]
+    pods[1].exit(ExitCode.USER_ERROR, failure("only rank 1 saw it", traceback=TRACEBACK))
+    status = scene.phase("Failed")
+    assert status["failure"]["cause"] == Cause.USER_ERROR
+    assert status["failure"]["pod"] == pods[1].name
+
+
+def test_attempts_remember_the_steps(scene: Scene) -> None:
+    scene.submit()
+    pod = scene.attempt(1).run()
+    pod.serve({"step": 7, "totalSteps": 10, "checkpoint": {"latest": "x/checkpoint-5", "latestStep": 5}})
+    scene.until(lambda s: s["progress"]["step"] == 7, "progress is shown")
+    pod.exit(ExitCode.PREEMPTED, failure("saved", total_steps=7))
+    status = scene.succeed(attempt=2)
+    assert status["attempts"][0]["toStep"] == 7
+
+
+def test_pod_deleted_by_hand_is_a_free_retry(scene: Scene) -> None:
+    scene.submit(backoffLimit=0)
+    pod = scene.attempt(1).run()
+    scene.phase("Running")
+    scene.kubectl("delete", "pod", pod.name, "--wait=false")
+    assert scene.succeed(attempt=2)["attempts"][0]["counted"] is False
+
+
+def test_job_object_deleted_by_hand_is_a_free_retry(scene: Scene) -> None:
+    scene.submit(backoffLimit=0)
+    scene.attempt(1).run()
+    scene.phase("Running")
+    scene.kubectl("delete", "job", attempt_job("x", 1), "--wait=false")
+    assert scene.succeed(attempt=2)["attempts"][0]["counted"] is False

@@ -1,0 +1,179 @@
+"""What the operator makes: Jobs, claims, Services and pods, in a namespace that enforces Pod Security `restricted`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from cluster.api import Object
+from cluster.scene import Scene
+from nemo_rl.job import names
+
+pytestmark = pytest.mark.usefixtures("operator")
+
+
+@pytest.fixture
+def restricted(scene: Scene) -> Scene:
+    labels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
+    scene.api.patch("namespaces", None, scene.namespace, {"metadata": {"labels": labels}})
+    return scene
+
+
+def pod_spec(scene: Scene, **spec: Any) -> Object:
+    scene.submit(**spec)
+    return dict(scene.attempt(1).object["spec"])
+
+
+def test_pods_are_admitted_as_restricted_and_hold_no_token(restricted: Scene) -> None:
+    spec = pod_spec(restricted, output={"serveUntil": "2100-01-01T00:00:00Z"})
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["restartPolicy"] == "Never"
+    container = spec["containers"][0]
+    assert container["name"] == names.TRAINER_CONTAINER
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert not [v for v in spec["volumes"] if "hostPath" in v]
+    restricted.succeed()
+    files = restricted.kubelet.named(restricted.namespace, names.files_pod("x"))
+    assert files.object["spec"]["automountServiceAccountToken"] is False
+
+
+def test_several_nodes_are_one_indexed_job_with_a_headless_service(scene: Scene) -> None:
+    scene.submit(resources={"nodes": 2, "gpusPerNode": 4})
+    pods = [scene.attempt(1, index=i) for i in (0, 1)]
+    job = scene.api.get("jobs", scene.namespace, names.attempt_job("x", 1))["spec"]
+    assert (job["completionMode"], job["completions"], job["parallelism"], job["backoffLimit"]) == ("Indexed", 2, 2, 0)
+    service = scene.api.get("services", scene.namespace, "x")["spec"]
+    assert service["clusterIP"] == "None"
+    assert service["publishNotReadyAddresses"] is True
+    for pod in pods:
+        found = pod.object
+        labels = found["metadata"]["labels"]
+        assert service["selector"].items() <= labels.items()
+        assert found["spec"]["subdomain"] == "x"
+        assert found["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "4"
+    claim = scene.api.get("persistentvolumeclaims", scene.namespace, names.output_claim("x"))
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    assert scene.kubectl("get", names.SHORT_NAME, "x", "-o", "jsonpath={.status.gpus}") == "8"
+
+
+def test_one_node_needs_no_service_and_a_claim_of_one_writer(scene: Scene) -> None:
+    spec = pod_spec(scene, output={"size": "7Gi", "storageClassName": "slow"})
+    assert scene.api.find("services", scene.namespace, "x") is None
+    claim = scene.api.get("persistentvolumeclaims", scene.namespace, names.output_claim("x"))["spec"]
+    assert claim["accessModes"] == ["ReadWriteOnce"]
+    assert claim["resources"]["requests"]["storage"] == "7Gi"
+    assert claim["storageClassName"] == "slow"
+    assert "nvidia.com/gpu" not in json.dumps(spec)
+
+
+def test_existing_claim_is_used_and_none_is_made(scene: Scene) -> None:
+    spec = pod_spec(scene, output={"claim": "mine"}, cache={"claim": "shared"})
+    claims = {v["persistentVolumeClaim"]["claimName"] for v in spec["volumes"] if "persistentVolumeClaim" in v}
+    assert claims == {"mine", "shared"}
+    assert scene.api.find("persistentvolumeclaims", scene.namespace, names.output_claim("x")) is None
+
+
+def test_resources_of_the_job_reach_the_pod(scene: Scene) -> None:
+    spec = pod_spec(scene, resources={"cpu": "2", "memory": "3Gi", "gpusPerNode": 1, "sharedMemory": "512Mi"})
+    asked = spec["containers"][0]["resources"]
+    expected = {"cpu": "2", "memory": "3Gi", "nvidia.com/gpu": "1"}
+    assert {key: asked["limits"][key] for key in expected} == expected
+    assert asked["requests"]["memory"] == "3Gi"
+    shared = next(v["emptyDir"] for v in spec["volumes"] if v.get("emptyDir", {}).get("medium") == "Memory")
+    assert shared["sizeLimit"] == "512Mi"
+
+
+def test_allow_listed_fields_reach_the_pod(scene: Scene) -> None:
+    priority = {"metadata": {"name": scene.namespace}, "value": 7}
+    scene.api.request("POST", "/apis/scheduling.k8s.io/v1/priorityclasses", priority)
+    scene.api.create("serviceaccounts", scene.namespace, {"metadata": {"name": "trainer"}})
+    affinity = {
+        "nodeAffinity": {
+            "requiredDuringSchedulingIgnoredDuringExecution": {
+                "nodeSelectorTerms": [{"matchExpressions": [{"key": "gpu", "operator": "In", "values": ["h200"]}]}]
+            }
+        }
+    }
+    toleration = {"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}
+    scene.submit(
+        image="registry.example/trainer:1",
+        imagePullPolicy="Always",
+        imagePullSecrets=[{"name": "registry"}],
+        serviceAccountName="trainer",
+        nodeSelector={"pool": "gpu"},
+        tolerations=[toleration],
+        affinity=affinity,
+        priorityClassName=scene.namespace,
+        schedulerName="another",
+        labels={"team": "rl"},
+        annotations={"example.com/note": "hello"},
+        terminationGracePeriodSeconds=77,
+    )
+    pod = scene.attempt(1).object
+    spec = pod["spec"]
+    assert spec["containers"][0]["image"] == "registry.example/trainer:1"
+    assert spec["containers"][0]["imagePullPolicy"] == "Always"
+    assert spec["imagePullSecrets"] == [{"name": "registry"}]
+    assert spec["serviceAccountName"] == "trainer"
+    assert spec["nodeSelector"] == {"pool": "gpu"}
+    assert toleration in spec["tolerations"]
+    assert spec["affinity"] == affinity
+    assert spec["priorityClassName"] == scene.namespace
+    assert spec["schedulerName"] == "another"
+    assert spec["terminationGracePeriodSeconds"] == 77
+    assert pod["metadata"]["labels"]["team"] == "rl"
+    assert pod["metadata"]["annotations"]["example.com/note"] == "hello"
+
+
+def test_secrets_go_by_reference_only(scene: Scene) -> None:
+    scene.secret("hub", token="hf_do_not_tell", other="hf_nor_this")
+    reference = {"secretKeyRef": {"name": "hub", "key": "token"}}
+    scene.submit(env=[{"name": "HF_TOKEN", "valueFrom": reference}], envFrom=[{"secretRef": {"name": "hub"}}])
+    container = scene.attempt(1).object["spec"]["containers"][0]
+    variable = next(v for v in container["env"] if v["name"] == "HF_TOKEN")
+    assert variable["valueFrom"]["secretKeyRef"]["name"] == "hub"
+    assert {"secretRef": {"name": "hub"}} in container["envFrom"]
+    scene.succeed()
+    written = [scene.api.list(kind, scene.namespace) for kind in ("configmaps", "pods", "jobs", "events", names.PLURAL)]
+    text = json.dumps(written)
+    assert "hf_do_not_tell" not in text
+    assert "hf_nor_this" not in text
+
+
+def test_frozen_job_is_what_was_submitted_and_does_not_change(scene: Scene) -> None:
+    scene.submit(training={"maxSteps": 7})
+    scene.attempt(1)
+    frozen = scene.api.get("configmaps", scene.namespace, names.frozen_job("x"))
+    (text,) = frozen["data"].values()
+    assert json.loads(text)["spec"]["training"]["maxSteps"] == 7
+    scene.change(backoffLimit=9)
+    scene.succeed()
+    assert scene.api.get("configmaps", scene.namespace, names.frozen_job("x"))["data"] == frozen["data"]
+
+
+def test_children_are_labelled_and_owned_by_the_job(scene: Scene) -> None:
+    created = scene.submit(resources={"nodes": 2})
+    scene.attempt(1)
+    owned = {
+        "jobs": names.attempt_job("x", 1),
+        "services": "x",
+        "configmaps": names.frozen_job("x"),
+    }
+    for kind, name in owned.items():
+        meta = scene.api.get(kind, scene.namespace, name)["metadata"]
+        assert meta["labels"][names.LABEL_JOB] == "x"
+        assert [o["uid"] for o in meta["ownerReferences"]] == [created["metadata"]["uid"]]
+        assert meta["ownerReferences"][0]["controller"] is True
+
+
+def test_foreign_object_with_a_childs_name_is_left_alone_and_reported(scene: Scene) -> None:
+    other = {"metadata": {"name": names.attempt_job("x", 1)}, "spec": {"suspend": True, "template": {"spec": {}}}}
+    container = {"name": "other", "image": "other"}
+    other["spec"]["template"]["spec"] = {"restartPolicy": "Never", "containers": [container]}
+    uid = scene.api.create("jobs", scene.namespace, other)["metadata"]["uid"]
+    scene.submit()
+    status = scene.phase("Failed")
+    assert names.attempt_job("x", 1) in status["message"]
+    assert scene.api.get("jobs", scene.namespace, names.attempt_job("x", 1))["metadata"]["uid"] == uid

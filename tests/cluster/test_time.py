@@ -1,0 +1,223 @@
+"""Suspension, queues, deadlines and the end of kept time: what acts by itself, and what waits."""
+
+from __future__ import annotations
+
+import datetime
+import time
+
+import pytest
+
+from cluster.api import eventually
+from cluster.manifests import bundle, result
+from cluster.scene import Scene
+from nemo_rl.job import names
+from nemo_rl.job.status import Cause
+
+pytestmark = pytest.mark.usefixtures("operator")
+
+
+def live_jobs(scene: Scene) -> list[str]:
+    return [job["metadata"]["name"] for job in scene.jobs() if "deletionTimestamp" not in job["metadata"]]
+
+
+def test_job_created_suspended_makes_no_job_until_it_is_resumed(scene: Scene) -> None:
+    scene.submit(suspend=True)
+    scene.phase("Suspended")
+    assert scene.condition("Suspended")["status"] == "True"
+    assert scene.jobs() == []
+    scene.change(suspend=False)
+    assert scene.succeed()["attempt"] == 1
+    assert scene.condition("Suspended")["status"] == "False"
+
+
+@pytest.mark.parametrize(
+    "moment", ["waiting for bundles", "before the pod is scheduled", "pulling the image", "running"]
+)
+def test_suspend_frees_the_pods_and_resume_goes_on(scene: Scene, moment: str) -> None:
+    if moment == "waiting for bundles":
+        scene.submit(bundles=[bundle("code", 1)])
+        scene.message("bundle")
+    else:
+        scene.submit()
+        pod = scene.attempt(1)
+        if moment == "pulling the image":
+            pod.wait_for("ContainerCreating")
+        if moment == "running":
+            pod.run()
+            scene.phase("Running")
+    scene.change(suspend=True)
+    scene.phase("Suspended")
+    eventually(lambda: not live_jobs(scene), "no Job is left")
+    eventually(lambda: not scene.api.list("pods", scene.namespace), "no pod is left")
+    if moment == "waiting for bundles":
+        part = {"metadata": {"name": "code-part-0"}, "binaryData": {"part": ""}}
+        scene.api.create("configmaps", scene.namespace, part)
+    scene.change(suspend=False)
+    number = 1 if moment == "waiting for bundles" else 2
+    status = scene.succeed(attempt=number)
+    assert status["attempt"] == number
+    if number == 2:
+        assert status["attempts"][0]["cause"] == Cause.SUSPENDED
+        assert status["attempts"][0]["counted"] is False
+
+
+def test_suspend_between_two_attempts_holds_the_next_back(scene: Scene) -> None:
+    scene.submit(backoffLimit=5)
+    scene.attempt(1).run().oom()
+    scene.change(suspend=True)
+    scene.phase("Suspended")
+    eventually(
+        lambda: not any(p["status"].get("phase") == "Running" for p in scene.api.list("pods", scene.namespace)), "idle"
+    )
+    scene.change(suspend=False)
+    number = eventually(lambda: scene.status().get("attempt", 0) > 1 and scene.status()["attempt"], "a next attempt")
+    assert scene.succeed(attempt=number)["countedFailures"] == 1
+
+
+def test_job_that_ends_well_while_it_is_stopped_has_succeeded(scene: Scene) -> None:
+    scene.submit()
+    pod = scene.attempt(1).run()
+    scene.phase("Running")
+    pod.when_stopped(0, result(10))
+    scene.change(suspend=True)
+    status = scene.phase("Suspended", "Succeeded")
+    if status["phase"] == "Suspended":
+        scene.change(suspend=False)
+        scene.succeed(attempt=2)
+
+
+def test_suspending_a_finished_job_changes_nothing(scene: Scene) -> None:
+    scene.submit()
+    before = scene.succeed()
+    scene.change(suspend=True)
+    generation = scene.job()["metadata"]["generation"]
+    eventually(lambda: scene.status().get("observedGeneration") in (generation, generation - 1), "it was seen")
+    assert scene.status()["phase"] == "Succeeded"
+    assert scene.status()["completionTime"] == before["completionTime"]
+
+
+def test_deadline_fails_the_job_and_stops_its_pods(scene: Scene) -> None:
+    scene.submit(activeDeadlineSeconds=2)
+    pod = scene.attempt(1).run()
+    status = scene.phase("Failed")
+    assert status["failure"]["cause"] == Cause.DEADLINE
+    assert "2 s" in status["failure"]["message"]
+    eventually(lambda: not pod.alive, "the pod is stopped")
+
+
+def test_deadline_does_not_run_while_suspended(scene: Scene) -> None:
+    scene.submit(activeDeadlineSeconds=4)
+    scene.attempt(1).run()
+    scene.phase("Running")
+    scene.change(suspend=True)
+    suspended = scene.phase("Suspended")
+    assert suspended.get("activeSeconds", 0) < 4
+    until = time.monotonic() + 5
+    eventually(lambda: time.monotonic() > until, "more than the deadline has passed", 10)
+    assert scene.status()["phase"] == "Suspended"
+    scene.change(suspend=False)
+    scene.attempt(2).run()
+    scene.phase("Running")
+    assert scene.phase("Failed")["failure"]["cause"] == Cause.DEADLINE
+
+
+def test_deadline_may_be_extended(scene: Scene) -> None:
+    scene.submit(activeDeadlineSeconds=3)
+    pod = scene.attempt(1).run()
+    scene.change(activeDeadlineSeconds=600)
+    until = time.monotonic() + 4
+    eventually(lambda: time.monotonic() > until, "the first deadline has passed", 10)
+    assert scene.status()["phase"] == "Running"
+    pod.exit(0, result(1))
+    scene.phase("Succeeded")
+
+
+@pytest.mark.parametrize("seconds", [0, 2])
+def test_finished_job_is_deleted_after_its_time_to_live(scene: Scene, seconds: int) -> None:
+    scene.submit(ttlSecondsAfterFinished=seconds)
+    scene.attempt(1).run().exit(0, result(1))
+    scene.gone(names.PLURAL, "x")
+    scene.gone("jobs", names.attempt_job("x", 1))
+
+
+def test_time_to_live_may_be_set_after_the_end(scene: Scene) -> None:
+    scene.submit()
+    scene.succeed()
+    scene.change(ttlSecondsAfterFinished=0)
+    scene.gone(names.PLURAL, "x")
+
+
+def test_job_with_a_queue_is_created_suspended_and_left_to_the_queue(scene: Scene) -> None:
+    scene.submit(job_labels={names.LABEL_QUEUE: "team", names.LABEL_PRIORITY: "high"})
+    status = scene.phase("Queued")
+    assert "team" in status["message"]
+    made = scene.api.get("jobs", scene.namespace, names.attempt_job("x", 1))
+    assert made["spec"]["suspend"] is True
+    assert made["metadata"]["labels"][names.LABEL_QUEUE] == "team"
+    assert made["metadata"]["labels"][names.LABEL_PRIORITY] == "high"
+    # what Kueue does when it admits, and when it takes the quota back
+    admit = {"spec": {"suspend": False}}
+    scene.api.patch("jobs", scene.namespace, names.attempt_job("x", 1), admit)
+    pod = scene.attempt(1).run()
+    scene.phase("Running")
+    scene.api.patch("jobs", scene.namespace, names.attempt_job("x", 1), {"spec": {"suspend": True}})
+    scene.phase("Queued")
+    eventually(lambda: not pod.alive, "the pod is stopped")
+    scene.api.patch("jobs", scene.namespace, names.attempt_job("x", 1), admit)
+    assert scene.succeed()["attempt"] == 1
+
+
+def test_deadline_does_not_run_in_the_queue(scene: Scene) -> None:
+    scene.submit(job_labels={names.LABEL_QUEUE: "team"}, activeDeadlineSeconds=1)
+    scene.phase("Queued")
+    until = time.monotonic() + 3
+    eventually(lambda: time.monotonic() > until, "more than the deadline has passed", 10)
+    assert scene.status()["phase"] == "Queued"
+
+
+def test_job_waits_for_its_bundles_and_says_how_many(scene: Scene) -> None:
+    scene.submit(bundles=[bundle("code", 2)], reward={"builtin": None, "bundle": "code"})
+    scene.message("0 of 2", "bundle")
+    for part in range(2):
+        body = {"metadata": {"name": f"code-part-{part}"}, "immutable": True, "binaryData": {"part": ""}}
+        scene.api.create("configmaps", scene.namespace, body)
+    assert scene.succeed()["phase"] == "Succeeded"
+
+
+def test_job_whose_bundles_never_come_fails_and_names_them(scene: Scene) -> None:
+    scene.submit(bundles=[bundle("code", 2)])
+    part = {"metadata": {"name": "code-part-0"}, "binaryData": {"part": ""}}
+    scene.api.create("configmaps", scene.namespace, part)
+    status = scene.phase("Failed")
+    assert status["failure"]["cause"] == Cause.BUNDLES_MISSING
+    assert "code-part-1" in status["failure"]["message"]
+    assert scene.jobs() == []
+
+
+def future(seconds: int) -> str:
+    return (datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def test_output_is_served_while_asked_for_and_no_longer(scene: Scene) -> None:
+    scene.submit()
+    scene.succeed()
+    assert scene.api.find("pods", scene.namespace, names.files_pod("x")) is None
+    scene.change(output={"serveUntil": future(600)})
+    files = scene.kubelet.named(scene.namespace, names.files_pod("x")).run()
+    spec = files.object["spec"]
+    volume = next(v for v in spec["volumes"] if "persistentVolumeClaim" in v)
+    assert volume["persistentVolumeClaim"]["claimName"] == names.output_claim("x")
+    mount = next(m for m in spec["containers"][0]["volumeMounts"] if m["name"] == volume["name"])
+    assert mount["readOnly"] is True
+    assert spec["automountServiceAccountToken"] is False
+    scene.change(output={"serveUntil": future(1)})
+    scene.gone("pods", names.files_pod("x"))
+    assert scene.status()["phase"] == "Succeeded"
+
+
+def test_files_pod_goes_with_the_job(scene: Scene) -> None:
+    scene.submit(output={"serveUntil": future(600)})
+    scene.succeed()
+    scene.kubelet.named(scene.namespace, names.files_pod("x"))
+    scene.kubectl("delete", names.SHORT_NAME, "x", "--timeout=60s")
+    scene.gone("pods", names.files_pod("x"))
