@@ -1,0 +1,335 @@
+"""Checkpoints: directories that `from_pretrained` loads, the trainer's state beside the weights, complete or absent.
+
+    checkpoints/step-00000100/   config, model.safetensors, tokenizer     what AutoModelForCausalLM loads
+                  adapter/       LoRA weights, when the run trains adapters (the model beside it is merged)
+                  trainer_state/ optimizer tensors, by torch.distributed.checkpoint
+                  state.json     written last: step, metric, the trainer's own state, name and size of every file
+    checkpoints/latest, best     relative symbolic links
+
+This module loads no torch until it saves or loads tensors, so a client can look for checkpoints with it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+STATE_FILE = "state.json"
+TRAINER_STATE = "trainer_state"
+LATEST = "latest"
+BEST = "best"
+FORMAT = 1
+_STEP_PREFIX = "step-"
+_UNFINISHED = ".tmp-"
+_REPLACED = ".replaced-"
+
+
+class CorruptCheckpointError(ValueError):
+    """A directory that looks like a checkpoint, but is not a complete one. The message says what is wrong."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk. `state` is what the trainer gave to `save`; a higher `metric` is better."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    metric: float | None
+    optimizer_groups: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+
+# --- finding and checking -------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in directory `path`; raises CorruptCheckpointError when a file is missing or has another size."""
+    try:
+        record = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        if record["format"] != FORMAT:
+            raise CorruptCheckpointError(
+                f"{path} has format {record['format']}; this version of nemo-rl reads {FORMAT}"
+            )
+        checkpoint = Checkpoint(path, record["step"], record["state"], record["metric"], record["optimizer_groups"])
+        files: dict[str, int] = record["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, CorruptCheckpointError):
+            raise
+        raise CorruptCheckpointError(f"{path / STATE_FILE} is missing or unreadable ({error!r})") from None
+    for name, size in files.items():
+        try:
+            found = (path / name).stat().st_size
+        except OSError:
+            raise CorruptCheckpointError(f"{path / name} is missing") from None
+        if found != size:
+            raise CorruptCheckpointError(f"{path / name} has {found} bytes, but was saved with {size}")
+    return checkpoint
+
+
+def find_checkpoints(run_dir: Path) -> list[Checkpoint]:
+    """The complete checkpoints of a run, by rising step. Incomplete ones are skipped with a warning."""
+    found = []
+    for path in _step_directories(run_dir / CHECKPOINTS):
+        try:
+            found.append(read_checkpoint(path))
+        except CorruptCheckpointError as error:
+            logger.warning("skipped a checkpoint that is not complete: %s", error)
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def best_of(checkpoints: list[Checkpoint]) -> Checkpoint | None:
+    """The one with the highest metric (the first to reach it); where none has a metric, the latest."""
+    measured = [c for c in checkpoints if c.metric is not None]
+    if measured:
+        return max(measured, key=lambda c: (c.metric, -c.step))
+    return max(checkpoints, key=lambda c: c.step, default=None)
+
+
+def _step_directories(root: Path) -> list[Path]:
+    return [path for path in root.glob(f"{_STEP_PREFIX}*") if path.is_dir()]
+
+
+# --- the store of one run -------------------------------------------------------------------------------------------
+
+
+class CheckpointStore:
+    """Writes and prunes the checkpoints of one run. Only the process that holds the run makes one."""
+
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        """Keep the `keep` newest checkpoints, and the best one besides."""
+        if keep < 1:
+            raise ValueError(f"found keep={keep}; at least one checkpoint must be kept")
+        self.run_dir = Path(run_dir)
+        self.root = self.run_dir / CHECKPOINTS
+        self.keep = keep
+        if is_rank_zero():
+            self._clear_leftovers()
+
+    def save(
+        self,
+        step: int,
+        *,
+        model: Any,
+        tokenizer: Any,
+        optimizer: Any = None,
+        state: Mapping[str, Any],
+        metric: float | None = None,
+    ) -> Path:
+        """Save step `step`, move `latest` and `best`, remove what is over the limit; returns the checkpoint's path.
+
+        `state` must be JSON-able. A metric that is not finite counts as none. A checkpoint of the same step is
+        replaced. With several ranks every rank calls it.
+        """
+        path = self.root / f"{_STEP_PREFIX}{step:08d}"
+        write_checkpoint(path, step, model=model, tokenizer=tokenizer, optimizer=optimizer, state=state, metric=metric)
+        if is_rank_zero():
+            self._prune()
+        return path
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """All complete checkpoints, by rising step."""
+        return find_checkpoints(self.run_dir)
+
+    def latest(self) -> Checkpoint | None:
+        """The newest complete checkpoint, or None."""
+        return max(self.checkpoints(), key=lambda c: c.step, default=None)
+
+    def best(self) -> Checkpoint | None:
+        """The complete checkpoint with the highest metric; without metrics the newest; or None."""
+        return best_of(self.checkpoints())
+
+    def latest_path(self) -> Path | None:
+        checkpoint = self.latest()
+        return checkpoint.path if checkpoint else None
+
+    def best_path(self) -> Path | None:
+        checkpoint = self.best()
+        return checkpoint.path if checkpoint else None
+
+    def load_model_weights(self, checkpoint: Checkpoint, model: Any) -> None:
+        """Copy the checkpoint's weights into `model`, in place and exactly; into a LoRA model its adapter alone."""
+        load_into(checkpoint, model)
+
+    def load_optimizer(self, checkpoint: Checkpoint, optimizer: Any) -> None:
+        """Bring back the optimizer's state, in place and exactly; works with another number of ranks than saved it."""
+        from nemo_rl.checkpoint_tensors import load_optimizer
+
+        load_optimizer(checkpoint.path / TRAINER_STATE, checkpoint.optimizer_groups, optimizer)
+
+    def _prune(self) -> None:
+        complete = self.checkpoints()
+        best = best_of(complete)
+        if best is None:
+            return
+        _point(self.root / LATEST, complete[-1].path.name)
+        _point(self.root / BEST, best.path.name)
+        for checkpoint in complete[: -self.keep]:
+            if checkpoint.path != best.path:
+                _remove(checkpoint.path)
+
+    def _clear_leftovers(self) -> None:
+        """What a killed save left: half-written directories go, a checkpoint that was about to be replaced returns."""
+        for path in self.root.glob(f"{_REPLACED}*"):
+            original = path.with_name(path.name.removeprefix(_REPLACED))
+            if original.exists():
+                shutil.rmtree(path)
+            else:
+                path.rename(original)
+        for path in self.root.glob(f"{_UNFINISHED}*"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _point(link: Path, target: str) -> None:
+    """Make `link` name its sibling `target`, in one rename. A file with the name where links are not supported."""
+    aside = link.with_name(f"{_UNFINISHED}{link.name}")
+    aside.unlink(missing_ok=True)
+    try:
+        aside.symlink_to(target)
+    except OSError:
+        aside.write_text(target + "\n", encoding="utf-8")
+    aside.replace(link)
+    _fsync(link.parent)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; a kill in between leaves a leftover, never a half checkpoint under its name."""
+    aside = path.with_name(f"{_UNFINISHED}old-{path.name}")
+    path.rename(aside)
+    shutil.rmtree(aside)
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(
+    path: Path,
+    step: int,
+    *,
+    model: Any,
+    tokenizer: Any,
+    optimizer: Any = None,
+    state: Mapping[str, Any],
+    metric: float | None = None,
+) -> Path:
+    """Write one checkpoint as directory `path`: a kill at any moment leaves the whole of it, or what was there before.
+
+    Weights are saved exactly, in the dtype that they have. With several ranks every rank calls it.
+    """
+    from nemo_rl.checkpoint_tensors import optimizer_groups, save_model, save_optimizer
+
+    path = Path(path)
+    if path.exists() and not (path / STATE_FILE).exists():
+        raise FileExistsError(f"{path} exists and is not a checkpoint; give a path that does not exist")
+    aside = path.with_name(f"{_UNFINISHED}{path.name}")
+    groups = optimizer_groups(optimizer)
+    if metric is not None and not math.isfinite(metric):
+        metric = None
+    record = {"format": FORMAT, "step": step, "metric": metric, "state": dict(state), "optimizer_groups": groups}
+    json.dumps(record)  # what is not JSON-able fails here, before gigabytes are written
+    try:
+        if is_rank_zero():
+            if aside.exists():
+                shutil.rmtree(aside)
+            aside.mkdir(parents=True)
+        _barrier()
+        save_model(aside, model)
+        save_optimizer(aside / TRAINER_STATE, optimizer)
+        _barrier()
+        if is_rank_zero():
+            if tokenizer is not None:
+                tokenizer.save_pretrained(aside)
+            _seal(aside, record)
+            _publish(aside, path)
+        _barrier()
+    except BaseException as error:
+        error.add_note(f"while saving the checkpoint of step {step} to {path}")
+        if is_rank_zero():
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return path
+
+
+def _seal(aside: Path, record: dict[str, Any]) -> None:
+    """Bring every file to the disk, then write state.json, which lists them."""
+    entries = sorted(aside.rglob("*"))
+    files = {str(p.relative_to(aside)): p.stat().st_size for p in entries if p.is_file()}
+    for entry in entries:
+        _fsync(entry)
+    with open(aside / STATE_FILE, "w", encoding="utf-8") as stream:
+        json.dump({**record, "files": files}, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    _fsync(aside)
+
+
+def _publish(aside: Path, path: Path) -> None:
+    """Rename `aside` to `path`; one that is there already steps aside first and returns if we are killed between."""
+    replaced = path.with_name(f"{_REPLACED}{path.name}")
+    if path.exists():
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        path.rename(replaced)
+    aside.rename(path)
+    _fsync(path.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+def load_into(checkpoint: Checkpoint, model: Any, optimizer: Any = None) -> None:
+    """Bring back weights and, where an optimizer is given, its state: in place and exactly.
+
+    Raises ValueError when they are not of the model or the optimizer that was saved. The index of the optimizer's
+    tensors is a pickle: resume only from checkpoints you trust.
+    """
+    from nemo_rl.checkpoint_tensors import load_model, load_optimizer
+
+    load_model(checkpoint.path, model)
+    if optimizer is not None:
+        load_optimizer(checkpoint.path / TRAINER_STATE, checkpoint.optimizer_groups, optimizer)
+
+
+# --- ranks ----------------------------------------------------------------------------------------------------------
+
+
+def is_distributed() -> bool:
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized()
+
+
+def is_rank_zero() -> bool:
+    """True in a process that never loaded torch, too: it is alone."""
+    import sys
+
+    return "torch" not in sys.modules or not is_distributed() or sys.modules["torch"].distributed.get_rank() == 0
+
+
+def _barrier() -> None:
+    if is_distributed():
+        import torch.distributed as dist
+
+        dist.barrier()

@@ -1,0 +1,209 @@
+"""The tensors of a checkpoint: weights as Hugging Face files, the optimizer's state by torch.distributed.checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+
+from nemo_rl.checkpoint import is_distributed, is_rank_zero
+
+ADAPTER = "adapter"
+_LORA_PREFIX = "base_model.model."
+
+# --- the model ------------------------------------------------------------------------------------------------------
+
+
+def save_model(path: Path, model: Any) -> None:
+    """The Hugging Face files; of a LoRA model the merged weights, and the adapter beside them. Every rank calls it."""
+    weights = _full_state_dict(model)
+    if not is_rank_zero():
+        return
+    with _quiet_transformers():
+        if _is_lora(model):
+            model.save_pretrained(path / ADAPTER, state_dict=weights, save_embedding_layers=False)
+            model, weights = model.get_base_model(), _merged_weights(model, weights)
+        with _valid_generation_config(model):
+            model.save_pretrained(path, state_dict=weights)
+
+
+def load_model(path: Path, model: Any) -> None:
+    """Copy the saved weights into `model`, in place and exactly; into a LoRA model its adapter alone."""
+    if _is_lora(model):
+        _load_adapter(path / ADAPTER / "adapter_model.safetensors", model)
+        return
+    weights: dict[str, Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        weights.update(load_file(file))
+    expected = model.state_dict()
+    present = {_storage(tensor) for name, tensor in expected.items() if name in weights}
+    # A weight that is not in the file may be tied to one that is.
+    missing = [name for name, tensor in expected.items() if name not in weights and _storage(tensor) not in present]
+    if missing or not expected.keys() >= weights.keys():
+        # The architecture is saved under other names than its modules have (fused experts, for example).
+        with _quiet_transformers():
+            weights = type(model).from_pretrained(path, dtype=model.dtype).state_dict()
+    if any(name not in expected or expected[name].shape != weights[name].shape for name in weights):
+        raise ValueError(
+            f"{path} holds the weights of another model than this {type(model).__name__}; "
+            "resume with the model that the run began with"
+        )
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
+
+
+def _full_state_dict(model: Any) -> dict[str, Tensor]:
+    """All weights on rank 0, whole and on the CPU, however they are sharded; nothing on the other ranks."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def _storage(tensor: Any) -> int:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.data_ptr()
+
+
+def _is_lora(model: Any) -> bool:
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def _merged_weights(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The base model's weights with W + scaling · B·A in place of W (LoRA, arXiv 2106.09685); new tensors throughout.
+
+    The training weights are not touched: merging and unmerging in place would change their last bits.
+    """
+    merged = {}
+    for name, tensor in weights.items():
+        if ".lora_" not in name:
+            merged[name.removeprefix(_LORA_PREFIX).replace(".base_layer.", ".")] = tensor
+    for name, module in model.get_base_model().named_modules():
+        if not hasattr(module, "lora_A"):
+            continue
+        for adapter in module.active_adapters:
+            matrix_a, matrix_b = (weights[f"{_LORA_PREFIX}{name}.lora_{w}.{adapter}.weight"] for w in "AB")
+            delta = (matrix_b @ matrix_a) * module.scaling[adapter]
+            merged[f"{name}.weight"] = merged[f"{name}.weight"] + (delta.T if module.fan_in_fan_out else delta)
+    return merged
+
+
+def _load_adapter(file: Path, model: Any) -> None:
+    from peft import set_peft_model_state_dict
+
+    if not file.exists():
+        raise ValueError(f"{file} does not exist, but lora_rank is set; resume with the settings the run began with")
+    outcome = set_peft_model_state_dict(model, load_file(file))
+    if outcome.unexpected_keys or any(".lora_" in name for name in outcome.missing_keys):
+        raise ValueError(f"{file} has adapters of other layers; resume with the settings the run began with")
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars of transformers in the middle of ours."""
+    from transformers.utils import logging as transformers_logging
+
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _valid_generation_config(model: Any) -> Iterator[None]:
+    """transformers refuses to save what it loaded without complaint, such as a temperature without do_sample.
+
+    Such a model of the hub must not end the run at its first checkpoint: it is saved with do_sample=True.
+    """
+    original = getattr(model, "generation_config", None)
+    if original is not None:
+        try:
+            original.validate(strict=True)
+        except ValueError:
+            model.generation_config = type(original).from_dict({**original.to_dict(), "do_sample": True})
+    try:
+        yield
+    finally:
+        if original is not None:
+            model.generation_config = original
+
+
+# --- the optimizer --------------------------------------------------------------------------------------------------
+
+
+def optimizer_groups(optimizer: Any) -> list[dict[str, Any]]:
+    """The hyperparameters of each parameter group and the number of its parameters, JSON-able; [] without optimizer."""
+    if optimizer is None:
+        return []
+    return [
+        {"count": len(g["params"]), **{k: v for k, v in g.items() if k not in ("params", "param_names")}}
+        for g in optimizer.param_groups
+    ]
+
+
+def save_optimizer(path: Path, optimizer: Any) -> None:
+    """The state tensors as `<place of the parameter>.<name>`, sharded as they are. Every rank calls it.
+
+    Not torch's get_optimizer_state_dict: it takes a step with zero gradients when there is no state yet, which
+    would change a run that saves before its first step.
+    """
+    # One tensor that is always there keeps the directory readable when the optimizer has no state yet.
+    tensors = {"format": torch.tensor(1)}
+    for place, (parameter, _) in enumerate(_parameters(optimizer)):
+        for name, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{place}.{name}"] = value
+    dcp.save(tensors, checkpoint_id=path, no_dist=not is_distributed())
+
+
+def load_optimizer(path: Path, groups: list[dict[str, Any]], optimizer: Any) -> None:
+    """Bring back state tensors and hyperparameters, in place. The number of ranks may differ from the saving one."""
+    counts, saved_counts = [len(g["params"]) for g in optimizer.param_groups], [g["count"] for g in groups]
+    if counts != saved_counts:
+        raise ValueError(
+            f"{path} holds an optimizer with {saved_counts} parameters by group, this one has {counts}; "
+            "resume with the settings that the run began with"
+        )
+    parameters = _parameters(optimizer)
+    tensors: dict[str, Any] = {}
+    for key, about in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items():
+        place, _, name = key.partition(".")
+        if name:
+            parameter, group = parameters[int(place)]
+            tensors[key] = _empty_state(f"{path}: {name} of parameter {place}", about, parameter, group)
+    dcp.load(tensors, checkpoint_id=path, no_dist=not is_distributed())
+    optimizer.state.clear()
+    for key, tensor in tensors.items():
+        place, _, name = key.partition(".")
+        optimizer.state[parameters[int(place)][0]][name] = tensor
+    for group, stored in zip(optimizer.param_groups, groups, strict=True):
+        for name, value in stored.items():
+            if name != "count":
+                group[name] = tuple(value) if isinstance(value, list) else value
+
+
+def _parameters(optimizer: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """The parameters in order, each with its group: their places in this list name them on disk."""
+    if optimizer is None:
+        return []
+    return [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _empty_state(what: str, about: Any, parameter: Any, group: dict[str, Any]) -> Tensor:
+    """A tensor to load into: sharded and placed as the parameter is, the step counter as torch places it."""
+    dtype = about.properties.dtype
+    if about.size == parameter.shape:
+        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+    if len(about.size) == 0:
+        # Only the fused and capturable kernels keep the counter beside the parameter.
+        beside = group.get("fused") or group.get("capturable")
+        return torch.zeros((), dtype=dtype, device=parameter.device if beside else "cpu")
+    raise ValueError(
+        f"{what} has shape {list(about.size)}, the parameter has {list(parameter.shape)}; "
+        "resume with the model that the run began with"
+    )

@@ -1,0 +1,209 @@
+"""The record of a run: metrics.jsonl and completions.jsonl, each step exactly once, and the one-line form of a step."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import quote, unquote
+
+from nemo_rl.runs import COMPLETIONS_FILE, METRICS_FILE, TENSORBOARD_DIR
+
+logger = logging.getLogger(__name__)
+
+LINE_ORDER = (
+    "epoch",
+    "reward",
+    "reward_std",
+    "loss",
+    "kl",
+    "grad_norm",
+    "learning_rate",
+    "completion_length",
+    "truncated_fraction",
+    "reward_errors",
+    "tokens_per_second",
+    "step_seconds",
+)
+"""What a step line shows first. The other metrics follow by name; the phases' seconds are in metrics.jsonl only."""
+
+
+class MetricsLog:
+    """Appends to the files of one run. After a resume from step n, what was written after step n is cut off first.
+
+    Call `log` for a step before its checkpoint is saved: what a checkpoint has behind it is then in the files.
+    """
+
+    def __init__(self, run_dir: Path, *, resume_step: int, tensorboard: bool) -> None:
+        """`resume_step` is the step of the checkpoint that the run goes on from, 0 for a new run."""
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._last_step = _cut(run_dir / METRICS_FILE, resume_step)
+        if self._last_step != resume_step:
+            logger.warning("%s ends at step %d, the run goes on after step %d: the steps between are lost",
+                           run_dir / METRICS_FILE, self._last_step, resume_step)  # fmt: skip
+            self._last_step = resume_step
+        _cut(run_dir / COMPLETIONS_FILE, resume_step)
+        self._metrics = _open_lines(run_dir / METRICS_FILE)
+        self._completions = _open_lines(run_dir / COMPLETIONS_FILE)
+        self._board = _open_board(run_dir / TENSORBOARD_DIR, resume_step) if tensorboard else None
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Append one step. Values are numbers (tensors of one element, too), text or None; NaN and ±inf become null."""
+        step = metrics["step"]
+        if step <= self._last_step:
+            raise ValueError(
+                f"step {step} was logged already (the last one is {self._last_step}); each step is logged once"
+            )
+        values = {name: _plain(value) for name, value in metrics.items()}
+        _append(self._metrics, [values])
+        self._last_step = step
+        if self._board is not None:
+            for name, value in values.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, step)
+            self._board.flush()
+
+    def log_completions(self, step: int, completions: list[dict[str, Any]]) -> None:
+        """Append sample completions of a step, one line each, with the step as first field."""
+        _append(
+            self._completions,
+            [{"step": step, **{name: _plain(value) for name, value in c.items()}} for c in completions],
+        )
+
+    def sync(self) -> None:
+        """Bring both files to the disk. Call it before a checkpoint is saved, so that no crash can part them."""
+        for stream in (self._metrics, self._completions):
+            os.fsync(stream.fileno())
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._completions.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl or completions.jsonl in order, without a torn last line; [] when it is absent."""
+    return [record for record, _ in _intact_records(Path(path))]
+
+
+def _open_board(directory: Path, resume_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ImportError(
+            "tensorboard=True, but the package tensorboard is not installed; pip install 'nemo-rl[tensorboard]'"
+        ) from None
+    return SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else None)
+
+
+def _cut(path: Path, resume_step: int) -> int:
+    """Cut what is torn or of steps after `resume_step` off the end of the file; returns the last step that stays."""
+    last_step = end = 0
+    for record, record_end in _intact_records(path):
+        if record["step"] > resume_step:
+            break
+        last_step, end = record["step"], record_end
+    if path.exists() and path.stat().st_size > end:
+        os.truncate(path, end)
+    return last_step
+
+
+def _intact_records(path: Path) -> list[tuple[dict[str, Any], int]]:
+    """Each record with the byte offset of its end, up to the first line that is torn or no record."""
+    records = []
+    end = 0
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    for line in content.splitlines(keepends=True):
+        end += len(line)
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n") or not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            break
+        records.append((record, end))
+    return records
+
+
+def _open_lines(path: Path) -> IO[str]:
+    # Half of a surrogate pair, which a tokenizer may decode to, becomes the \\uXXXX that JSON has for it.
+    return open(path, "a", encoding="utf-8", errors="backslashreplace")
+
+
+def _append(stream: IO[str], records: list[dict[str, Any]]) -> None:
+    stream.write("".join(json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n" for record in records))
+    stream.flush()
+
+
+def _plain(value: Any) -> Any:
+    """JSON for a metric: the number in a tensor or array of one element, null for what is not finite."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+# --- a step as one line ---------------------------------------------------------------------------------------------
+
+
+def step_line(metrics: dict[str, Any], total_steps: int | None = None) -> str:
+    """`step=12/500 reward=0.61 …`: a step for people and for `parse_step_line`; numbers of four significant digits."""
+    first = f"step={metrics['step']}" + (f"/{total_steps}" if total_steps is not None else "")
+    known = [name for name in LINE_ORDER if name in metrics]
+    others = sorted(
+        name for name in metrics if name not in LINE_ORDER and name != "step" and not name.endswith("_seconds")
+    )
+    return " ".join([first, *(f"{_line_name(name)}={_line_value(_plain(metrics[name]))}" for name in known + others)])
+
+
+_STEP = re.compile(r"step=(\d+)(?:/(\d+))?(?= |$)")
+_FIELD = re.compile(r' ([^\s="]+)=("(?:[^"\\]|\\.)*"|[^\s"]+)')
+
+
+def parse_step_line(line: str) -> dict[str, Any] | None:
+    """The metrics of a step line, `total_steps` among them where it is given; None for any other line."""
+    line = line.rstrip("\r\n")
+    first = _STEP.match(line)
+    if first is None:
+        return None
+    metrics: dict[str, Any] = {"step": int(first[1])}
+    if first[2] is not None:
+        metrics["total_steps"] = int(first[2])
+    position = first.end()
+    while position < len(line):
+        found = _FIELD.match(line, position)
+        if found is None:
+            return None
+        try:
+            metrics[unquote(found[1])] = json.loads(found[2])
+        except ValueError:
+            return None
+        position = found.end()
+    return metrics
+
+
+def _line_name(name: str) -> str:
+    return quote(name, safe="/-_.:@+()[]")
+
+
+def _line_value(value: Any) -> str:
+    if isinstance(value, float):
+        value = float(f"{value:.4g}")
+        return f"{value:.0f}" if value.is_integer() and abs(value) < 1e9 else f"{value:.4g}"
+    if value is None or isinstance(value, (bool, int)):
+        return json.dumps(value)
+    return json.dumps(value if isinstance(value, str) else json.dumps(value), ensure_ascii=True)
