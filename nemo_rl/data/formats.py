@@ -1,0 +1,380 @@
+"""Recognising the shape of a data set from its columns, and turning its rows into those of an algorithm.
+
+Shapes are tried in one fixed order, the most explicit first; an algorithm takes the first one that it can train on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from nemo_rl.data import helpsteer, openmath
+from nemo_rl.data.columns import (
+    check_kinds,
+    columns_of,
+    kind,
+    last_user_turn,
+    reward_columns,
+    text,
+    text_or_messages,
+)
+from nemo_rl.data.rows import Message, PreferenceRow, PromptRow, Report, Row, TextRow
+from nemo_rl.data.shapes import unknown_shape
+from nemo_rl.errors import DatasetError
+
+T = TypeVar("T")
+Rows = Sequence[Row]
+# Called with the rows, the columns that hold values, and the count of rows left out by reason, to be added to.
+Converter = Callable[[Rows, Sequence[str], Counter[str]], list[T]]
+
+QUESTIONS = ("question", "problem", "instruction", "input")
+ANSWERS = ("answer", "solution", "output", "response")
+
+
+@dataclass(frozen=True)
+class Format:
+    """A shape: the columns by which it is known, and what each algorithm makes of it (None: nothing)."""
+
+    name: str
+    matches: Callable[[frozenset[str]], bool]
+    prompts: Converter[PromptRow] | None = None
+    texts: Converter[TextRow] | None = None
+    preferences: Converter[PreferenceRow] | None = None
+
+
+def to_prompt_rows(rows: Rows) -> tuple[list[PromptRow], Report]:
+    """GRPO prompts. Raises `DatasetError` for columns of no accepted shape, wrong types, or no usable row."""
+    return _convert("grpo", rows, lambda shape: shape.prompts)
+
+
+def to_text_rows(rows: Rows) -> tuple[list[TextRow], Report]:
+    """SFT examples. Raises as `to_prompt_rows`."""
+    return _convert("sft", rows, lambda shape: shape.texts)
+
+
+def to_preference_rows(rows: Rows) -> tuple[list[PreferenceRow], Report]:
+    """DPO pairs. Raises as `to_prompt_rows`."""
+    return _convert("dpo", rows, lambda shape: shape.preferences)
+
+
+def _convert(
+    algorithm: str, rows: Rows, converter_of: Callable[[Format], Converter[T] | None]
+) -> tuple[list[T], Report]:
+    columns = columns_of(rows)
+    known = frozenset(columns)
+    for shape in FORMATS:
+        converter = converter_of(shape)
+        if converter is None or not shape.matches(known):
+            continue
+        dropped: Counter[str] = Counter()
+        converted = converter(rows, columns, dropped)
+        report = Report(shape.name, len(rows), len(converted), {k: n for k, n in dropped.items() if n})
+        if not converted:
+            raise no_rows_left(report)
+        return converted, report
+    raise unknown_shape(algorithm, columns)
+
+
+def no_rows_left(report: Report) -> DatasetError:
+    """The error for a data set of which every row was left out."""
+    reasons = ", ".join(f"{n:,} {reason}" for reason, n in report.dropped.items()) or "no rows"
+    cure = "correct the data"
+    if any("max_sequence_length" in reason for reason in report.dropped):
+        cure = "raise max_sequence_length, or set overlong_rows to truncate"
+    return DatasetError(
+        f"found {report.found:,} rows of the shape {report.format!r}, but none that can be trained on ({reasons}); "
+        f"expected at least one; {cure}"
+    )
+
+
+# --- conversations
+
+
+def _conversation_column(columns: Sequence[str]) -> str:
+    return "messages" if "messages" in columns else "conversations"
+
+
+def _message_prompts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[PromptRow]:
+    """The conversation up to its last assistant turn; that turn, if it ends the conversation, is the reward's."""
+    column = _conversation_column(columns)
+    check_kinds(rows, column, "messages")
+    found: list[PromptRow] = []
+    for index, row in enumerate(rows):
+        messages = text_or_messages(row, index, column) or []
+        assert isinstance(messages, list)
+        visible = reward_columns(row, columns, {column})
+        answer = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else None
+        if "completion" not in columns:
+            visible["completion"] = answer
+        _add_conversation(found, messages, visible, dropped)
+    if all(row.columns.get("completion") is None for row in found):
+        found = [
+            PromptRow(r.prompt, r.messages, {k: v for k, v in r.columns.items() if k != "completion"}) for r in found
+        ]
+    return found
+
+
+def _add_conversation(
+    found: list[PromptRow], messages: list[Message], columns: dict[str, object], dropped: Counter[str]
+) -> None:
+    question = last_user_turn(messages)
+    if question is None:
+        dropped["without a user turn"] += 1
+    elif messages[-1]["role"] == "assistant":
+        dropped["ending with an assistant turn in the prompt"] += 1
+    else:
+        found.append(PromptRow(question, messages, columns))
+
+
+def _message_texts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[TextRow]:
+    column = _conversation_column(columns)
+    check_kinds(rows, column, "messages")
+    found = []
+    for index, row in enumerate(rows):
+        messages = text_or_messages(row, index, column) or []
+        assert isinstance(messages, list)
+        if any(m["role"] == "assistant" for m in messages):
+            found.append(TextRow(messages=messages))
+        else:
+            dropped["without an assistant turn"] += 1
+    return found
+
+
+# --- prompts, alone or with a completion
+
+
+def _prompts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[PromptRow]:
+    check_kinds(rows, "prompt", "text", "messages")
+    found: list[PromptRow] = []
+    for index, row in enumerate(rows):
+        prompt = text_or_messages(row, index, "prompt")
+        visible = reward_columns(row, columns)
+        if prompt is None:
+            dropped["without a prompt"] += 1
+        elif isinstance(prompt, str):
+            found.append(PromptRow(prompt, columns=visible))
+        else:
+            _add_conversation(found, prompt, visible, dropped)
+    return found
+
+
+def _completions(completion: str) -> Converter[TextRow]:
+    """Converter of `prompt` and one column that holds the answer, each text or messages."""
+
+    def convert(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[TextRow]:
+        for column in ("prompt", completion):
+            check_kinds(rows, column, "text", "messages")
+        found = []
+        for index, row in enumerate(rows):
+            prompt, answer = text_or_messages(row, index, "prompt"), text_or_messages(row, index, completion)
+            if prompt is None:
+                dropped["without a prompt"] += 1
+            elif answer is None:
+                dropped[f"without a {completion}"] += 1
+            elif isinstance(answer, list) and not any(m["role"] == "assistant" for m in answer):
+                dropped["without an assistant turn"] += 1
+            else:
+                found.append(TextRow(prompt, answer))
+        return found
+
+    return convert
+
+
+# --- preferences
+
+
+def _pairs(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[tuple[PreferenceRow, Row]]:
+    """Pairs with the rows they came from. Without a prompt column, the prompt is what both answers begin with:
+    of conversations their equal first messages, of strings their common text up to its last space.
+    """
+    explicit = "prompt" in columns
+    if explicit:
+        check_kinds(rows, "prompt", "text", "messages")
+    for column in ("chosen", "rejected"):
+        check_kinds(rows, column, "text", "messages")
+    found: list[tuple[PreferenceRow, Row]] = []
+    for index, row in enumerate(rows):
+        prompt = text_or_messages(row, index, "prompt") if explicit else None
+        chosen, rejected = text_or_messages(row, index, "chosen"), text_or_messages(row, index, "rejected")
+        if explicit and prompt is None:
+            dropped["without a prompt"] += 1
+        elif chosen is None or rejected is None:
+            dropped["without a chosen or a rejected answer"] += 1
+        elif kind(chosen) != kind(rejected):
+            raise DatasetError(
+                f"found {kind(chosen)} as chosen and {kind(rejected)} as rejected in row {index}; expected both "
+                "as text or both as messages; convert one of them"
+            )
+        elif chosen == rejected:
+            dropped["in a tie (chosen equals rejected)"] += 1
+        elif isinstance(chosen, str) and isinstance(rejected, str):
+            pair = PreferenceRow(prompt, chosen, rejected) if prompt else _split_strings(chosen, rejected)
+            _keep(found, pair, row, "without a beginning that both answers share", dropped)
+        else:
+            assert isinstance(chosen, list)
+            assert isinstance(rejected, list)
+            if prompt is None and chosen[0] != rejected[0]:
+                dropped["without a beginning that both answers share"] += 1
+                continue
+            pair = _split_conversations(prompt, chosen, rejected)
+            _keep(found, pair, row, "whose answers are not one assistant turn each", dropped)
+    return found
+
+
+def _keep(
+    found: list[tuple[PreferenceRow, Row]], pair: PreferenceRow | None, row: Row, otherwise: str, dropped: Counter[str]
+) -> None:
+    if pair is None:
+        dropped[otherwise] += 1
+    else:
+        found.append((pair, row))
+
+
+def _split_strings(chosen: str, rejected: str) -> PreferenceRow | None:
+    shared = 0
+    for a, b in zip(chosen, rejected, strict=False):
+        if a != b:
+            break
+        shared += 1
+    # Cut before a space, for tokenizers join a space to the word that follows it, never to the one before.
+    cut = max((i for i in range(shared) if chosen[i].isspace()), default=0)
+    if not chosen[:cut].strip() or not chosen[cut:].strip() or not rejected[cut:].strip():
+        return None
+    return PreferenceRow(chosen[:cut], chosen[cut:], rejected[cut:], templated=False)
+
+
+def _split_conversations(
+    prompt: str | list[Message] | None, chosen: list[Message], rejected: list[Message]
+) -> PreferenceRow | None:
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    before, answers = chosen[:shared], (chosen[shared:], rejected[shared:])
+    if any(len(answer) != 1 or answer[0]["role"] != "assistant" for answer in answers):
+        # Training a longer rest would train the user's turns too.
+        return None
+    if isinstance(prompt, list) and before[: len(prompt)] != prompt:
+        before = prompt + before
+    elif isinstance(prompt, str) and not any(m["role"] == "user" for m in before):
+        before = [*before, {"role": "user", "content": prompt}]
+    return PreferenceRow(before, *answers)
+
+
+def _preferences(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[PreferenceRow]:
+    return [pair for pair, _ in _pairs(rows, columns, dropped)]
+
+
+def _chosen_texts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[TextRow]:
+    found = []
+    for pair, _ in _pairs(rows, columns, dropped):
+        if pair.templated:
+            found.append(TextRow(pair.prompt, pair.chosen))
+        else:
+            found.append(TextRow(text=f"{pair.prompt}{pair.chosen}"))
+    return found
+
+
+def _preference_prompts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[PromptRow]:
+    found: list[PromptRow] = []
+    for pair, row in _pairs(rows, columns, dropped):
+        visible = reward_columns(row, columns)
+        if isinstance(pair.prompt, str):
+            found.append(PromptRow(pair.prompt, columns=visible, templated=pair.templated))
+        else:
+            _add_conversation(found, pair.prompt, visible, dropped)
+    return found
+
+
+# --- questions and answers, plain text
+
+
+def _question(row: Row, columns: Sequence[str]) -> str | None:
+    """The question; of instruction + input (Alpaca) both, with a blank line between."""
+    parts = [text(row, column) for column in QUESTIONS if column in columns]
+    if "instruction" in columns and "input" in columns:
+        both = [part for part in (text(row, "instruction"), text(row, "input")) if part]
+        return "\n\n".join(both) or None
+    return parts[0]
+
+
+def _check_question(rows: Rows, columns: Sequence[str]) -> None:
+    for column in QUESTIONS:
+        if column in columns:
+            check_kinds(rows, column, "text")
+
+
+def _question_prompts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[PromptRow]:
+    _check_question(rows, columns)
+    found = []
+    for row in rows:
+        question = _question(row, columns)
+        if question is None:
+            dropped["without a question"] += 1
+        else:
+            found.append(PromptRow(question, columns=reward_columns(row, columns)))
+    return found
+
+
+def _answer_texts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[TextRow]:
+    answer_column = next(column for column in ANSWERS if column in columns)
+    if "prompt" in columns:
+        return _completions(answer_column)(rows, columns, dropped)
+    _check_question(rows, columns)
+    check_kinds(rows, answer_column, "text")
+    found = []
+    for row in rows:
+        question, answer = _question(row, columns), text(row, answer_column)
+        if question is None:
+            dropped["without a question"] += 1
+        elif answer is None:
+            dropped[
+                f"without an {answer_column}" if answer_column in ("answer", "output") else f"without a {answer_column}"
+            ] += 1
+        else:
+            found.append(TextRow(question, answer))
+    return found
+
+
+def _plain_texts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[TextRow]:
+    check_kinds(rows, "text", "text")
+    found = [TextRow(text=string) for row in rows if (string := text(row, "text")) is not None]
+    dropped["without text"] += len(rows) - len(found)
+    return found
+
+
+def _has(*columns: str) -> Callable[[frozenset[str]], bool]:
+    return lambda known: known.issuperset(columns)
+
+
+FORMATS: tuple[Format, ...] = (
+    Format("messages", lambda known: bool(known & {"messages", "conversations"}), _message_prompts, _message_texts),
+    Format("prompt + chosen + rejected", _has("prompt", "chosen", "rejected"), _prompts, _chosen_texts, _preferences),
+    Format("chosen + rejected", _has("chosen", "rejected"), _preference_prompts, _chosen_texts, _preferences),
+    Format("prompt + completion", _has("prompt", "completion"), _prompts, _completions("completion")),
+    Format(
+        "HelpSteer2",
+        _has(*helpsteer.SCORED_COLUMNS),
+        helpsteer.prompts,
+        helpsteer.scored_texts,
+        helpsteer.scored_preferences,
+    ),
+    Format(
+        "HelpSteer2 preference",
+        _has(*helpsteer.PREFERENCE_COLUMNS),
+        helpsteer.preference_prompts,
+        helpsteer.preference_texts,
+        helpsteer.preferences,
+    ),
+    Format("OpenMathInstruct-2", _has(*openmath.COLUMNS), openmath.prompts, openmath.texts),
+    Format("prompt", _has("prompt"), _prompts),
+    Format("question", lambda known: bool(known & set(QUESTIONS)), _question_prompts),
+    Format(
+        "question + answer",
+        lambda known: bool(known & {"prompt", *QUESTIONS}) and bool(known & set(ANSWERS)),
+        None,
+        _answer_texts,
+    ),
+    Format("text", _has("text"), None, _plain_texts),
+)

@@ -1,0 +1,302 @@
+"""Reading rows from wherever they are: the hub, a local file, a list, a `datasets` object, a `DataModule`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from nemo_rl.data.helpsteer import PREFERENCE_COLUMNS
+from nemo_rl.data.module import DataModule
+from nemo_rl.errors import DatasetError
+from nemo_rl.job.spec import DatasetSpec
+
+# Sets of which nobody wants the whole: only the rows that the run needs are read.
+HUGE = frozenset({"nvidia/OpenMathInstruct-2"})
+
+_SLICE = re.compile(r"^(?P<split>[\w.-]+)\[(?P<start>\d*):(?P<stop>\d*)\]$")
+
+
+@dataclass
+class RowStream:
+    """Rows that are read no further than asked. `lazy` says that reading everything may be endless or too much."""
+
+    rows: Iterator[Any]
+    lazy: bool
+    name: str
+    unbounded: bool = False
+    position: int = 0
+
+    def read(self, count: int | None = None) -> list[dict[str, Any]]:
+        """The next `count` rows (fewer at the end; None: all that are left). Raises `DatasetError` for no mapping."""
+        found = []
+        for row in islice(self.rows, count):
+            if not isinstance(row, Mapping):
+                raise DatasetError(
+                    f"found {type(row).__name__} ({repr(row)[:60]}) as row {self.position} of {self.name}; expected "
+                    "a mapping "
+                    'of column to value such as {"prompt": "2+2=", "answer": "4"}; wrap each row in a dict'
+                )
+            found.append(row if isinstance(row, dict) else dict(row))
+            self.position += 1
+        return found
+
+    def empty(self) -> DatasetError:
+        """The error for a source without rows."""
+        return DatasetError(
+            f"found no rows in {self.name}; expected at least one; check the source, its split and max_rows"
+        )
+
+    def without_limit(self) -> DatasetError:
+        """The error for reading all of a data set that is known to be huge."""
+        return DatasetError(
+            f"found no limit for {self.name}, which holds millions of rows; expected one; set max_rows, or a split "
+            "such "
+            "as train_1M[:10000]"
+        )
+
+
+def load_rows(source: Any, *, needed: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a source, unchanged.
+
+    `source` is a `DatasetSpec`; a hub name or the path of a .jsonl, .json, .parquet or .csv file (all cells of a .csv
+    are text); a list of rows or another iterable of them; an object of the `datasets` library; or a `DataModule`,
+    of which the training rows are read. Of a source that is read as a stream only the first `needed` rows are taken,
+    of any other all. Raises `DatasetError` if it cannot be read, is empty, or holds what is no row.
+    """
+    stream = open_rows(source)
+    if needed is None and stream.unbounded:
+        raise stream.without_limit()
+    rows = stream.read(needed if stream.lazy else None)
+    if not rows:
+        raise stream.empty()
+    return rows
+
+
+def open_rows(source: Any) -> RowStream:
+    """The rows of a source, as in `load_rows`, to be read bit by bit."""
+    if isinstance(source, DataModule):
+        source.setup()
+        return open_rows(source.train_rows())
+    if isinstance(source, str):
+        source = DatasetSpec(path=source) if _is_local(source) else DatasetSpec(name=source)
+    if isinstance(source, Path):
+        source = DatasetSpec(path=str(source))
+    if isinstance(source, DatasetSpec):
+        stream = _open_spec(source)
+        stream.rows = islice(stream.rows, source.max_rows)
+        return stream
+    if isinstance(source, Mapping):
+        raise DatasetError(
+            f"found a {type(source).__name__} with the keys {', '.join(map(repr, list(source)[:10]))}; expected a "
+            "list of "
+            'rows; pass one of its splits, such as dataset["train"], or wrap a single row in a list'
+        )
+    if isinstance(source, (list, tuple)):
+        return RowStream(iter(source), lazy=False, name="the list of rows")
+    if hasattr(source, "to_list") and hasattr(source, "column_names"):
+        return RowStream(iter(source.with_format(None)), lazy=False, name="the data set")
+    if isinstance(source, Iterable):
+        # A generator or a streamed data set may never end.
+        return RowStream(iter(source), lazy=True, name=f"the {type(source).__name__}")
+    raise DatasetError(
+        f"found {type(source).__name__} as the data set; expected a hub name, a file, a list of rows, "
+        "an iterable of rows, a datasets.Dataset or a DataModule; pass one of them"
+    )
+
+
+def _open_spec(spec: DatasetSpec) -> RowStream:
+    if spec.inline is not None:
+        return RowStream(iter(spec.inline), lazy=False, name="the inline rows")
+    if spec.path is not None:
+        return RowStream(_read_file(spec.path), lazy=False, name=spec.path)
+    assert spec.name is not None
+    return _open_hub(spec, spec.name)
+
+
+# --- files
+
+
+def _is_local(source: str) -> bool:
+    return Path(source).suffix.lower() in _READERS or Path(source).expanduser().is_file()
+
+
+def _read_file(name: str) -> Iterator[Any]:
+    if "://" in name:
+        raise DatasetError(
+            f"found the path {name}, which only means something within a pod; expected a local file; download it "
+            "first, "
+            "or run the job on the cluster"
+        )
+    path = Path(name).expanduser()
+    reader = _READERS.get(path.suffix.lower())
+    if not path.is_file():
+        raise DatasetError(
+            f"found no file at {path}; expected a {_SUFFIXES} file; check the path (for a hub data set: its name)"
+        )
+    if reader is None:
+        raise DatasetError(
+            f"found a file ending in {path.suffix or 'nothing'!r} ({path}); expected {_SUFFIXES}; convert the file"
+        )
+    return reader(path)
+
+
+def _read_jsonl(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8-sig") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _parsed(line, path, number)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, error) from error
+
+
+def _parsed(line: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DatasetError(
+            f"found unreadable JSON in line {number} of {path} ({error.msg} at column {error.colno}: "
+            f"{line.strip()[:60]!r}); "
+            "expected one JSON object in each line; correct the line"
+        ) from error
+
+
+def _read_json(path: Path) -> Iterator[Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, error) from error
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        if text.lstrip().startswith("{"):
+            # One object in each line, under the name .json: the hub's own habit.
+            return _read_jsonl(path)
+        raise DatasetError(
+            f"found unreadable JSON in line {error.lineno} of {path} ({error.msg}); expected a list of rows; correct "
+            "the file"
+        ) from error
+    if isinstance(value, list):
+        return iter(value)
+    if isinstance(value, dict) and "\n" not in text.strip():
+        return iter([value])
+    raise DatasetError(
+        f"found {type(value).__name__} at the top of {path}; expected a list of rows; put the rows into a list"
+    )
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> DatasetError:
+    return DatasetError(f"found bytes in {path} that are no UTF-8 ({error.reason}); expected UTF-8; convert the file")
+
+
+def _read_csv(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, restkey="")
+        try:
+            for row in reader:
+                if "" in row and isinstance(row[""], list):
+                    raise DatasetError(
+                        f"found more cells than columns in line {reader.line_num} of {path}; expected "
+                        f"{len(reader.fieldnames or [])}; "
+                        "put quotes around cells that contain commas"
+                    )
+                yield row
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, error) from error
+        except csv.Error as error:
+            raise DatasetError(
+                f"found an unreadable line {reader.line_num} in {path} ({error}); expected comma-separated cells; "
+                "correct the file"
+            ) from error
+
+
+def _read_parquet(path: Path) -> Iterator[Any]:
+    import pyarrow.lib
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.lib.ArrowException, OSError) as error:
+        raise DatasetError(
+            f"found a file that is no Parquet ({path}: {error}); expected Parquet; write it anew"
+        ) from error
+    for batch in table.to_batches():
+        yield from batch.to_pylist()
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+}
+_SUFFIXES = ", ".join(_READERS)
+
+
+# --- the hub
+
+
+def _open_hub(spec: DatasetSpec, name: str) -> RowStream:
+    split, keep = spec.split, None
+    if name == "nvidia/HelpSteer2" and spec.data_dir == "preference":
+        # The hub knows one split here; a column tells training from validation.
+        base, bracket, rest = split.partition("[")
+        keep = {"train": "train", "validation": "val", "val": "val"}.get(base)
+        split = f"train{bracket}{rest}" if keep else split
+    cut = _SLICE.match(split)
+    streaming = spec.streaming if spec.streaming is not None else name in HUGE and ("[" not in split or bool(cut))
+    start, stop = 0, None
+    if streaming and cut:
+        # A stream knows no slices, so they are taken here.
+        split, start = cut["split"], int(cut["start"] or 0)
+        stop = int(cut["stop"]) if cut["stop"] else None
+    dataset = _load(spec, name, split, streaming)
+    rows: Iterator[Any] = islice(_reraised(iter(dataset), name), start, stop)
+    if keep is not None:
+        rows = (row for row in rows if not row.keys() >= PREFERENCE_COLUMNS or row.get("split", keep) == keep)
+    endless = streaming and name in HUGE and stop is None and spec.max_rows is None
+    return RowStream(rows, lazy=streaming, name=name, unbounded=endless)
+
+
+def _load(spec: DatasetSpec, name: str, split: str, streaming: bool) -> Iterable[Any]:
+    import datasets
+
+    try:
+        rows: Iterable[Any] = datasets.load_dataset(
+            name, spec.subset, split=split, data_dir=spec.data_dir, streaming=streaming
+        )
+        return rows
+    except Exception as error:  # The library raises some thirty kinds, many of them undocumented.
+        where = ", ".join(
+            f"{field} {value!r}"
+            for field, value in (("subset", spec.subset), ("split", split), ("data_dir", spec.data_dir))
+            if value
+        )
+        raise DatasetError(
+            f"found no way to load {name!r} from the hub ({where}): {type(error).__name__}: {error}; expected the "
+            "name of a data set "
+            "on the hub or the path of a local file; check the name, subset and split, the network, and HF_TOKEN "
+            "for a gated data set"
+        ) from error
+
+
+def _reraised(rows: Iterator[Any], name: str) -> Iterator[Any]:
+    """The rows of a data set; what goes wrong while they are streamed is a `DatasetError` too."""
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise DatasetError(
+                f"found {name!r} unreadable midway: {type(error).__name__}: {error}; expected rows; check the "
+                "network and run "
+                "the same call again"
+            ) from error
+        yield row
