@@ -112,28 +112,35 @@ def build_spec(
     for an unknown keyword or one of another algorithm; the message starts with the caller's name.
     """
     chosen = algorithm_name(algorithm)
+    problems: list[str] = []
     sections = _sort_into_sections(flat, chosen, caller, set(also_known))
     _check_dataset_options(dataset, sections.get("dataset", {}), caller)
     values: dict[str, Any] = {**sections.pop("", {})}
     values["model"] = model_reference(model, caller)
     values["algorithm"] = chosen
     dataset_options = sections.pop("dataset", {})
-    values["dataset"] = _section(DatasetSpec, {**_dataset_values(dataset, LIVE_DATASET), **dataset_options}, caller)
+    dataset_values = {**_dataset_values(dataset, LIVE_DATASET), **dataset_options}
+    values["dataset"] = _section(DatasetSpec, dataset_values, caller, problems)
     if validation_dataset is not None:
         shared = {k: v for k, v in dataset_options.items() if k in ("subset", "data_dir")}
         held_out = _dataset_values(validation_dataset, LIVE_VALIDATION)
         if "name" in held_out:
             held_out = {**shared, **held_out}
-        values["validation_dataset"] = _section(DatasetSpec, held_out, caller)
+        values["validation_dataset"] = _section(DatasetSpec, held_out, caller, problems)
     reward_options = sections.pop("reward", {})
     if chosen == "grpo":
         reward_options = {**_reward_values(reward_fn), **reward_options}
-        reward_options["weights"] = _weights_in_order(reward_options.get("weights"), reward_fn, caller)
-        values["reward"] = _section(RewardSpec, {k: v for k, v in reward_options.items() if v is not None}, caller)
+        if "weights" in reward_options:
+            reward_options["weights"] = _weights_in_order(reward_options["weights"], reward_fn, caller)
+        reward_options = {option: value for option, value in reward_options.items() if value is not None}
+        values["reward"] = _section(RewardSpec, reward_options, caller, problems)
     for section, given in sections.items():
-        values[section] = _section(_FLAT[section], given, caller)
+        values[section] = _section(_FLAT[section], given, caller, problems)
     _add_environment(values, secrets, caller)
-    return _section(RLTrainingJobSpec, values, caller)
+    spec = None if problems else _section(RLTrainingJobSpec, values, caller, problems)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return spec
 
 
 def flat_keywords(spec: RLTrainingJobSpec) -> dict[str, Any]:
@@ -292,11 +299,13 @@ def _add_environment(values: dict[str, Any], secrets: Iterable[str], caller: str
         values["env"] = [*(env or ()), *references]
 
 
-def _section(model: type[BaseModel], given: Mapping[str, Any], caller: str) -> Any:
+def _section(model: type[BaseModel], given: Mapping[str, Any], caller: str, problems: list[str]) -> Any:
+    """The section with these values, or None and its problems in words added to `problems`."""
     try:
         return model.model_validate(dict(given))
     except ValidationError as error:
-        raise ValueError("\n".join(_explain(model, item, caller) for item in error.errors())) from None
+        problems += [_explain(model, item, caller) for item in error.errors()]
+        return None
 
 
 def _explain(model: type[BaseModel], error: Any, caller: str) -> str:

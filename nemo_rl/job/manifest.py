@@ -42,7 +42,7 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """The resource as the API server takes it: camelCase, only the fields that were given."""
-        metadata = {"name": self.name}
+        metadata: dict[str, Any] = {"name": self.name}
         given = {"namespace": self.namespace, "labels": self.labels, "annotations": self.annotations}
         metadata.update({key: value for key, value in given.items() if value})
         spec = self.spec.model_dump(mode="json", by_alias=True, exclude_unset=True)
@@ -249,8 +249,7 @@ def _the_job(text: str, source: str) -> tuple[dict[str, Any], dict[_PATH, int]]:
         )
     document = documents[jobs[0]]
     lines: dict[_PATH, int] = {}
-    for path, line in _positions(nodes[jobs[0]], (), source, set()):
-        lines[path] = line
+    lines.update(_positions(nodes[jobs[0]], (), source, set()))
     _check_version(document, source, lines)
     return document, lines
 

@@ -1,0 +1,283 @@
+"""Flat keywords and the specification say the same, in both directions."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_rl import train
+from nemo_rl.api.keywords import build_spec, flat_keywords, keywords
+from nemo_rl.api.training import CALL_KEYWORDS
+from nemo_rl.job.spec import ALGORITHMS, RLTrainingJobSpec, TrainingSpec
+
+REWARD = "exact_match"
+
+
+def _reward(algorithm: str) -> str | None:
+    return REWARD if algorithm == "grpo" else None
+
+
+# --- names
+
+
+def test_every_name_is_unique_across_sections_but_beta():
+    assert {name for name, homes in keywords().items() if len(homes) > 1} == {"beta"}
+    assert [home.section for home in keywords()["beta"]] == ["grpo", "dpo"]
+
+
+def test_every_leaf_of_the_flat_sections_has_a_keyword():
+    homes = {(home.section, home.field) for all_homes in keywords().values() for home in all_homes}
+    for section in ("training", "grpo", "dpo", "sft", "resources", "output"):
+        annotation = RLTrainingJobSpec.model_fields[section].annotation
+        model = next((part for part in get_args(annotation) if part is not type(None)), annotation)
+        for field in model.model_fields:
+            assert (section, field) in homes
+    assert {("reward", "timeout_seconds"), ("reward", "on_error"), ("reward", "weights")} <= homes
+
+
+def test_no_keyword_collides_with_an_argument_of_the_call():
+    arguments = set(inspect.signature(train).parameters) | set(CALL_KEYWORDS)
+    same_thing = {"max_steps", "max_epochs", "learning_rate", "batch_size", "num_generations_per_prompt"}
+    assert arguments & keywords().keys() == same_thing
+
+
+def test_the_names_that_the_documentation_promises_exist():
+    promised = {
+        *("weight_decay", "warmup_steps", "lr_schedule", "max_grad_norm", "tokens_per_microbatch"),
+        *("max_sequence_length", "max_new_tokens", "temperature", "top_k", "top_p", "loss_type", "reward_timeout"),
+        *("on_reward_error", "reward_weights", "save_every", "keep_checkpoints", "eval_every", "seed", "tensorboard"),
+        *("log_level", "resume", "beta", "normalize_rewards", "use_leave_one_out_baseline", "gpus", "nodes", "image"),
+    }
+    assert promised <= keywords().keys()
+    assert {"namespace", "name", "backend", "wait", "validation_dataset"} <= set(CALL_KEYWORDS)
+
+
+def test_the_signature_has_the_defaults_of_the_specification():
+    for name, parameter in inspect.signature(train).parameters.items():
+        if name in keywords():
+            assert parameter.default == keywords()[name][0].info.default, name
+
+
+# --- values, there and back
+
+
+def _values(annotation: Any, metadata: tuple[Any, ...] = ()) -> st.SearchStrategy[Any]:
+    """Values that a field allows, from its type and bounds."""
+    if get_origin(annotation) is Literal:
+        return st.sampled_from(get_args(annotation))
+    arguments = get_args(annotation)
+    if hasattr(annotation, "__metadata__"):
+        return _values(arguments[0], (*metadata, *annotation.__metadata__))
+    if type(None) in arguments:
+        inner = next(a for a in arguments if a is not type(None))
+        return st.none() | _values(inner, metadata)
+    bounds: dict[str, Any] = {}
+    for constraint in metadata:
+        for part in getattr(constraint, "metadata", [constraint]):
+            bounds.update({k: getattr(part, k) for k in ("ge", "gt", "le", "lt") if hasattr(part, k)})
+    if annotation is bool:
+        return st.booleans()
+    if annotation is int:
+        return st.integers(bounds.get("ge", 0), min(bounds.get("le", 10**6), bounds.get("lt", 10**6)))
+    if annotation is float:
+        low, high = bounds.get("ge", bounds.get("gt", 0)), bounds.get("le", bounds.get("lt", 100))
+        return st.floats(low, high, exclude_min="gt" in bounds, exclude_max="lt" in bounds, allow_subnormal=False)
+    if annotation == list[str]:
+        return st.lists(st.text("abc", min_size=1, max_size=5), min_size=1, max_size=3)
+    raise NotImplementedError(annotation)
+
+
+def _field_values(name: str, algorithm: str) -> st.SearchStrategy[Any]:
+    home = next(h for h in keywords()[name] if h.algorithm in (None, algorithm))
+    return _values(home.info.annotation, tuple(home.info.metadata))
+
+
+NUMERIC = {
+    algorithm: sorted(
+        name
+        for name, homes in keywords().items()
+        if any(home.section in ("training", algorithm) for home in homes) or name in ("gpus", "nodes", "reward_timeout")
+        if not (name == "reward_timeout" and algorithm != "grpo")
+    )
+    for algorithm in ALGORITHMS
+}
+
+
+@st.composite
+def _calls(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    algorithm = draw(st.sampled_from(ALGORITHMS))
+    chosen = draw(st.lists(st.sampled_from(NUMERIC[algorithm]), unique=True, max_size=12))
+    return algorithm, {name: draw(_field_values(name, algorithm), label=name) for name in chosen}
+
+
+@given(_calls())
+@settings(max_examples=150, deadline=None)
+def test_flat_keywords_survive_the_way_through_the_specification(call: tuple[str, dict[str, Any]]):
+    algorithm, flat = call
+    spec = build_spec("org/model", "org/data", _reward(algorithm), algorithm, **flat)
+    assert flat_keywords(spec) == flat
+    assert build_spec("org/model", "org/data", _reward(algorithm), algorithm, **flat_keywords(spec)) == spec
+
+
+@given(_calls())
+@settings(max_examples=50, deadline=None)
+def test_the_yaml_form_of_any_call_reads_back_the_same(call: tuple[str, dict[str, Any]]):
+    from nemo_rl.job.manifest import Manifest, parse_manifest
+
+    algorithm, flat = call
+    spec = build_spec("org/model", "org/data", _reward(algorithm), algorithm, **flat)
+    assert parse_manifest(Manifest("a-job", spec).to_yaml()).spec == spec
+
+
+def test_job_level_keywords_reach_the_specification():
+    spec = build_spec(
+        "org/model", "org/data", REWARD, gpus=4, nodes=2, image="registry/i:1", node_selector={"a": "b"},
+        suspend=True, claim="mine", tolerations=[{"key": "gpu", "operator": "Exists"}], reward_timeout=5,
+        split="train_1M", env={"A": "1"}, secrets=["HF_TOKEN", "other/WANDB_API_KEY"],
+    )  # fmt: skip
+    assert (spec.resources.gpus_per_node, spec.resources.nodes, spec.image) == (4, 2, "registry/i:1")
+    assert spec.suspend
+    assert spec.output.claim == "mine"
+    assert spec.tolerations[0].operator == "Exists"
+    assert spec.reward
+    assert spec.reward.timeout_seconds == 5
+    assert spec.dataset.split == "train_1M"
+    plain, *secret = [entry.model_dump(exclude_none=True) for entry in spec.env]
+    assert plain == {"name": "A", "value": "1"}
+    assert [(s["name"], s["value_from"]["secret_key_ref"]["name"]) for s in secret] == [
+        ("HF_TOKEN", "hf-token"),
+        ("WANDB_API_KEY", "other"),
+    ]
+
+
+def test_gpus_per_node_is_another_name_of_gpus():
+    assert build_spec("m", "d", REWARD, gpus_per_node=0).resources.gpus_per_node == 0
+
+
+@pytest.mark.parametrize(("given_value", "meant"), [(True, "required"), (False, "never"), ("auto", "auto")])
+def test_resume_takes_python_booleans(given_value: Any, meant: str):
+    assert build_spec("m", "d", REWARD, resume=given_value).training.resume == meant
+
+
+def test_numpy_scalars_are_the_numbers_they_are():
+    import numpy
+
+    spec = build_spec("m", "d", REWARD, max_steps=numpy.int64(7), learning_rate=numpy.float32(0.5))
+    assert (spec.training.max_steps, spec.training.learning_rate) == (7, 0.5)
+
+
+# --- data sets, rewards, models
+
+
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        ("nvidia/HelpSteer2", {"name": "nvidia/HelpSteer2"}),
+        ("rows.jsonl", {"path": "rows.jsonl"}),
+        ("./rows", {"path": "./rows"}),
+        ("pvc://claim/rows.csv", {"path": "pvc://claim/rows.csv"}),
+        ([{"prompt": "x"}], {"path": "python://dataset"}),
+    ],
+)
+def test_a_data_set_is_a_hub_name_a_file_or_an_object(dataset: Any, expected: dict[str, str]):
+    assert build_spec("m", dataset, REWARD).dataset.model_dump(exclude_unset=True) == expected
+
+
+def test_a_file_that_exists_is_a_file_whatever_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows").write_text("{}")
+    assert build_spec("m", "rows", REWARD).dataset.path == "rows"
+
+
+def test_a_reward_is_a_builtin_an_import_path_or_an_object():
+    assert build_spec("m", "d", "math_answer").reward.builtin == "math_answer"
+    assert build_spec("m", "d", "pkg.mod:score").reward.function == "pkg.mod:score"
+    assert build_spec("m", "d", lambda prompt, response: 1.0).reward.function == "python:reward"
+
+
+def test_weights_by_name_come_in_the_order_of_the_rewards():
+    rewards = {"right": len, "short": len, "polite": len}
+    spec = build_spec("m", "d", rewards, reward_weights={"polite": 0.5, "right": 2})
+    assert spec.reward.weights == [2.0, 1.0, 0.5]
+
+
+# --- errors: found, expected, cure
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "parts"),
+    [
+        ({"learning_rte": 1}, TypeError, ["learning_rte", "did you mean 'learning_rate'"]),
+        ({"gpu": 1}, TypeError, ["'gpu'", "did you mean 'gpus'"]),
+        ({"zzzzzz": 1}, TypeError, ["zzzzzz", "README"]),
+        ({"training": {}}, TypeError, ["is a section", "max_steps"]),
+        ({"learning_rate": -1}, ValueError, ["learning_rate=-1", "greater than 0", "Peak learning rate"]),
+        ({"max_steps": 0, "top_p": 2}, ValueError, ["max_steps=0", "top_p=2", "less than or equal to 1"]),
+        ({"loss_type": "ppo"}, ValueError, ["loss_type='ppo'", "'dapo'", "'dr_grpo'"]),
+        ({"reward_timeout": 0}, ValueError, ["reward_timeout=0", "greater than 0"]),
+        ({"on_reward_error": "skip"}, ValueError, ["on_reward_error='skip'", "'drop'"]),
+        ({"gpus": -1}, ValueError, ["gpus=-1", "greater than or equal to 0"]),
+        ({"gpus": 1, "gpus_per_node": 1}, TypeError, ["gpus_per_node and gpus"]),
+        ({"preference_loss": "ipo"}, TypeError, ["preference_loss belongs to algorithm dpo", "algorithm is grpo"]),
+        ({"train_on_prompt": True}, TypeError, ["train_on_prompt belongs to algorithm sft"]),
+        ({"algorithm": "sft", "top_k": 1}, TypeError, ["top_k belongs to algorithm grpo", "algorithm is sft"]),
+        ({"algorithm": "sft", "beta": 1}, TypeError, ["beta belongs to algorithm grpo and dpo"]),
+        ({"algorithm": "dpo", "reward_timeout": 1}, TypeError, ["reward_timeout belongs to algorithm grpo"]),
+        ({"algorithm": "ppo"}, ValueError, ["Unknown algorithm 'ppo'", "grpo, sft, dpo"]),
+        ({"algorithm": None}, ValueError, ["Unknown algorithm None"]),
+        ({"dataset": [{"prompt": "x"}], "split": "test"}, TypeError, ["split is for data sets of the hub", "rows"]),
+        ({"dataset": "a.jsonl", "subset": "x"}, TypeError, ["subset is for data sets of the hub", "a file"]),
+        ({"dataset": None, "max_rows": 1}, TypeError, ["max_rows", "DatasetSpec"]),
+        ({"reward_fn": "exactmatch"}, ValueError, ["reward_fn='exactmatch'", "'exact_match'"]),
+        ({"reward_fn": [len, len], "reward_weights": [1]}, ValueError, ["1 entries for 2 rewards"]),
+        ({"reward_fn": {"a": len}, "reward_weights": {"b": 1}}, ValueError, ["'b'", "rewards are a"]),
+        ({"reward_weights": {"b": 1}}, TypeError, ["reward_weights", "no names"]),
+        ({"model": 3}, TypeError, ["model has type int", "hub name"]),
+        ({"secrets": "HF_TOKEN"}, TypeError, ["expected a list"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_argument_is_named_with_what_was_expected(arguments: dict[str, Any], error: type, parts: list[str]):
+    call = {"model": "m", "dataset": "d", **arguments}
+    if call.get("algorithm", "grpo") == "grpo":
+        call = {"reward_fn": REWARD, **call}
+    with pytest.raises(error) as caught:
+        build_spec(**call)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_the_caller_is_named_in_the_error():
+    with pytest.raises(TypeError, match=r"^GRPOTrainer\.from_pretrained\(\): unknown keyword"):
+        build_spec("m", caller="GRPOTrainer.from_pretrained", nonsense=1)
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "OPENAI_API_KEY", "DB_PASSWORD"])
+def test_a_literal_secret_is_refused_and_never_repeated(name: str):
+    with pytest.raises(ValueError, match="looks like a secret") as caught:
+        build_spec("m", "d", REWARD, env={name: "hunter2hunter2"})
+    assert "hunter2" not in str(caught.value)
+    assert f"secrets=['{name}']" in str(caught.value)
+
+
+def test_the_value_of_a_secret_given_as_its_name_is_not_repeated():
+    with pytest.raises(ValueError, match="not a secret's value") as caught:
+        build_spec("m", "d", REWARD, secrets=["hf-abcdefgh.12345"])
+    assert "abcdefgh" not in str(caught.value)
+
+
+def test_an_environment_variable_about_tokenizers_is_no_secret():
+    assert build_spec("m", "d", REWARD, env={"TOKENIZERS_PARALLELISM": "false"}).env[0].value == "false"
+
+
+def test_a_wrong_environment_variable_does_not_repeat_its_value():
+    with pytest.raises(ValueError, match="env") as caught:
+        build_spec("m", "d", REWARD, env=[{"name": "not a name!", "value": "hunter2"}])
+    assert "hunter2" not in str(caught.value)
+
+
+def test_the_defaults_are_those_of_the_specification():
+    assert build_spec("m", "d", REWARD).training == TrainingSpec()

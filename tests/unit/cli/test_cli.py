@@ -1,0 +1,231 @@
+"""The command line: its help, its errors and exit codes, through typer's runner and as a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from nemo_rl import backends
+from nemo_rl.api.result import TrainResult
+from nemo_rl.backends import Run, local
+from nemo_rl.cli.main import app
+from nemo_rl.errors import DatasetError, NonFiniteTraining, RewardError, TrainingInterrupted
+from nemo_rl.job.names import ExitCode
+
+JOB = """\
+apiVersion: nemo-rl.io/v1alpha1
+kind: RLTrainingJob
+metadata: {name: sums}
+spec:
+  model: org/model
+  dataset: {inline: [{prompt: "1+1=", answer: "2"}]}
+  reward: {builtin: exact_match}
+  training: {maxSteps: 3}
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NEMO_RL_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "cluster_context", lambda: None)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB)
+    return path
+
+
+def nemo_rl(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def _ending(monkeypatch: pytest.MonkeyPatch, ending: BaseException | TrainResult) -> list[Run]:
+    """Lets the local backend end like this; returns the runs that it gets."""
+    runs: list[Run] = []
+
+    def run(run: Run) -> TrainResult:
+        runs.append(run)
+        if isinstance(ending, BaseException):
+            raise ending
+        return ending
+
+    monkeypatch.setattr(local, "run", run)
+    return runs
+
+
+# --- train
+
+
+def test_a_job_is_trained_into_a_folder_of_its_name(job: Path, monkeypatch: pytest.MonkeyPatch):
+    runs = _ending(monkeypatch, TrainResult(total_steps=3, checkpoint_path="outputs/sums/best"))
+    result = nemo_rl("train", job, "--set", "training.maxSteps=5", "--set", "training.seed=7")
+    assert result.exit_code == 0, result.output
+    (run,) = runs
+    assert (run.name, run.output_dir) == ("sums", Path("outputs/sums"))
+    assert (run.spec.training.max_steps, run.spec.training.seed) == (5, 7)
+    assert "on this machine (no Kubernetes context here)" in result.output
+    assert "done after 3 steps; checkpoint in outputs/sums/best" in result.output
+
+
+def test_the_output_folder_and_backend_can_be_given(job: Path, monkeypatch: pytest.MonkeyPatch):
+    runs = _ending(monkeypatch, TrainResult())
+    result = nemo_rl("train", job, "--output-dir", "elsewhere", "--backend", "local")
+    assert result.exit_code == 0
+    assert runs[0].output_dir == Path("elsewhere")
+    assert "(asked for)" in result.output
+
+
+def test_quiet_log_levels_print_nothing(job: Path, monkeypatch: pytest.MonkeyPatch):
+    _ending(monkeypatch, TrainResult())
+    assert nemo_rl("train", job, "--log-level", "error").output == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (TrainingInterrupted("saved step 7", "x/step-7", 7), ExitCode.PREEMPTED, "saved step 7"),
+        (DatasetError("no rows"), ExitCode.BAD_DATA, "no rows"),
+        (RewardError("it raised", "File you.py, line 3"), ExitCode.USER_ERROR, "File you.py, line 3"),
+        (ValueError("no folder"), ExitCode.USER_ERROR, "no folder"),
+        (TypeError("no argument answer"), ExitCode.USER_ERROR, "no argument answer"),
+        (NonFiniteTraining("loss is NaN"), ExitCode.NON_FINITE, "loss is NaN"),
+        (OSError("disk full"), 1, "disk full"),
+        (ZeroDivisionError("division by zero"), 1, "this is a ZeroDivisionError; --log-level debug shows where"),
+        (AssertionError(), 1, "AssertionError"),
+    ],
+)
+def test_every_ending_has_its_exit_code_and_message(
+    job: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
+):
+    _ending(monkeypatch, error)
+    result = nemo_rl("train", job)
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_debug_shows_the_traceback(job: Path, monkeypatch: pytest.MonkeyPatch):
+    _ending(monkeypatch, ZeroDivisionError("division by zero"))
+    result = nemo_rl("train", job, "--log-level", "debug")
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.yaml"], "missing.yaml: cannot be read"),
+        (["job.yaml", "--set", "training.maxStep=1"], "did you mean maxSteps?"),
+        (["job.yaml", "--backend", "slurm"], "slurm"),
+        (["job.yaml", "--log-level", "loud"], "loud"),
+        (["job.yaml", "--nonsense"], "--nonsense"),
+        ([], "JOB.yaml"),
+    ],
+)
+def test_a_wrong_file_or_option_exits_with_2(job: Path, arguments: list[str], message: str):
+    result = nemo_rl("train", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_asking_for_the_cluster_without_its_backend_says_so(job: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(backends, "_has_kubernetes_backend", lambda: False)
+    result = nemo_rl("train", job, "--backend", "kubernetes")
+    assert result.exit_code == 1
+    assert "needs the kubernetes backend" in result.stderr
+
+
+def test_a_dry_run_prints_the_job_with_its_overrides_and_trains_nothing(job: Path, monkeypatch: pytest.MonkeyPatch):
+    runs = _ending(monkeypatch, TrainResult())
+    result = nemo_rl("train", job, "--dry-run", "--set", "training.maxSteps=5", "--log-level", "debug")
+    assert result.exit_code == 0
+    assert runs == []
+    printed = yaml.safe_load(result.output)
+    assert printed["spec"]["training"] == {"maxSteps": 5, "logLevel": "debug"}
+    assert printed["metadata"] == {"name": "sums"}
+
+
+# --- the other commands
+
+
+def test_the_resource_definition_is_printed():
+    result = nemo_rl("crd")
+    assert result.exit_code == 0
+    assert yaml.safe_load(result.output)["metadata"]["name"] == "rltrainingjobs.nemo-rl.io"
+
+
+def test_the_version_is_printed():
+    import nemo_rl as package
+
+    assert nemo_rl("version").output.strip() == package.__version__
+
+
+def test_doctor_finds_what_this_machine_has():
+    result = nemo_rl("doctor")
+    assert result.exit_code == 0, result.output
+    assert "ok  torch" in result.output
+    assert "This machine can train." in result.output
+
+
+def test_doctor_names_the_cure_of_what_is_missing(monkeypatch: pytest.MonkeyPatch):
+    import importlib.metadata
+
+    from nemo_rl.cli import doctor
+
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name in ("transformers", "peft"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "0.1" if name == "datasets" else real(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
+    result = nemo_rl("doctor")
+    lines = result.output.splitlines()
+    assert result.exit_code == 1
+    assert any(line.startswith("BAD transformers") for line in lines)
+    assert any(line.startswith("BAD datasets") and ">=4 is needed" in line for line in lines)
+    assert any(line.startswith("-   lora") for line in lines)
+    assert "pip install 'nemo-rl[engine]'" in result.output
+    assert "pip install 'nemo-rl[lora]'" in result.output
+
+
+# --- as a process
+
+
+def _process(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "nemo_rl.cli.main", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "NEMO_RL_BACKEND": "local"}
+    )
+
+
+def test_help_lists_the_commands():
+    result = _process("--help")
+    assert result.returncode == 0
+    for command in ("train", "crd", "doctor", "version"):
+        assert command in result.stdout
+
+
+def test_a_missing_file_ends_a_process_with_2_and_one_line(tmp_path: Path):
+    result = _process("train", "job.yaml", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.splitlines() == [
+        "nemo-rl: job.yaml: cannot be read: No such file or directory; give the path of a job's YAML file"
+    ]
+
+
+def test_a_missing_model_folder_ends_a_process_with_40_and_without_a_traceback(tmp_path: Path):
+    (tmp_path / "job.yaml").write_text(JOB.replace("org/model", "./missing"))
+    result = _process("train", "job.yaml", cwd=tmp_path)
+    assert result.returncode == ExitCode.USER_ERROR
+    assert "'./missing' is not a folder on this machine" in result.stderr
+    assert "Traceback" not in result.stderr
