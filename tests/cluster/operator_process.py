@@ -104,3 +104,36 @@ class Operator:
         if not self.log.exists():
             return "(no log)"
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-count:])
+
+
+class Operators:
+    """All operator processes of the session: one that many tests share, and those of single tests.
+
+    The shared one serves all namespaces, so it does not run beside an operator that a test starts for itself.
+    """
+
+    def __init__(self, kubeconfig: Path, folder: Path) -> None:
+        self.kubeconfig, self.folder = kubeconfig, folder
+        self.shared: Operator | None = None
+        self.own: list[Operator] = []
+
+    def share(self) -> Operator:
+        if self.shared is None:
+            self.shared = Operator(self.kubeconfig, self.folder / "shared.log")
+        if not self.shared.running:
+            self.shared.start().wait_ready()
+        return self.shared
+
+    def make(self, namespace: str, kubeconfig: Path | None = None, **settings: str) -> Operator:
+        """An operator for the namespace alone, not started yet."""
+        if self.shared and self.shared.running:
+            self.shared.stop()
+        log = self.folder / f"{namespace}-{len(self.own)}.log"
+        operator = Operator(kubeconfig or self.kubeconfig, log, [namespace], settings)
+        self.own.append(operator)
+        return operator
+
+    def end(self) -> None:
+        for operator in self.own:
+            operator.kill()
+        self.own.clear()

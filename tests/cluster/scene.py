@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
+import os
 import subprocess
 import threading
 import time
@@ -17,13 +19,16 @@ from cluster.manifests import job, result
 from nemo_rl.job import names
 
 FINAL = ("Succeeded", "Failed")
+COUNTER = itertools.count()
 
 
 class Scene:
     """A namespace of a cluster. Every wait has a deadline and says what was there instead."""
 
-    def __init__(self, api: Api, kubectl: Callable[..., str], kubelet: Kubelet, namespace: str) -> None:
-        self.api, self._kubectl, self.kubelet, self.namespace = api, kubectl, kubelet, namespace
+    def __init__(self, api: Api, kubectl: Callable[..., str], kubelet: Kubelet, word: str) -> None:
+        self.api, self._kubectl, self.kubelet = api, kubectl, kubelet
+        word = "".join(c if c.isalnum() else "-" for c in word.lower())[:40].strip("-")
+        self.namespace = f"t{os.getpid()}-{next(COUNTER)}-{word}"
 
     def open(self) -> Scene:
         self.api.create("namespaces", None, {"metadata": {"name": self.namespace}})

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from cluster.api import Api, ApiError, eventually
-from cluster.conftest import Cluster
 from cluster.faults import FaultyProxy
 from cluster.scene import Scene
+from cluster.server import Cluster
 
 
 @pytest.fixture

@@ -1,0 +1,76 @@
+"""The API server that the tests use: a control plane of their own, or one that NEMO_RL_TEST_KUBECONFIG names."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cluster.api import Api, eventually
+from cluster.scene import run_kubectl
+from lab import programs
+from lab.control_plane import ControlPlane
+from nemo_rl.job import names
+
+CRDS = Path(__file__).resolve().parents[2] / "crds"
+
+
+@dataclass
+class Cluster:
+    """An API server with the resource defined. plane is None where the server is somebody else's."""
+
+    api: Api
+    kubectl: Callable[..., str]
+    kubeconfig: Path
+    plane: ControlPlane | None
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[Cluster]:
+    """A cluster with the resource defined; the keys, data and logs of a control plane of its own lie in the folder."""
+    external = os.environ.get("NEMO_RL_TEST_KUBECONFIG")
+    if external:
+        kubeconfig = Path(external)
+        kubectl = run_kubectl(Path(shutil.which("kubectl") or programs.path("kubectl")), kubeconfig, folder / "cache")
+        define(Api(kubeconfig), kubectl)
+        yield Cluster(Api(kubeconfig), kubectl, kubeconfig, None)
+        return
+    need_programs()
+    plane = ControlPlane(folder)
+    kubectl = run_kubectl(programs.path("kubectl"), plane.kubeconfig, folder / "cache")
+    try:
+        # before the controllers: a garbage collector that starts later knows the kind at once
+        plane.start(lambda: define(Api(plane.kubeconfig), kubectl))
+        yield Cluster(Api(plane.kubeconfig), kubectl, plane.kubeconfig, plane)
+    finally:
+        plane.stop()
+
+
+def need_programs() -> None:
+    """Skips where the programs cannot be had; where they must be had, their lack is a failure."""
+    required = os.environ.get("NEMO_RL_REQUIRE_CLUSTER") == "1" or os.environ.get("CI") == "true"
+    missing = programs.missing(programs.CONTROL_PLANE)
+    if missing and not shutil.which("go") and not required:
+        pytest.skip(
+            f"{', '.join(missing)} not in {programs.BIN} and Go is not installed to compile them; "
+            "install Go, or set NEMO_RL_TEST_KUBECONFIG to an API server without nodes"
+        )
+    if not shutil.which("openssl") and not required:
+        pytest.skip("openssl is not installed; it makes the API server's certificates")
+    programs.ensure(missing)
+
+
+def define(api: Api, kubectl: Callable[..., str]) -> None:
+    """Creates or updates the resource definition and waits until it is served."""
+    kubectl("apply", "--server-side", "--force-conflicts", "-f", str(CRDS))
+    kubectl("wait", "--for=condition=Established", f"crd/{names.CRD_NAME}", "--timeout=30s")
+
+    def served() -> bool:
+        return bool(api.request("GET", f"/apis/{names.API_VERSION}")["resources"])
+
+    eventually(served, "the resource is served")

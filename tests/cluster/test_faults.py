@@ -1,0 +1,274 @@
+"""A hostile way to the API server: refusals, delays, lost watches, rivals, and kill -9 between any two calls."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.api import ApiError, Object, eventually
+from cluster.faults import Call, FaultyProxy
+from cluster.kubelet import PlayedPod
+from cluster.manifests import result
+from cluster.operator_process import Operator
+from cluster.scene import Scene
+from cluster.server import Cluster
+from nemo_rl.job import names
+from nemo_rl.job.names import ExitCode
+from nemo_rl.job.status import Cause
+
+MakeOperator = Callable[..., Operator]
+MOST_CALLS = 60
+LIVES_AT_ONCE = 5
+
+
+@pytest.fixture
+def proxy(cluster: Cluster, tmp_path: Path) -> Iterator[FaultyProxy]:
+    with FaultyProxy(cluster.api, tmp_path) as made:
+        yield made
+
+
+def eventful_life(scene: Scene) -> Object:
+    """Free retry, counted retry, suspension and success, in one job of two nodes; the final status."""
+    scene.submit(resources={"nodes": 2}, backoffLimit=1)
+    for number, end in ((1, lambda p: p.exit(ExitCode.PREEMPTED)), (2, PlayedPod.oom)):
+        pods = [scene.attempt(number, index=i).run() for i in (0, 1)]
+        end(pods[0])
+    for i in (0, 1):
+        scene.attempt(3, index=i).run()
+    scene.phase("Running")
+    scene.change(suspend=True)
+    scene.phase("Suspended")
+    scene.change(suspend=False)
+    pods = [scene.attempt(4, index=i).run() for i in (0, 1)]
+    for pod in reversed(pods):
+        pod.exit(0, result(10))
+    return scene.phase("Succeeded")
+
+
+def essence(status: Object) -> Object:
+    """The status without what differs between two equal lives: times, and the pods' names."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: strip(v) for k, v in value.items() if not re.search(r"(time|since|seconds|pod)$", k, re.I)}
+        return [strip(v) for v in value] if isinstance(value, list) else value
+
+    found = strip(status)
+    found.get("conditions", []).sort(key=lambda c: c["type"])
+    return dict(found)
+
+
+def assert_one_job_for_each_attempt(scene: Scene, attempts: int) -> None:
+    made = {j["metadata"]["name"] for j in scene.jobs()}
+    assert made <= {names.attempt_job("x", n) for n in range(1, attempts + 1)}
+    live = [j for j in scene.jobs() if not j.get("status", {}).get("conditions")]
+    assert live == []
+
+
+def test_kill_9_between_any_two_calls_changes_nothing(
+    cluster: Cluster, new_scene: Callable[[str], Scene], own_operator: MakeOperator, tmp_path: Path
+) -> None:
+    def life(cut_after: int | None) -> tuple[int, Object | str]:
+        """Calls made and the final status; the operator is killed at that call, and started again."""
+        scene = new_scene(f"kill-{cut_after}")
+        folder = tmp_path / f"kill-{cut_after}"
+        with FaultyProxy(cluster.api, folder) as proxy:
+            operator = own_operator(scene.namespace, proxy.kubeconfig)
+            proxy.cut_after, proxy.on_cut = cut_after, operator.kill
+
+            def restart() -> None:
+                if proxy.was_cut.wait(120):
+                    operator.start()
+
+            threading.Thread(target=restart, daemon=True).start()
+            try:
+                operator.start()
+                status = eventful_life(scene)
+                eventually(lambda: operator.running, "the operator runs")
+                assert_one_job_for_each_attempt(scene, 4)
+                assert cut_after is None or proxy.was_cut.is_set() or len(proxy.mutations) < cut_after
+                scene.close()
+                return len(proxy.mutations), essence(status)
+            except AssertionError as error:
+                return 0, f"killed after call {cut_after}: {error}\n{operator.tail(15)}"
+            finally:
+                operator.kill()
+                proxy.was_cut.set()
+
+    calls, undisturbed = life(None)
+    assert isinstance(undisturbed, dict), undisturbed
+    assert [a["cause"] for a in undisturbed["attempts"]] == [
+        Cause.PREEMPTED,
+        Cause.OUT_OF_MEMORY,
+        Cause.SUSPENDED,
+        "Succeeded",
+    ]
+    assert 5 < calls < MOST_CALLS
+    with ThreadPoolExecutor(LIVES_AT_ONCE) as pool:
+        outcomes = dict(zip(range(1, calls + 1), pool.map(life, range(1, calls + 1)), strict=True))
+    different = {n: status for n, (_, status) in outcomes.items() if status != undisturbed}
+    assert different == {}, f"undisturbed: {undisturbed}"
+
+
+@pytest.mark.parametrize("code", [409, 429, 500, 503])
+def test_burst_of_refusals_is_overcome(proxy: FaultyProxy, scene: Scene, own_operator: MakeOperator, code: int) -> None:
+    # a conflict is an answer to a write of something that is there; the others may come at any time
+    def matches(call: Call) -> bool:
+        return call.path.endswith("/status") if code == 409 else call.mutating
+
+    proxy.refuse(code, 4, matches)
+    own_operator(scene.namespace, proxy.kubeconfig).start()
+    status = eventful_life(scene)
+    assert status["attempt"] == 4
+    assert proxy.refusals[0].count == 0
+    assert_one_job_for_each_attempt(scene, 4)
+
+
+def test_refusals_while_it_starts_are_overcome(proxy: FaultyProxy, scene: Scene, own_operator: MakeOperator) -> None:
+    proxy.refuse(500, 6)
+    scene.submit()
+    own_operator(scene.namespace, proxy.kubeconfig).start()
+    assert scene.succeed()["phase"] == "Succeeded"
+
+
+def test_slow_api_server_is_only_slow(proxy: FaultyProxy, scene: Scene, own_operator: MakeOperator) -> None:
+    proxy.latency = 0.4
+    own_operator(scene.namespace, proxy.kubeconfig).start()
+    assert eventful_life(scene)["attempt"] == 4
+
+
+def test_writes_of_others_do_not_disturb(scene: Scene, own_operator: MakeOperator) -> None:
+    own_operator(scene.namespace).start()
+    ended = threading.Event()
+
+    def meddle() -> None:
+        count = 0
+        while not ended.wait(0.01):
+            count += 1
+            note = {"metadata": {"annotations": {"example.com/note": str(count)}}}
+            with contextlib.suppress(ApiError, OSError):
+                scene.api.patch(names.PLURAL, scene.namespace, "x", note)
+
+    thread = threading.Thread(target=meddle, daemon=True)
+    thread.start()
+    try:
+        assert eventful_life(scene)["attempt"] == 4
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_watches_that_are_cut_again_and_again_lose_nothing(
+    proxy: FaultyProxy, scene: Scene, own_operator: MakeOperator
+) -> None:
+    own_operator(scene.namespace, proxy.kubeconfig).start()
+    ended = threading.Event()
+
+    def cut() -> None:
+        while not ended.wait(0.7):
+            proxy.cut_watches()
+
+    thread = threading.Thread(target=cut, daemon=True)
+    thread.start()
+    try:
+        assert eventful_life(scene)["attempt"] == 4
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_two_operators_at_once_do_no_harm(scene: Scene, own_operator: MakeOperator) -> None:
+    for _ in range(2):
+        own_operator(scene.namespace).start().wait_ready()
+    status = eventful_life(scene)
+    assert [a["number"] for a in status["attempts"]] == [1, 2, 3, 4]
+    assert status["countedFailures"] == 1
+    assert_one_job_for_each_attempt(scene, 4)
+
+
+def test_jobs_deleted_while_they_start_leave_nothing(scene: Scene, own_operator: MakeOperator) -> None:
+    operator = own_operator(scene.namespace).start().wait_ready()
+    jobs = [f"d{i}" for i in range(12)]
+    for i, name in enumerate(jobs):
+        scene.submit(name, resources={"nodes": 2}, output={"retain": False})
+        if i % 2:
+            eventually(lambda name=name: scene.jobs(name), f"the Job of {name}")  # type: ignore[misc]
+        scene.api.delete(names.PLURAL, scene.namespace, name)
+
+    def left() -> list[str]:
+        kinds = ("jobs", "pods", "services", "persistentvolumeclaims")
+        found = [o["metadata"]["name"] for kind in kinds for o in scene.api.list(kind, scene.namespace)]
+        maps = scene.api.list("configmaps", scene.namespace, names.LABEL_JOB)
+        return [*found, *(m["metadata"]["name"] for m in maps)]
+
+    eventually(lambda: not left(), "nothing is left", 60)
+    scene.submit("after")
+    assert scene.succeed(name="after")["attempt"] == 1
+    assert operator.running
+
+
+def test_operator_that_was_away_catches_up(scene: Scene, own_operator: MakeOperator) -> None:
+    operator = own_operator(scene.namespace).start().wait_ready()
+    scene.submit("ends")
+    scene.submit("fails")
+    scene.submit("goes", output={"retain": False})
+    ends, fails = scene.attempt(1, "ends").run(), scene.attempt(1, "fails").run()
+    scene.attempt(1, "goes").run()
+    scene.phase("Running", name="ends")
+    operator.kill()
+    ends.exit(0, result(10))
+    fails.exit(ExitCode.USER_ERROR)
+    scene.api.delete(names.PLURAL, scene.namespace, "goes")
+    scene.submit("comes")
+    operator.start()
+    scene.phase("Succeeded", name="ends")
+    assert scene.phase("Failed", name="fails")["failure"]["cause"] == Cause.USER_ERROR
+    assert scene.succeed(name="comes")["attempt"] == 1
+    scene.gone("jobs", names.attempt_job("goes", 1))
+
+
+def test_restart_writes_nothing_for_finished_jobs(proxy: FaultyProxy, scene: Scene, own_operator: MakeOperator) -> None:
+    operator = own_operator(scene.namespace, proxy.kubeconfig).start().wait_ready()
+    for i in range(5):
+        scene.submit(f"x{i}")
+        scene.succeed(name=f"x{i}")
+    eventually(lambda: all(len(scene.events(f"x{i}")) >= 2 for i in range(5)), "all events are written")
+    operator.stop()
+    before = len(proxy.mutations)
+    operator.start().wait_ready()
+    scene.submit("marker")
+    scene.succeed(name="marker")
+    written = [call.path for call in proxy.mutations[before:]]
+    assert [p for p in written if re.search(r"/x\d", p)] == []
+
+
+def test_secrets_are_never_read(proxy: FaultyProxy, scene: Scene, own_operator: MakeOperator) -> None:
+    scene.secret("hub", token="hf_do_not_tell")
+    own_operator(scene.namespace, proxy.kubeconfig).start()
+    reference = {"secretKeyRef": {"name": "hub", "key": "token"}}
+    scene.submit(env=[{"name": "HF_TOKEN", "valueFrom": reference}])
+    scene.succeed()
+    assert [call.path for call in proxy.calls if "/secrets" in call.path] == []
+
+
+def test_one_life_takes_few_calls(proxy: FaultyProxy, scene: Scene, own_operator: MakeOperator) -> None:
+    operator = own_operator(scene.namespace, proxy.kubeconfig).start().wait_ready()
+    before = len(proxy.calls)
+    scene.submit()
+    pod = scene.attempt(1).run()
+    scene.phase("Running")
+    pod.exit(0, result(10))
+    scene.phase("Succeeded")
+    eventually(lambda: len(scene.events()) >= 2, "events of the start and of the end")
+    calls = proxy.calls[before:]
+    status_writes = [c for c in calls if c.path.partition("?")[0].endswith("/status")]
+    assert len(status_writes) <= 4, [f"{c.method} {c.path}" for c in calls]
+    assert [c.path for c in calls if c.method == "GET" and "x" in c.path.split("/")[-1:]] == []
+    assert operator.running
