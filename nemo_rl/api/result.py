@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import html
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-METRICS_FILE = "metrics.jsonl"
 _NOT_PLOTTED = ("step", "epoch")
 
 
@@ -55,10 +53,14 @@ class TrainResult:
     def history(self) -> list[dict[str, Any]]:
         """Every step's metrics in order. FileNotFoundError where the run left no metrics.jsonl."""
         if self._history is None:
+            from nemo_rl.metrics import read_history
+            from nemo_rl.runs import METRICS_FILE
+
             if self.output_dir is None:
                 raise FileNotFoundError(f"no output folder is known for this result, so no {METRICS_FILE} can be read")
-            text = (self.output_dir / METRICS_FILE).read_text(encoding="utf-8")
-            self._history = [json.loads(line) for line in text.splitlines() if line.strip()]
+            if not (self.output_dir / METRICS_FILE).is_file():
+                raise FileNotFoundError(f"{self.output_dir / METRICS_FILE} does not exist; was the folder moved?")
+            self._history = read_history(self.output_dir / METRICS_FILE)
         return self._history
 
     def plot(self, path: str | os.PathLike[str] | None = None, metrics: Sequence[str] | None = None) -> Any:
@@ -97,7 +99,7 @@ class TrainResult:
     def _main_metrics(self) -> list[str]:
         found = {name for row in self.history for name in row}
         chosen = [name for name in ("reward", "loss") if name in found]
-        return chosen + sorted(n for n in found if n.startswith(("validation/", "validation_")) and not _is_timing(n))
+        return chosen + sorted(n for n in found if n.startswith("validation_") and not _is_timing(n))
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={_number(value)}" for name, value in self.metrics.items() if _is_shown(name, value))

@@ -83,7 +83,7 @@ def test_a_date_is_text_as_kubernetes_reads_it():
         ("  training:", "  trainin:", "job.yaml:15: spec.trainin: unknown field; did you mean training?"),
         ("    source: |", "    surce: |", "job.yaml:12: spec.reward.surce: unknown field; did you mean source?"),
         ("  model: org/model\n", "", "job.yaml:6: spec.model: missing; it is required"),
-        ("  model: org/model", "  model: org/model\n  algorithm: GRPO", ":8: spec.algorithm: found 'GRPO', must be 'grpo'"),
+        ("  model: org/model", "  model: org/model\n  algorithm: GRPO", "spec.algorithm: found 'GRPO', must be 'grpo'"),
         ("  model: org/model", "  model: org/model\n  algorithm: sft", ":6: spec: sft uses no reward; remove"),
         ("  model: org/model", "  model: org/model\n  dpo: {beta: 1}", "section dpo belongs to algorithm dpo"),
         ("  model: org/model", "  model: org/model\n  resources: 3", "job.yaml:8: spec.resources: found 3"),
