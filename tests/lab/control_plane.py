@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import http.client
 import json
-import os
 import signal
 import socket
 import ssl
@@ -214,22 +213,3 @@ def _die_with_parent() -> None:
     """Asks the kernel to end this process when the thread that started it ends: nothing outlives a killed test run."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def supervise(folder: Path) -> None:
-    """Runs a control plane until SIGTERM or SIGINT; writes its process id and says when it serves."""
-    plane = ControlPlane(folder)
-    ends: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: ends.append(received))
-    try:
-        plane.start()
-        (folder / "serving").write_text(str(os.getpid()))
-        while not ends:
-            time.sleep(0.2)
-            for name, process in list(plane.processes.items()):
-                if process.poll() is not None:
-                    sys.stderr.write(f"{name} ended with {process.returncode}; starting it again\n")
-                    plane.launch(name)
-    finally:
-        plane.stop()
