@@ -1,0 +1,137 @@
+"""The parts of the operator put together: watches feed the cache, workers reconcile the jobs in the queue."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+
+from nemo_rl_operator import handlers, metrics
+from nemo_rl_operator.cache import Cache, Key, Kind
+from nemo_rl_operator.client import Api, ApiError
+from nemo_rl_operator.events import EventPoster
+from nemo_rl_operator.health import Health
+from nemo_rl_operator.progress import ProgressPuller
+from nemo_rl_operator.queue import KeyedQueue
+from nemo_rl_operator.reconcile import Reconciler
+from nemo_rl_operator.resync import Resync
+
+log = logging.getLogger(__name__)
+
+QUIET_SECONDS, LONGEST_QUIET_WAIT = 0.3, 10.0
+"""The first lists are taken to be in when no event came for this long; waited for no longer than that."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line sets."""
+
+    namespaces: Sequence[str] = ()
+    image: str = ""
+    workers: int = 16
+    health_port: int = 8080
+    metrics_port: int = 9090
+    resync_seconds: float = 600.0
+
+
+class Operator:
+    """One running operator."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._api = Api()
+        self._cache = Cache()
+        self._queue: KeyedQueue[Key] = KeyedQueue(base=0.1, cap=15.0)
+        self._health = Health(self._cache, self._queue)
+        self._events = EventPoster(self._api)
+        self._progress = ProgressPuller(self._queue.add)
+        self._reconcile = Reconciler(
+            self._api,
+            self._cache,
+            self._events,
+            self._progress,
+            self._health,
+            image=options.image,
+            busy=lambda: self._queue.depth > 2 * options.workers,
+        )
+        self._resync = Resync(
+            self._api, self._cache, self._queue, self._health, options.namespaces, options.resync_seconds
+        )
+        self._tasks: list[asyncio.Task[None]] = []
+        self._servers: list[web.AppRunner] = []
+        self._last_event = 0.0
+
+    async def run(self) -> None:
+        await handlers.run(
+            self._options.namespaces,
+            api=self._api,
+            cache=self._cache,
+            changed=self._queue.add,
+            heard=self._heard,
+            on_start=self._start,
+            on_stop=self._stop,
+        )
+
+    def _heard(self, kind: Kind, raw: dict[str, Any]) -> None:
+        self._last_event = time.monotonic()
+        self._health.heard()
+        meta = raw["metadata"]
+        if kind == "resource" and meta.get("resourceVersion", "").isdigit():
+            self._health.echoed((meta["namespace"], meta["name"]), int(meta["resourceVersion"]))
+
+    async def _start(self) -> None:
+        self._servers = await self._health.serve(self._options.health_port, self._options.metrics_port)
+        jobs = [self._begin(), self._events.run(), self._progress.run(), self._resync.run()]
+        self._tasks = [asyncio.create_task(job) for job in jobs]
+
+    async def _stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for server in self._servers:
+            await server.cleanup()
+        await self._api.close()
+
+    async def _begin(self) -> None:
+        """Start the workers once the first lists are in; an earlier start would do no harm, but cost reads."""
+        began = time.monotonic()
+        while time.monotonic() - began < LONGEST_QUIET_WAIT:
+            quiet_since = self._last_event or began + 2.0
+            if time.monotonic() - quiet_since > QUIET_SECONDS:
+                break
+            await asyncio.sleep(0.05)
+        log.info("ready: %d jobs known after %.1f s", len(self._cache), time.monotonic() - began)
+        self._health.started = True
+        await asyncio.gather(*(self._work() for _ in range(self._options.workers)))
+
+    async def _work(self) -> None:
+        while True:
+            key, waited = await self._queue.get()
+            metrics.QUEUE_SECONDS.observe(waited)
+            began = time.monotonic()
+            try:
+                wake = await self._reconcile(key)
+            except ApiError as error:
+                delay = self._queue.fail(key)
+                metrics.RETRIES.inc()
+                metrics.RECONCILES.labels("retry").inc()
+                level = logging.DEBUG if error.status == 409 else logging.WARNING
+                log.log(level, "%s/%s: %s; again in %.1f s", *key, error, delay)
+            except Exception:
+                delay = self._queue.fail(key)
+                metrics.RETRIES.inc()
+                metrics.RECONCILES.labels("error").inc()
+                log.exception("%s/%s: unexpected error; again in %.1f s", *key, delay)
+            else:
+                self._queue.forget(key)
+                metrics.RECONCILES.labels("ok").inc()
+                if wake is not None:
+                    self._queue.add_after(key, wake)
+            finally:
+                self._queue.done(key)
+                metrics.RECONCILE_SECONDS.observe(time.monotonic() - began)

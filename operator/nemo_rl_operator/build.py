@@ -1,0 +1,353 @@
+"""The objects that the operator makes for a job, as plain dicts. Pure: the same job gives the same objects."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from nemo_rl.job import names
+from nemo_rl.job.names import ExitCode
+from nemo_rl.job.spec import DatasetSpec, EnvVar, RLTrainingJobSpec, Toleration
+from nemo_rl_operator.observe import Resource
+
+Object = dict[str, Any]
+
+GPU = "nvidia.com/gpu"
+USER = 1000
+"""User and group of trainer pods; volumes get the group, so that the pods can write to them."""
+EXIT_BARRIER_SECONDS = 15
+"""Of the grace period, what torchrun keeps for itself after its processes have ended."""
+
+
+def owner(resource: Resource) -> Object:
+    """Ownership by the RLTrainingJob: its children go with it."""
+    return {
+        "apiVersion": names.API_VERSION,
+        "kind": names.KIND,
+        "name": resource.name,
+        "uid": resource.uid,
+        "controller": True,
+        "blockOwnerDeletion": False,
+    }
+
+
+def labels(resource: Resource, component: str | None = None) -> dict[str, str]:
+    found = {names.LABEL_JOB: resource.name, names.LABEL_JOB_UID: resource.uid}
+    return found | {names.LABEL_COMPONENT: component} if component else found
+
+
+def _meta(resource: Resource, name: str, *, component: str | None = None, owned: bool = True) -> Object:
+    meta: Object = {"name": name, "namespace": resource.namespace, "labels": labels(resource, component)}
+    if owned:
+        meta["ownerReferences"] = [owner(resource)]
+    return meta
+
+
+def frozen_job(resource: Resource, spec: RLTrainingJobSpec) -> Object:
+    """ConfigMap with the job as the pods read it; later changes of the resource do not reach a running attempt."""
+    job = {
+        "apiVersion": names.API_VERSION,
+        "kind": names.KIND,
+        "metadata": {"name": resource.name, "namespace": resource.namespace, "uid": resource.uid},
+        "spec": spec.model_dump(mode="json", by_alias=True),
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": _meta(resource, names.frozen_job(resource.name)),
+        "immutable": True,
+        "data": {"job.json": json.dumps(job, separators=(",", ":"), ensure_ascii=False)},
+    }
+
+
+def output_claim(resource: Resource, spec: RLTrainingJobSpec) -> Object | None:
+    """The claim for checkpoints, or None where the job brings its own. A retained claim outlives the job: no owner."""
+    output = spec.output
+    if output.claim:
+        return None
+    mode = output.access_mode or ("ReadWriteOnce" if spec.resources.nodes == 1 else "ReadWriteMany")
+    claim: Object = {"accessModes": [mode], "resources": {"requests": {"storage": output.size}}}
+    if output.storage_class_name is not None:
+        claim["storageClassName"] = output.storage_class_name
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": _meta(resource, names.output_claim(resource.name), owned=not output.retain),
+        "spec": claim,
+    }
+
+
+def service(resource: Resource, spec: RLTrainingJobSpec) -> Object | None:
+    """Headless Service that gives the pods of a multi-node job their host names; None for one node."""
+    if spec.resources.nodes == 1:
+        return None
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": _meta(resource, resource.name),
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,  # the pods look for each other before any of them is ready
+            "selector": labels(resource, names.COMPONENT_TRAINER),
+            "ports": [{"name": "rendezvous", "port": names.RENDEZVOUS_PORT}],
+        },
+    }
+
+
+def attempt_job(resource: Resource, spec: RLTrainingJobSpec, number: int, image: str) -> Object:
+    """The Indexed Job of one attempt. It never retries by itself: the operator decides, by the cause."""
+    meta = _meta(resource, names.attempt_job(resource.name, number), component=names.COMPONENT_TRAINER)
+    meta["labels"] |= {names.LABEL_ATTEMPT: str(number), names.LABEL_ALGORITHM: spec.algorithm}
+    pod_labels = spec.labels | meta["labels"]
+    if resource.queue:
+        meta["labels"] |= {names.LABEL_QUEUE: resource.queue}
+        if resource.priority:
+            meta["labels"] |= {names.LABEL_PRIORITY: resource.priority}
+    nodes = spec.resources.nodes
+    job: Object = {
+        "completionMode": "Indexed",
+        "completions": nodes,
+        "parallelism": nodes,
+        "backoffLimit": 0,
+        "podReplacementPolicy": "Failed",
+        "podFailurePolicy": {"rules": _failure_rules()},
+        "template": {
+            "metadata": {"labels": pod_labels, **({"annotations": spec.annotations} if spec.annotations else {})},
+            "spec": trainer_pod(resource, spec, number, image),
+        },
+    }
+    if resource.queue:
+        job["suspend"] = True  # Kueue starts it
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": job}
+
+
+def _failure_rules() -> list[Object]:
+    """All end the Job; the rule that matched stays in the Job's condition when the pods are gone."""
+    codes = sorted(code for code in ExitCode if code)
+    return [
+        {
+            "action": "FailJob",
+            "onExitCodes": {"containerName": names.TRAINER_CONTAINER, "operator": "In", "values": codes},
+        },
+        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+    ]
+
+
+def command(resource: Resource, spec: RLTrainingJobSpec, number: int) -> list[str]:
+    """What a trainer pod runs: the worker, under torchrun where there is more than one process."""
+    gpus, nodes = spec.resources.gpus_per_node, spec.resources.nodes
+    if nodes == 1 and gpus <= 1:
+        return ["python", "-m", names.WORKER_MODULE]
+    grace = max(1, spec.termination_grace_period_seconds - EXIT_BARRIER_SECONDS)
+    run = [
+        *("python", "-m", "torch.distributed.run"),
+        f"--nnodes={nodes}",
+        f"--nproc-per-node={max(1, gpus)}",
+        "--max-restarts=0",
+        f"--shutdown-timeout={grace}",
+    ]
+    if nodes == 1:
+        run.append("--standalone")
+    else:
+        job = names.attempt_job(resource.name, number)
+        run += [  # static: the pod with index 0 must be rank 0, for it is the one that reports
+            "--rdzv-backend=static",
+            "--node-rank=$(JOB_COMPLETION_INDEX)",
+            f"--master-addr={job}-0.{resource.name}",
+            f"--master-port={names.RENDEZVOUS_PORT}",
+        ]
+    return [*run, "-m", names.WORKER_MODULE]
+
+
+def trainer_pod(resource: Resource, spec: RLTrainingJobSpec, number: int, image: str) -> Object:
+    """Spec of a trainer pod."""
+    volumes, mounts = _volumes(resource, spec)
+    container = {
+        "name": names.TRAINER_CONTAINER,
+        "image": spec.image or image,
+        "imagePullPolicy": spec.image_pull_policy or "IfNotPresent",
+        "command": command(resource, spec, number),
+        "env": _environment(spec),
+        "ports": [{"name": "progress", "containerPort": names.TRAINER_PORT}],
+        "resources": _resources(spec),
+        "volumeMounts": mounts,
+        "terminationMessagePath": names.TERMINATION_LOG,
+        "terminationMessagePolicy": "File",
+        "securityContext": _container_security(),
+    }
+    if spec.env_from:
+        container["envFrom"] = [e.model_dump(mode="json", by_alias=True) for e in spec.env_from]
+    pod: Object = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": spec.termination_grace_period_seconds,
+        **_pod_security(),
+        "containers": [container],
+        "volumes": volumes,
+    }
+    if spec.resources.nodes > 1:
+        pod["subdomain"] = resource.name
+    return pod | _placement(spec)
+
+
+def files_pod(resource: Resource, spec: RLTrainingJobSpec, image: str) -> Object:
+    """Pod that serves the output, read-only, on its loopback; clients come by port-forward."""
+    container = {
+        "name": names.COMPONENT_FILES,
+        "image": spec.image or image,
+        "imagePullPolicy": spec.image_pull_policy or "IfNotPresent",
+        "command": ["python", "-m", names.FILES_MODULE],
+        "env": _scratch_environment(),
+        "resources": {"requests": {"cpu": "50m", "memory": "128Mi"}, "limits": {"memory": "512Mi"}},
+        "volumeMounts": [
+            {"name": "output", "mountPath": names.OUTPUT_DIR, "readOnly": True},
+            {"name": "job", "mountPath": names.JOB_DIR, "readOnly": True},
+            {"name": "home", "mountPath": names.HOME_DIR},
+            {"name": "tmp", "mountPath": "/tmp"},
+        ],
+        "securityContext": _container_security(),
+    }
+    near = {  # a ReadWriteOnce claim can be mounted by two pods of one node only
+        "podAffinity": {
+            "preferredDuringSchedulingIgnoredDuringExecution": [
+                {
+                    "weight": 100,
+                    "podAffinityTerm": {
+                        "labelSelector": {"matchLabels": labels(resource, names.COMPONENT_TRAINER)},
+                        "topologyKey": "kubernetes.io/hostname",
+                    },
+                }
+            ]
+        }
+    }
+    pod = {
+        "restartPolicy": "OnFailure",
+        "terminationGracePeriodSeconds": 5,
+        **_pod_security(),
+        "containers": [container],
+        "volumes": [
+            _claim_volume("output", spec.output.claim or names.output_claim(resource.name)),
+            {"name": "job", "configMap": {"name": names.frozen_job(resource.name)}},
+            {"name": "home", "emptyDir": {}},
+            {"name": "tmp", "emptyDir": {}},
+        ],
+    }
+    placement = _placement(spec) | {"affinity": near}
+    meta = _meta(resource, names.files_pod(resource.name), component=names.COMPONENT_FILES)
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": pod | placement}
+
+
+def _pod_security() -> Object:
+    return {
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+    }
+
+
+def _container_security() -> Object:
+    return {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+def _placement(spec: RLTrainingJobSpec) -> Object:
+    """The allow-listed fields of the pod that say where and as whom it runs; only those that are given."""
+    found: Object = {
+        "imagePullSecrets": [{"name": s.name} for s in spec.image_pull_secrets],
+        "serviceAccountName": spec.service_account_name,
+        "nodeSelector": spec.node_selector,
+        "tolerations": [_toleration(t) for t in spec.tolerations],
+        "affinity": spec.affinity,
+        "priorityClassName": spec.priority_class_name,
+        "schedulerName": spec.scheduler_name,
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def _toleration(toleration: Toleration) -> Object:
+    return toleration.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def _resources(spec: RLTrainingJobSpec) -> Object:
+    ask = spec.resources
+    wanted = {"cpu": ask.cpu, "memory": ask.memory, GPU: str(ask.gpus_per_node) if ask.gpus_per_node else None}
+    given = {name: amount for name, amount in wanted.items() if amount}
+    return {"requests": given, "limits": given} if given else {}
+
+
+def _scratch_environment() -> list[Object]:
+    return [{"name": "HOME", "value": names.HOME_DIR}, {"name": "TMPDIR", "value": "/tmp"}]
+
+
+def _environment(spec: RLTrainingJobSpec) -> list[Object]:
+    """The user's variables, after ours: what a user sets wins."""
+    ours = [
+        *_scratch_environment(),
+        {"name": "HF_HOME", "value": f"{names.CACHE_DIR}/huggingface"},
+        {"name": "XDG_CACHE_HOME", "value": f"{names.CACHE_DIR}/xdg"},
+        {"name": "PYTHONUNBUFFERED", "value": "1"},
+    ]
+    theirs = {e.name for e in spec.env}
+    return [e for e in ours if e["name"] not in theirs] + [_variable(e) for e in spec.env]
+
+
+def _variable(variable: EnvVar) -> Object:
+    return variable.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def _claim_volume(name: str, claim: str, read_only: bool = False) -> Object:
+    source: Object = {"claimName": claim}
+    if read_only:
+        source["readOnly"] = True
+    return {"name": name, "persistentVolumeClaim": source}
+
+
+def _volumes(resource: Resource, spec: RLTrainingJobSpec) -> tuple[list[Object], list[Object]]:
+    """Volumes of a trainer pod and where they are mounted."""
+    found: list[tuple[Object, str, bool]] = [
+        (_claim_volume("output", spec.output.claim or names.output_claim(resource.name)), names.OUTPUT_DIR, False),
+        ({"name": "job", "configMap": {"name": names.frozen_job(resource.name)}}, names.JOB_DIR, True),
+        ({"name": "home", "emptyDir": {}}, names.HOME_DIR, False),
+        ({"name": "tmp", "emptyDir": {}}, "/tmp", False),
+        (_cache_volume(spec), names.CACHE_DIR, False),
+        (
+            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": spec.resources.shared_memory}},
+            "/dev/shm",
+            False,
+        ),
+    ]
+    for number, bundle in enumerate(spec.bundles):
+        parts = [
+            {"configMap": {"name": part, "items": [{"key": names.BUNDLE_KEY, "path": names.bundle_part(index)}]}}
+            for index, part in enumerate(bundle.config_maps)
+        ]
+        volume = {"name": f"bundle-{number}", "projected": {"sources": parts}}
+        found.append((volume, f"{names.BUNDLE_DIR}/{bundle.name}", True))
+    for number, claim in enumerate(read_claims(spec)):
+        found.append((_claim_volume(f"claim-{number}", claim, True), f"{names.CLAIMS_DIR}/{claim}", True))
+    mounts = [
+        {"name": volume["name"], "mountPath": path, **({"readOnly": True} if read_only else {})}
+        for volume, path, read_only in found
+    ]
+    return [volume for volume, _, _ in found], mounts
+
+
+def _cache_volume(spec: RLTrainingJobSpec) -> Object:
+    return _claim_volume("cache", spec.cache.claim) if spec.cache.claim else {"name": "cache", "emptyDir": {}}
+
+
+def read_claims(spec: RLTrainingJobSpec) -> list[str]:
+    """Claims that pvc:// references of model and data name, each once."""
+    sets: list[DatasetSpec | None] = [spec.dataset, spec.validation_dataset]
+    paths = [spec.model, *(s.path for s in sets if s and s.path)]
+    claims = [path.removeprefix("pvc://").split("/")[0] for path in paths if path.startswith("pvc://")]
+    return list(dict.fromkeys(claims))

@@ -1,0 +1,146 @@
+"""The operator's picture of the cluster: views of resources, Jobs and pods by job, fed by the watches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nemo_rl.job import names
+from nemo_rl_operator import observe
+from nemo_rl_operator.observe import AttemptView, PodView, Resource
+
+Key = tuple[str, str]
+"""Namespace and name of a job."""
+Kind = Literal["resource", "job", "pod"]
+KINDS: tuple[Kind, ...] = ("resource", "job", "pod")
+
+
+@dataclass(slots=True)
+class Entry:
+    resource: Resource | None = None
+    jobs: dict[str, AttemptView] = field(default_factory=dict)
+    pods: dict[str, PodView] = field(default_factory=dict)
+
+    @property
+    def empty(self) -> bool:
+        return self.resource is None and not self.jobs and not self.pods
+
+
+def key_of(kind: Kind, raw: Mapping[str, Any]) -> Key | None:
+    """The job that an object belongs to; None for one that only looks like ours."""
+    meta = raw["metadata"]
+    name = meta["name"] if kind == "resource" else (meta.get("labels") or {}).get(names.LABEL_JOB)
+    return (meta["namespace"], name) if name else None
+
+
+class Cache:
+    """All that the watches have told, by job. Not thread-safe: everything runs in one event loop."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Key, Entry] = {}
+        self._versions: dict[tuple[Kind, str, str], tuple[str, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: Key) -> Entry:
+        return self._entries.get(key) or Entry()
+
+    def keys(self) -> list[Key]:
+        return list(self._entries)
+
+    def entries(self) -> Iterable[tuple[Key, Entry]]:
+        return self._entries.items()
+
+    def put(self, kind: Kind, raw: Mapping[str, Any]) -> Key | None:
+        """Take in an object. The key of its job if something changed that matters; an older version is ignored."""
+        key = key_of(kind, raw)
+        if key is None or self._stale(kind, raw):
+            return None
+        entry = self._entries.setdefault(key, Entry())
+        meta = raw["metadata"]
+        if kind == "resource":
+            found = observe.resource(raw)
+            changed = entry.resource is None or not _same(entry.resource, found)
+            entry.resource = found
+        elif kind == "job":
+            job = observe.attempt_view(raw)
+            changed = entry.jobs.get(meta["name"]) != job
+            entry.jobs[meta["name"]] = job
+        else:
+            pod = observe.pod_view(raw)
+            changed = entry.pods.get(meta["name"]) != pod
+            entry.pods[meta["name"]] = pod
+        return key if changed else None
+
+    def drop(self, kind: Kind, key: Key, name: str, uid: str | None = None) -> Key | None:
+        """Forget an object that is gone, unless a newer one of that name (another uid) has taken its place."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        children: dict[str, Any] = {}
+        if kind == "job":
+            children = entry.jobs
+        elif kind == "pod":
+            children = entry.pods
+        held = entry.resource if kind == "resource" else children.get(name)
+        if held is None or (uid is not None and held.uid != uid):
+            return None
+        if kind == "resource":
+            entry.resource = None
+        else:
+            del children[name]
+        self._versions.pop((kind, key[0], name), None)
+        if entry.empty:
+            del self._entries[key]
+        return key
+
+    def names(self, kind: Kind) -> dict[tuple[str, str], tuple[Key, str]]:
+        """(namespace, name) of every object of the kind, with its job's key and its uid."""
+        found: dict[tuple[str, str], tuple[Key, str]] = {}
+        for key, entry in self._entries.items():
+            if kind == "resource":
+                if entry.resource:
+                    found[key] = (key, entry.resource.uid)
+                continue
+            children: Mapping[str, AttemptView | PodView] = entry.jobs if kind == "job" else entry.pods
+            for name, child in children.items():
+                found[key[0], name] = (key, child.uid)
+        return found
+
+    def version(self, kind: Kind, namespace: str, name: str) -> int:
+        """Newest resource version seen of the object; 0 where none was."""
+        return self._versions.get((kind, namespace, name), ("", 0))[1]
+
+    def sizes(self) -> dict[Kind, int]:
+        return {
+            "resource": sum(entry.resource is not None for entry in self._entries.values()),
+            "job": sum(len(entry.jobs) for entry in self._entries.values()),
+            "pod": sum(len(entry.pods) for entry in self._entries.values()),
+        }
+
+    def _stale(self, kind: Kind, raw: Mapping[str, Any]) -> bool:
+        """Whether a newer version of this very object is known: our own writes come back later through the watch."""
+        meta = raw["metadata"]
+        version = meta.get("resourceVersion", "")
+        if not version.isdigit():
+            return False
+        place = (kind, meta["namespace"], meta["name"])
+        uid, newest = self._versions.get(place, ("", 0))
+        if uid == meta["uid"] and int(version) < newest:
+            return True
+        self._versions[place] = (meta["uid"], int(version))
+        return False
+
+
+def _same(old: Resource, new: Resource) -> bool:
+    """Whether only bookkeeping differs: the version and who manages which field."""
+    return (old.uid, old.spec, old.status, old.deleting, old.queue, old.priority) == (
+        new.uid,
+        new.spec,
+        new.status,
+        new.deleting,
+        new.queue,
+        new.priority,
+    )

@@ -1,0 +1,149 @@
+"""Why an attempt ended, read from its pods, or from its Job where the pods are gone.
+
+The exit code that a trainer chose decides first, then what the cluster says it did to the pod. Of several failed pods
+the root cause is wanted: when one node is drained, the others of a job merely lose their connection to it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from nemo_rl.job.names import ExitCode
+from nemo_rl.job.status import Cause, TerminationMessage
+from nemo_rl_operator.observe import AttemptView, PodView
+
+Verdict = Literal["fatal", "counted", "free"]
+
+FATAL = frozenset(
+    {Cause.USER_ERROR, Cause.BAD_DATA, Cause.NON_FINITE, Cause.INVALID_SPEC, Cause.INVALID_IMAGE, Cause.DEADLINE}
+)
+FREE = frozenset({Cause.PREEMPTED, Cause.DISRUPTED, Cause.JOB_DELETED, Cause.SUSPENDED})
+
+EXIT_CAUSES = {
+    ExitCode.USER_ERROR: Cause.USER_ERROR,
+    ExitCode.BAD_DATA: Cause.BAD_DATA,
+    ExitCode.NON_FINITE: Cause.NON_FINITE,
+    ExitCode.PREEMPTED: Cause.PREEMPTED,
+}
+LOST_NODE = frozenset({"NodeLost", "NodeShutdown", "Shutdown", "Terminated", "Preempting", "ContainerStatusUnknown"})
+"""Reasons of pods that went down with their node, or made room on it."""
+NOT_STARTED = frozenset({"ContainerCannotRun", "StartError", "RunContainerError"})
+SIGNALS = {6: "SIGABRT", 7: "SIGBUS", 9: "SIGKILL", 11: "SIGSEGV", 15: "SIGTERM"}
+
+
+def verdict(cause: str) -> Verdict:
+    """Whether a cause ends the job (fatal), counts towards backoffLimit (counted), or does neither (free)."""
+    return "fatal" if cause in FATAL else "free" if cause in FREE else "counted"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended. `cause` is None after success."""
+
+    cause: Cause | None
+    message: str = ""
+    exit_code: int | None = None
+    pod: str | None = None
+    traceback: str | None = None
+    ended: str = ""
+    word: TerminationMessage | None = None
+    """The trainer's own last word, where it left one."""
+
+
+def outcome(attempt: AttemptView, pods: tuple[PodView, ...], nodes: int, settled: bool) -> Outcome | None:
+    """How the attempt ended, or None while that is not known yet.
+
+    Success is index 0's alone. A failure of a single pod is final at once; of several, all must have ended first
+    (the Job's Failed condition says so), for the first to fail is often not the cause. `settled` says that the Job
+    failed some seconds ago, so that no news about its pods can still be on the way.
+    """
+    first = next((pod for pod in reversed(pods) if pod.index == 0), None)
+    if first and first.phase == "Succeeded":
+        return _success(first)
+    if attempt.complete and first is None:
+        return Outcome(None, ended=attempt.ended)
+    if attempt.deleting or attempt.suspended:
+        return None
+    failures = [found for pod in pods if pod.phase == "Failed" and (found := _failure(pod))]
+    if failures and (attempt.failed or nodes == 1):
+        return min(failures, key=lambda found: found[0])[1]
+    return _from_job(attempt) if attempt.failed and settled else None
+
+
+def _success(pod: PodView) -> Outcome:
+    word = TerminationMessage.parse(pod.termination)
+    if word and word.kind == "result":
+        return Outcome(None, pod=pod.name, exit_code=0, ended=pod.ended, word=word)
+    return Outcome(
+        Cause.NO_RESULT,
+        "the trainer exited with 0 but left no result; is spec.image a nemo-rl trainer image?",
+        exit_code=pod.exit_code,
+        pod=pod.name,
+        ended=pod.ended,
+    )
+
+
+def _failure(pod: PodView) -> tuple[tuple[int, str], Outcome]:
+    """The failure of a pod, with its rank as a root cause: lower ranks first, then what ended earlier."""
+    word = TerminationMessage.parse(pod.termination)
+    code = pod.exit_code
+    if word and word.kind == "failure" and word.exit_code is not None:
+        code = word.exit_code
+    cause, rank, message = _cause(pod, code)
+    if word and word.message and rank in (0, 3, 4):
+        message = word.message
+    found = Outcome(
+        cause,
+        message,
+        exit_code=code,
+        pod=pod.name,
+        traceback=word.traceback if word else None,
+        ended=pod.ended,
+        word=word,
+    )
+    return (rank, pod.ended or "~"), found
+
+
+def _cause(pod: PodView, code: int | None) -> tuple[Cause, int, str]:
+    known = EXIT_CAUSES.get(ExitCode(code)) if code in set(ExitCode) else None
+    if known and known in FATAL:
+        return known, 0, f"the trainer exited with {code} ({known})"
+    text = pod.disruption or (f"{pod.reason}: {pod.message}" if pod.reason else "")
+    if pod.disruption or pod.reason == "Evicted" or pod.reason in LOST_NODE:
+        if _own_fault(pod.message):
+            return Cause.STORAGE_EXCEEDED, 2, f"evicted: {pod.message}; ask for more spec.resources or write less"
+        return Cause.DISRUPTED, 1, f"the pod was disrupted ({text.strip(': ')})"
+    if pod.end_reason in LOST_NODE:
+        return Cause.DISRUPTED, 1, "the node lost the container"
+    if pod.end_reason == "OOMKilled":
+        return Cause.OUT_OF_MEMORY, 2, "the trainer ran out of memory; raise spec.resources.memory"
+    if pod.end_reason in NOT_STARTED:
+        return Cause.START_FAILED, 2, f"the container could not start: {pod.termination or pod.end_reason}"
+    if code is None and pod.reason:
+        return Cause.NODE_REJECTED, 2, f"the node refused the pod: {text}"
+    if known is Cause.PREEMPTED:
+        return known, 4 if pod.deleting else 3, "the trainer was asked to stop and saved a checkpoint"
+    if pod.deleting:
+        return Cause.DISRUPTED, 4, "the pod was deleted"
+    if code is None:
+        return Cause.UNKNOWN, 4, "the pod failed without an exit code"
+    signal = SIGNALS.get(code - 128)
+    return Cause.ERROR, 4, f"the trainer exited with {code}" + (f" ({signal})" if signal else "")
+
+
+def _own_fault(message: str) -> bool:
+    """Evictions that would happen again anywhere: the pod used more disk than it asked for."""
+    return "exceeds the" in message or "exceeded its local ephemeral storage" in message
+
+
+def _from_job(attempt: AttemptView) -> Outcome:
+    """The pods are gone; the Job's condition still says which rule of its podFailurePolicy matched."""
+    code = re.search(r"exit code (\d+)", attempt.message)
+    if code and int(code[1]) in set(ExitCode) and (cause := EXIT_CAUSES.get(ExitCode(int(code[1])))):
+        return Outcome(cause, attempt.message, exit_code=int(code[1]), ended=attempt.ended)
+    if "DisruptionTarget" in attempt.message:
+        return Outcome(Cause.DISRUPTED, attempt.message, ended=attempt.ended)
+    text = attempt.message or attempt.reason or "no reason given"
+    return Outcome(Cause.UNKNOWN, f"the Job failed and its pods are gone: {text}", ended=attempt.ended)

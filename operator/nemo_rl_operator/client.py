@@ -1,0 +1,218 @@
+"""A thin asynchronous client of the Kubernetes API: dicts in, dicts out, over the aiohttp that kopf brings.
+
+The official asynchronous client (kubernetes.aio 37) was measured beside it: 48 MiB and 1.2 s of CPU more to import, and
+0.35 ms rather than 0.12 ms of CPU per call. At four writes per job that is a fifth of the whole CPU budget.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+
+from nemo_rl_operator import metrics
+from nemo_rl_operator.turn import Kind
+
+Object = dict[str, Any]
+
+CONNECTIONS = 32
+"""Most calls at once; more only makes each of them slower."""
+TIMEOUT = aiohttp.ClientTimeout(total=30, sock_connect=5)
+TOKEN_SECONDS = 60.0
+"""How long a token read from the pod's volume is used; the kubelet renews it there."""
+PAGE = 500
+METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+
+
+class ApiError(Exception):
+    """The API server refused a call. `status` is the HTTP code (0 when it could not be reached)."""
+
+    def __init__(self, status: int, reason: str, message: str) -> None:
+        super().__init__(f"{status} {reason}: {message}")
+        self.status, self.reason, self.message = status, reason, message
+
+    @property
+    def transient(self) -> bool:
+        """Whether the same call may succeed later."""
+        return self.status == 0 or self.status == 429 or self.status >= 500 or self.status == 401
+
+
+@dataclass(frozen=True)
+class Access:
+    """How to reach the API server. `token_file` is read again every minute; the header is for other ways to log in."""
+
+    server: str
+    tls: ssl.SSLContext
+    headers: Mapping[str, str]
+    token_file: Path | None = None
+
+
+class Api:
+    """Calls to the API server. `connect` must have been called; until then, calls wait."""
+
+    def __init__(self) -> None:
+        self._access: Access | None = None
+        self._session: aiohttp.ClientSession | None = None
+        self._ready = asyncio.Event()
+        self._token, self._token_until = "", 0.0
+
+    async def connect(self, access: Access) -> None:
+        """Use this access from now on; calls under way end as they began."""
+        old = self._session
+        connector = aiohttp.TCPConnector(limit=CONNECTIONS, ssl=access.tls, keepalive_timeout=60)
+        self._session = aiohttp.ClientSession(
+            connector=connector, timeout=TIMEOUT, headers={"User-Agent": "nemo-rl-operator"}
+        )
+        self._access, self._token_until = access, 0.0
+        self._ready.set()
+        if old:
+            await old.close()
+
+    async def close(self) -> None:
+        if self._session:
+            await self._session.close()
+
+    async def create(self, kind: Kind, namespace: str, body: Object) -> Object:
+        return await self._call("POST", kind, namespace, body=body)
+
+    async def get(self, kind: Kind, namespace: str, name: str) -> Object | None:
+        """The object; None where there is none."""
+        try:
+            return await self._call("GET", kind, namespace, name)
+        except ApiError as error:
+            if error.status == 404:
+                return None
+            raise
+
+    async def exists(self, kind: Kind, namespace: str, name: str) -> bool:
+        """Whether there is such an object, without reading its contents."""
+        accept = METADATA_ONLY.replace("MetadataList", "Metadata")
+        try:
+            await self._call("GET", kind, namespace, name, accept=accept)
+        except ApiError as error:
+            if error.status == 404:
+                return False
+            raise
+        return True
+
+    async def delete(self, kind: Kind, namespace: str, name: str, uid: str, foreground: bool) -> Object:
+        options = {
+            "apiVersion": "v1",
+            "kind": "DeleteOptions",
+            "propagationPolicy": "Foreground" if foreground else "Background",
+            "preconditions": {"uid": uid},
+        }
+        return await self._call("DELETE", kind, namespace, name, body=options)
+
+    async def patch_status(self, namespace: str, name: str, version: str, status: Object) -> Object:
+        """Merge into the job's status, if its version is still this one (409 otherwise)."""
+        body = {"metadata": {"resourceVersion": version}, "status": status}
+        return await self._call("PATCH", Kind.RESOURCE, namespace, name, "status", body=body)
+
+    async def items(self, kind: Kind, namespace: str, params: Mapping[str, str]) -> list[Object]:
+        """One page of a list."""
+        page = await self._call("GET", kind, namespace, params=params)
+        return list(page.get("items") or ())
+
+    async def workloads(self, namespace: str, params: Mapping[str, str]) -> list[Object]:
+        """Kueue's workloads; none where Kueue is not installed."""
+        for version in ("v1beta2", "v1beta1"):
+            path = f"/apis/kueue.x-k8s.io/{version}/namespaces/{quote(namespace)}/workloads"
+            try:
+                return list((await self._request("GET", path, "workloads", params=params)).get("items") or ())
+            except ApiError as error:
+                if error.status not in (403, 404):
+                    raise
+        return []
+
+    async def metadata(
+        self, kind: Kind, namespace: str | None, params: Mapping[str, str]
+    ) -> AsyncIterator[tuple[list[Object], str]]:
+        """Pages of (objects with metadata only, resource version of the list)."""
+        more = ""
+        while True:
+            wanted = {**params, "limit": str(PAGE), **({"continue": more} if more else {})}
+            page = await self._call("GET", kind, namespace, params=wanted, accept=METADATA_ONLY)
+            meta = page.get("metadata") or {}
+            yield list(page.get("items") or ()), meta.get("resourceVersion", "")
+            more = meta.get("continue", "")
+            if not more:
+                return
+
+    async def _call(
+        self,
+        verb: str,
+        kind: Kind,
+        namespace: str | None,
+        name: str = "",
+        part: str = "",
+        *,
+        params: Mapping[str, str] | None = None,
+        body: Object | None = None,
+        accept: str = "application/json",
+    ) -> Object:
+        prefix, plural = kind.value
+        path = f"/{prefix}/namespaces/{quote(namespace)}/{plural}" if namespace else f"/{prefix}/{plural}"
+        path += (f"/{quote(name)}" if name else "") + (f"/{part}" if part else "")
+        resource = f"{plural}/{part}" if part else plural
+        return await self._request(verb, path, resource, params=params, body=body, accept=accept)
+
+    async def _request(
+        self,
+        verb: str,
+        path: str,
+        resource: str,
+        *,
+        params: Mapping[str, str] | None = None,
+        body: Object | None = None,
+        accept: str = "application/json",
+    ) -> Object:
+        await self._ready.wait()
+        assert self._access is not None
+        assert self._session is not None
+        headers = {"Accept": accept, **self._authorization()}
+        if body is not None:
+            headers["Content-Type"] = "application/merge-patch+json" if verb == "PATCH" else "application/json"
+        data = json.dumps(body, separators=(",", ":")).encode() if body is not None else None
+        began = time.monotonic()
+        code = 0
+        try:
+            async with self._session.request(
+                verb, self._access.server + path, params=params, data=data, headers=headers, allow_redirects=False
+            ) as response:
+                code = response.status
+                content = await response.read()
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            raise ApiError(0, "Unreachable", f"{verb} {resource}: {error or type(error).__name__}") from error
+        finally:
+            metrics.API_CALLS.labels(verb, resource, str(code)).inc()
+            metrics.API_SECONDS.labels(verb).observe(time.monotonic() - began)
+        answer = _parse(content)
+        if code >= 300:
+            raise ApiError(code, str(answer.get("reason", "")), str(answer.get("message", ""))[:2000])
+        return answer
+
+    def _authorization(self) -> Mapping[str, str]:
+        assert self._access
+        if self._access.token_file is None:
+            return self._access.headers
+        if time.monotonic() >= self._token_until:
+            self._token = self._access.token_file.read_text().strip()
+            self._token_until = time.monotonic() + TOKEN_SECONDS
+        return {"Authorization": f"Bearer {self._token}"}
+
+
+def _parse(content: bytes) -> Object:
+    try:
+        found = json.loads(content)
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {"message": content[:300].decode(errors="replace")}

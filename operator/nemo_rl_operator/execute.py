@@ -1,0 +1,126 @@
+"""Carry out the actions of a decision. Everything may be done twice: names are fixed, and what exists is looked at."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+
+from nemo_rl.job import names
+from nemo_rl_operator import reasons
+from nemo_rl_operator.cache import Cache
+from nemo_rl_operator.client import Api, ApiError, Object
+from nemo_rl_operator.observe import Blocked, Resource
+from nemo_rl_operator.pending import mishap
+from nemo_rl_operator.turn import Action, Create, Delete, Kind
+
+log = logging.getLogger(__name__)
+
+
+class NamespaceGoneError(Exception):
+    """The namespace is being deleted: there is nothing left to do for the job."""
+
+
+class Executor:
+    """Makes and deletes objects, and tells the cache what the API server answered, ahead of the watch."""
+
+    def __init__(self, api: Api, cache: Cache) -> None:
+        self._api, self._cache = api, cache
+
+    async def run(self, resource: Resource, actions: Iterable[Action]) -> Blocked | None:
+        """Do all of them: first deletions, then what Jobs and pods need, then those. Why it cannot go on, if so.
+
+        Raises ApiError where trying again later is all there is to do.
+        """
+        actions = list(actions)
+        for action in actions:
+            if isinstance(action, Delete):
+                await self._delete(resource, action)
+        creations = [a for a in actions if isinstance(a, Create)]
+        first = [a for a in creations if a.kind not in (Kind.JOB, Kind.POD)]
+        blocks = await asyncio.gather(*(self._create(resource, a) for a in first))
+        for action in creations:
+            if any(blocks):
+                break
+            if action.kind is Kind.JOB:
+                blocks.append(await self._create(resource, action))
+        for action in creations:
+            if action.kind is Kind.POD and (block := await self._create(resource, action)):
+                log.warning("%s/%s: no file server: %s", resource.namespace, resource.name, block.message)
+        return next((block for block in blocks if block), None)
+
+    async def _delete(self, resource: Resource, action: Delete) -> None:
+        try:
+            left = await self._api.delete(action.kind, resource.namespace, action.name, action.uid, action.foreground)
+        except ApiError as error:
+            if error.status == 404:
+                self._forget(resource, action)
+                return
+            if error.status == 409:  # another object of that name
+                return
+            raise
+        self._remember(action.kind, left)
+
+    async def _create(self, resource: Resource, action: Create) -> Blocked | None:
+        try:
+            made = await self._api.create(action.kind, resource.namespace, action.body)
+        except ApiError as error:
+            if error.status == 409:
+                return await self._existing(resource, action)
+            return _refusal(error, action)
+        self._remember(action.kind, made)
+        return None
+
+    async def _existing(self, resource: Resource, action: Create) -> Blocked | None:
+        """An object of that name exists. Ours: fine. An earlier job's: it is on its way out. Otherwise: a conflict."""
+        name = action.body["metadata"]["name"]
+        found = await self._api.get(action.kind, resource.namespace, name)
+        if found is None:
+            raise ApiError(0, "Gone", f"{name} existed a moment ago")
+        meta = found["metadata"]
+        owner: Object = next((o for o in meta.get("ownerReferences") or () if o.get("controller")), {})
+        what = f"{action.body['kind']} {name}"
+        ours = owner.get("uid") == resource.uid
+        if action.kind is Kind.CLAIM and not owner:
+            ours = (meta.get("labels") or {}).get(names.LABEL_JOB) == resource.name  # kept from an earlier job
+        if ours and not meta.get("deletionTimestamp"):
+            self._remember(action.kind, found)
+            return None
+        if ours or (owner.get("kind") == names.KIND and owner.get("name") == resource.name):
+            return Blocked(
+                reasons.ENDING, f"waiting for {what} of an earlier run of this name to be deleted", fatal=False
+            )
+        cure = "delete it, or give the job another name"
+        if action.kind is Kind.CLAIM:
+            cure = f"set spec.output.claim to {name} to use it, or give the job another name"
+        text = f"{what} exists and does not belong to this job; {cure}"
+        return Blocked("NameConflict", text, fatal=False, conflict=True)
+
+    def _remember(self, kind: Kind, answer: Object) -> None:
+        if answer.get("kind") == "Status":
+            return
+        if kind is Kind.JOB:
+            self._cache.put("job", answer)
+        elif kind is Kind.POD:
+            self._cache.put("pod", answer)
+
+    def _forget(self, resource: Resource, action: Delete) -> None:
+        key = (resource.namespace, resource.name)
+        if action.kind is Kind.JOB:
+            self._cache.drop("job", key, action.name, action.uid)
+        elif action.kind is Kind.POD:
+            self._cache.drop("pod", key, action.name, action.uid)
+
+
+def _refusal(error: ApiError, action: Create) -> Blocked:
+    """What a refused creation means for the job. Raises again what only time can cure."""
+    what = f"{action.body['kind']} {action.body['metadata']['name']}"
+    if error.status == 404 or "because it is being terminated" in error.message:
+        raise NamespaceGoneError(error.message)
+    if error.status in (400, 413, 422):
+        return Blocked(reasons.REFUSED, f"the API server refuses {what}: {error.message[:700]}", fatal=True)
+    if error.status == 403:
+        if "exceeded quota" in error.message:
+            return Blocked(reasons.QUOTA, mishap(error.message).message, fatal=False)
+        return Blocked(reasons.REFUSED, f"the API server refuses {what}: {error.message[:700]}", fatal=False)
+    raise error

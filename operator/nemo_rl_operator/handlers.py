@@ -1,0 +1,107 @@
+"""The only module that knows kopf: it feeds the cache from the watches and queues the jobs that changed.
+
+kopf is the informer, the login and the process shell. No handler here decides or writes anything, so there are no
+finalizers and no annotations on anybody's objects.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import kopf
+
+from nemo_rl.job import names
+from nemo_rl_operator import metrics
+from nemo_rl_operator.cache import Cache, Kind, key_of
+from nemo_rl_operator.client import Access, Api
+
+log = logging.getLogger(__name__)
+
+TOKEN_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
+
+
+def configure(settings: kopf.OperatorSettings) -> None:
+    """kopf's settings, each for a reason: see its documentation of configuration and continuity."""
+    settings.peering.standalone = True
+    settings.posting.enabled = False  # we post our own Events, each once
+    # server side, else every pod of the cluster would be streamed to us
+    settings.watching.label_selectors["v1/pods"] = names.LABEL_JOB
+    settings.watching.label_selectors["batch", "v1", "jobs"] = names.LABEL_JOB
+    settings.watching.chunk_size = 500
+    settings.watching.server_timeout = 300
+    settings.watching.client_timeout = 330
+    settings.watching.connect_timeout = 10
+    settings.networking.request_timeout = 30
+    settings.networking.connect_timeout = 5
+    settings.networking.error_backoffs = [0.5, 1, 1, 2, 2, 3, 3, 5, 5, 5, 5, 5, 5, 10, 10, 10]
+    settings.queueing.exit_timeout = 0.2  # nothing is lost: all state is in the cluster
+    settings.execution.max_workers = 1  # all handlers are asynchronous
+
+
+async def run(
+    namespaces: Sequence[str],
+    *,
+    api: Api,
+    cache: Cache,
+    changed: Callable[[tuple[str, str]], None],
+    heard: Callable[[Kind, dict[str, Any]], None],
+    on_start: Callable[[], Awaitable[None]],
+    on_stop: Callable[[], Awaitable[None]],
+) -> None:
+    """Run kopf until SIGTERM or SIGINT, over all namespaces if none are given.
+
+    `heard` is told of every event, `changed` of every job to look at.
+    """
+    registry = kopf.OperatorRegistry()
+
+    def take(kind: Kind, event: kopf.RawEvent) -> None:
+        raw: dict[str, Any] = dict(event["object"])
+        deleted = event["type"] == "DELETED"
+        metrics.WATCH_EVENTS.labels(kind, event["type"] or "LISTED").inc()
+        key = key_of(kind, raw)
+        if key and deleted:
+            key = cache.drop(kind, key, raw["metadata"]["name"], raw["metadata"].get("uid"))
+        elif key:
+            key = cache.put(kind, raw)
+        heard(kind, raw)
+        if key:
+            changed(key)
+
+    @kopf.on.startup(registry=registry)
+    async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
+        configure(settings)
+        await on_start()
+
+    @kopf.on.cleanup(registry=registry)
+    async def stop(**_: Any) -> None:
+        await on_stop()
+
+    @kopf.on.login(registry=registry)
+    async def login(**kwargs: Any) -> kopf.ConnectionInfo:
+        in_cluster = kopf.login_with_service_account(**kwargs)
+        info = in_cluster or kopf.login_with_kubeconfig(**kwargs)
+        if info is None:
+            raise kopf.LoginError("found neither a service account nor a kubeconfig; run in a pod, or set KUBECONFIG")
+        token_file = TOKEN_FILE if in_cluster and TOKEN_FILE.exists() else None
+        await api.connect(Access(info.server, info.as_ssl_context(), info.as_http_headers(), token_file))
+        return info
+
+    @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, registry=registry)
+    async def resource_event(event: kopf.RawEvent, **_: Any) -> None:
+        take("resource", event)
+
+    @kopf.on.event("batch", "v1", "jobs", labels={names.LABEL_JOB: kopf.PRESENT}, registry=registry)
+    async def job_event(event: kopf.RawEvent, **_: Any) -> None:
+        take("job", event)
+
+    @kopf.on.event("v1", "pods", labels={names.LABEL_JOB: kopf.PRESENT}, registry=registry)
+    async def pod_event(event: kopf.RawEvent, **_: Any) -> None:
+        take("pod", event)
+
+    if namespaces:
+        await kopf.operator(registry=registry, standalone=True, namespaces=list(namespaces))
+    else:
+        await kopf.operator(registry=registry, standalone=True, clusterwide=True)

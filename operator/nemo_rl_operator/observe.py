@@ -1,0 +1,287 @@
+"""What the operator looks at: small frozen views of the resource, its Jobs and its pods, cut from what the API sends.
+
+The cache keeps only these views, so ten thousand jobs fit in little memory, and two views are equal exactly when
+nothing changed that a decision depends on.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from nemo_rl.job import names
+from nemo_rl.job.spec import RLTrainingJobSpec
+from nemo_rl.job.status import JobStatus, Progress
+
+Raw = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """An RLTrainingJob. Spec and status are kept as JSON text: a tenth of the memory of nested dicts."""
+
+    namespace: str
+    name: str
+    uid: str
+    version: str
+    generation: int
+    created: str
+    deleting: bool
+    queue: str
+    """Kueue queue, from the label; empty without."""
+    priority: str
+    spec: str
+    status: str
+    phase: str
+
+    @property
+    def finished(self) -> bool:
+        return self.phase in ("Succeeded", "Failed")
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptView:
+    """The Job of one attempt."""
+
+    number: int
+    name: str
+    uid: str
+    owner: str
+    """Uid of the RLTrainingJob that controls it."""
+    created: str
+    suspended: bool
+    deleting: bool
+    active: int
+    complete: bool
+    failed: bool
+    reason: str
+    """Of the Failed condition."""
+    message: str
+    ended: str
+
+    @property
+    def finished(self) -> bool:
+        return self.complete or self.failed
+
+
+@dataclass(frozen=True, slots=True)
+class PodView:
+    """A pod of an attempt, or the file server."""
+
+    name: str
+    uid: str
+    owner: str
+    """Uid of the RLTrainingJob that it belongs to, by its label."""
+    controller: str
+    """Uid of the Job that made it."""
+    attempt: int
+    """0 for the file server."""
+    index: int
+    phase: str
+    reason: str
+    message: str
+    ip: str
+    created: str
+    deleting: bool
+    scheduled: bool
+    unschedulable: str
+    waiting: str
+    waiting_message: str
+    exit_code: int | None
+    end_reason: str
+    termination: str
+    """Termination message of the trainer."""
+    started: str
+    ended: str
+    disruption: str
+    """Reason and message of the DisruptionTarget condition."""
+
+    @property
+    def terminal(self) -> bool:
+        return self.phase in ("Succeeded", "Failed")
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """Why the last attempt to make a child object failed."""
+
+    reason: str
+    message: str
+    fatal: bool
+    """Trying again cannot help."""
+    conflict: bool = False
+    """The object exists and belongs to somebody else."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Everything that `decide` knows besides the time."""
+
+    resource: Resource
+    spec: RLTrainingJobSpec | None
+    problem: str
+    """Why the spec is refused; empty where it is not."""
+    status: JobStatus
+    attempts: Mapping[int, AttemptView] = field(default_factory=dict)
+    pods: Mapping[int, tuple[PodView, ...]] = field(default_factory=dict)
+    files: PodView | None = None
+    progress: Progress | None = None
+    image: str = ""
+    """Trainer image of jobs that name none."""
+    verified: int = 0
+    """Number of the attempt whose Job was just read from the API server rather than from the cache."""
+    bundle_parts: frozenset[str] | None = None
+    """ConfigMaps of bundles that exist; None before somebody looked."""
+    incident: str | None = None
+    """Newest warning Event about the live attempt; empty where there is none, None before somebody looked."""
+    workload: str | None = None
+    """What Kueue says about the queued attempt; likewise."""
+    blocked: Blocked | None = None
+
+
+def resource(raw: Raw) -> Resource:
+    meta = raw["metadata"]
+    labels = meta.get("labels") or {}
+    status = raw.get("status") or {}
+    return Resource(
+        namespace=meta["namespace"],
+        name=meta["name"],
+        uid=meta["uid"],
+        version=meta.get("resourceVersion", ""),
+        generation=meta.get("generation", 0),
+        created=meta.get("creationTimestamp", ""),
+        deleting=bool(meta.get("deletionTimestamp")),
+        queue=labels.get(names.LABEL_QUEUE, ""),
+        priority=labels.get(names.LABEL_PRIORITY, ""),
+        spec=json.dumps(raw.get("spec"), separators=(",", ":")),
+        status=json.dumps(status, separators=(",", ":")) if status else "",
+        phase=str(status.get("phase") or "") if isinstance(status, Mapping) else "",
+    )
+
+
+def _conditions(status: Raw) -> dict[str, Raw]:
+    return {c["type"]: c for c in status.get("conditions") or () if c.get("status") == "True"}
+
+
+def _owner(meta: Raw) -> str:
+    """Uid of the controller among the owners."""
+    return next((o["uid"] for o in meta.get("ownerReferences") or () if o.get("controller")), "")
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text and text.isdigit() else 0
+
+
+def attempt_view(raw: Raw) -> AttemptView:
+    meta, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
+    conditions = _conditions(status)
+    failed, complete = conditions.get("Failed"), conditions.get("Complete")
+    end = failed or complete or {}
+    return AttemptView(
+        number=_number((meta.get("labels") or {}).get(names.LABEL_ATTEMPT)),
+        name=meta["name"],
+        uid=meta["uid"],
+        owner=_owner(meta),
+        created=meta.get("creationTimestamp", ""),
+        suspended=bool(spec.get("suspend")),
+        deleting=bool(meta.get("deletionTimestamp")),
+        active=status.get("active") or 0,
+        complete=complete is not None,
+        failed=failed is not None,
+        reason=(failed or {}).get("reason", ""),
+        message=(failed or {}).get("message", ""),
+        ended=end.get("lastTransitionTime") or "",
+    )
+
+
+def pod_view(raw: Raw) -> PodView:
+    meta, status = raw["metadata"], raw.get("status") or {}
+    labels = meta.get("labels") or {}
+    trainer = _container(status)
+    state = trainer.get("state") or {}
+    ended, waiting = state.get("terminated") or {}, state.get("waiting") or {}
+    scheduling: Raw = next((c for c in status.get("conditions") or () if c.get("type") == "PodScheduled"), {})
+    disruption = _conditions(status).get("DisruptionTarget")
+    index = labels.get(names.ANNOTATION_JOB_INDEX) or (meta.get("annotations") or {}).get(names.ANNOTATION_JOB_INDEX)
+    return PodView(
+        name=meta["name"],
+        uid=meta["uid"],
+        owner=labels.get(names.LABEL_JOB_UID, ""),
+        controller=_owner(meta),
+        attempt=_number(labels.get(names.LABEL_ATTEMPT)),
+        index=_number(index),
+        phase=status.get("phase", "Pending"),
+        reason=status.get("reason", ""),
+        message=status.get("message", ""),
+        ip=status.get("podIP", ""),
+        created=meta.get("creationTimestamp", ""),
+        deleting=bool(meta.get("deletionTimestamp")),
+        scheduled=scheduling.get("status") == "True" or bool((raw.get("spec") or {}).get("nodeName")),
+        unschedulable=scheduling.get("message", "") if scheduling.get("reason") == "Unschedulable" else "",
+        waiting=waiting.get("reason", ""),
+        waiting_message=waiting.get("message", ""),
+        exit_code=ended.get("exitCode"),
+        end_reason=ended.get("reason", ""),
+        termination=ended.get("message", ""),
+        started=(state.get("running") or ended).get("startedAt") or status.get("startTime") or "",
+        ended=ended.get("finishedAt") or "",
+        disruption=f"{disruption.get('reason', '')}: {disruption.get('message', '')}" if disruption else "",
+    )
+
+
+def _container(status: Raw) -> Raw:
+    """Status of the trainer's container; what mutating webhooks add beside it is not looked at."""
+    found = status.get("containerStatuses") or ()
+    wanted = (names.TRAINER_CONTAINER, names.COMPONENT_FILES)
+    return next((c for c in found if c.get("name") in wanted), {})
+
+
+@functools.lru_cache(maxsize=1024)
+def parse_spec(text: str) -> tuple[RLTrainingJobSpec | None, str]:
+    """The spec, or None and what is wrong with it: one `path: problem` per error, without the values themselves."""
+    try:
+        return RLTrainingJobSpec.model_validate_json(text), ""
+    except ValidationError as error:
+        found = (
+            ".".join(["spec", *(str(part) for part in e["loc"])]) + ": " + e["msg"].removeprefix("Value error, ")
+            for e in error.errors(include_url=False, include_context=False, include_input=False)
+        )
+        return None, "; ".join(found)[:900]
+
+
+def _foreign(pod: PodView, job: AttemptView | None) -> bool:
+    """Whether a pod carries our labels but was not made by the attempt's Job."""
+    return job is not None and pod.controller != job.uid
+
+
+def observe(
+    found: Resource,
+    attempts: Iterable[AttemptView],
+    pods: Iterable[PodView],
+    progress: Progress | None = None,
+    image: str = "",
+) -> Observed:
+    """Put together what belongs to this very job: children of an earlier job of the same name have another owner."""
+    spec, problem = parse_spec(found.spec)
+    status = JobStatus.load(json.loads(found.status) if found.status else None)
+    jobs = {a.number: a for a in attempts if a.owner == found.uid and a.number}
+    own = [pod for pod in pods if pod.owner == found.uid and not _foreign(pod, jobs.get(pod.attempt))]
+    by_attempt: dict[int, tuple[PodView, ...]] = {}
+    for pod in sorted((p for p in own if p.attempt), key=lambda p: (p.index, p.created, p.name)):
+        by_attempt[pod.attempt] = (*by_attempt.get(pod.attempt, ()), pod)
+    return Observed(
+        resource=found,
+        spec=spec,
+        problem=problem,
+        status=status,
+        attempts=jobs,
+        pods=by_attempt,
+        files=next((p for p in own if not p.attempt), None),
+        progress=progress,
+        image=image,
+    )

@@ -1,0 +1,70 @@
+"""The newest attempt is live: what its Job and pods say about the phase."""
+
+from __future__ import annotations
+
+from nemo_rl.job.status import Cause
+from nemo_rl_operator import pending, reasons, timestamps
+from nemo_rl_operator.observe import AttemptView
+from nemo_rl_operator.turn import Need, Turn
+
+QUIET_SECONDS = 10.0
+"""A start that says nothing for this long is looked into: its Events are read. Before, it is not worth a word."""
+LOOK_SECONDS = 10.0
+QUEUE_SECONDS = 30.0
+
+
+def follow(turn: Turn) -> bool:
+    attempt = turn.attempt
+    if attempt is None or not turn.open or attempt.finished:
+        return False
+    if attempt.deleting:
+        turn.phase(turn.status.phase or "Starting", reasons.ENDING, reasons.ENDING_MESSAGE.format(attempt=turn.number))
+    elif attempt.suspended:
+        _queued(turn, attempt)
+    else:
+        turn.clock(True, since=attempt.created or None)
+        _started(turn, attempt)
+    return True
+
+
+def _queued(turn: Turn, attempt: AttemptView) -> None:
+    """Its Job is suspended: by us for Kueue to start it, or by Kueue to make room. It is not ours to resume."""
+    turn.clock(False)
+    queue = turn.seen.resource.queue
+    if not queue:
+        turn.phase("Queued", reasons.QUEUED, reasons.HELD_MESSAGE.format(job=attempt.name))
+        return
+    message = reasons.QUEUED_MESSAGE.format(queue=queue)
+    if turn.seen.workload is None:
+        turn.needs.add(Need.WORKLOAD)
+    elif turn.seen.workload:
+        message = f"{message}: {turn.seen.workload}"
+    turn.wake_in(QUEUE_SECONDS)
+    turn.phase("Queued", reasons.QUEUED, message)
+
+
+def _started(turn: Turn, attempt: AttemptView) -> None:
+    nodes, pods = turn.spec.resources.nodes, turn.pods
+    if any(pod.phase == "Failed" for pod in pods):
+        return  # the Job says in a moment how it ended
+    if len({pod.index for pod in pods if pod.phase in ("Running", "Succeeded")}) == nodes:
+        where = "1 pod" if nodes == 1 else f"{nodes} pods"
+        turn.phase("Running", reasons.RUNNING, reasons.RUNNING_MESSAGE.format(attempt=turn.number, pods=where))
+        return
+    image = turn.spec.image or turn.seen.image
+    found = pending.waiting(pods, turn.spec, image, turn.seen.incident or "")
+    if found.fatal:
+        turn.fail(Cause.INVALID_IMAGE, found.message)
+        return
+    if found.reason not in (reasons.PODS_PENDING, reasons.STARTING) and not turn.seen.incident:
+        turn.phase(found.phase, found.reason, found.message)
+        return
+    quiet = QUIET_SECONDS + (timestamps.seconds_until(attempt.created, turn.now) or 0.0)
+    if quiet > 0:
+        turn.wake_in(quiet)
+        turn.phase("Starting", reasons.STARTING, reasons.STARTING_MESSAGE.format(attempt=turn.number))
+        return
+    turn.wake_in(LOOK_SECONDS)
+    if turn.seen.incident is None:
+        turn.needs.add(Need.INCIDENT)
+    turn.phase(found.phase, found.reason, found.message)

@@ -1,0 +1,130 @@
+"""Pull /progress of running jobs: every few seconds each, few at once, and nothing a pod answers can do harm."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import aiohttp
+from pydantic import ValidationError
+
+from nemo_rl.job import names
+from nemo_rl.job.status import Progress
+from nemo_rl_operator import metrics
+from nemo_rl_operator.cache import Key
+
+log = logging.getLogger(__name__)
+
+INTERVAL = 5.0
+"""Seconds between two reads of one job, and so between two writes of its status for progress alone."""
+WRITES_PER_SECOND = 40.0
+"""Reads of all jobs together; with more than 200 running, each is read less often."""
+LONGEST_INTERVAL = 60.0
+TIMEOUT = aiohttp.ClientTimeout(total=2)
+AT_ONCE = 32
+
+
+@dataclass
+class _Source:
+    pod: str
+    """Uid of the pod."""
+    url: str
+    failures: int = 0
+    found: Progress | None = None
+
+
+class ProgressPuller:
+    """Knows the newest progress of each running job; calls `changed` with its key when that changes."""
+
+    def __init__(self, changed: Callable[[Key], None]) -> None:
+        self._changed = changed
+        self._sources: dict[Key, _Source] = {}
+        self._due: list[tuple[float, Key, str]] = []
+        self._some = asyncio.Event()
+
+    def follow(self, key: Key, pod: str, ip: str) -> None:
+        """Read the progress of this pod (uid, address) from now on."""
+        source = self._sources.get(key)
+        if source and source.pod == pod:
+            return
+        host = f"[{ip}]" if ":" in ip else ip
+        self._sources[key] = _Source(pod, f"http://{host}:{names.TRAINER_PORT}/progress")
+        self._plan(key, pod, INTERVAL)
+
+    def forget(self, key: Key) -> None:
+        self._sources.pop(key, None)
+
+    def newest(self, key: Key) -> Progress | None:
+        source = self._sources.get(key)
+        return source.found if source else None
+
+    async def run(self) -> None:
+        """Read what is due, until cancelled."""
+        limit = asyncio.Semaphore(AT_ONCE)
+        tasks: set[asyncio.Task[None]] = set()
+        loop = asyncio.get_running_loop()
+        connector = aiohttp.TCPConnector(limit=AT_ONCE, force_close=True)
+        async with aiohttp.ClientSession(connector=connector, timeout=TIMEOUT) as session:
+            try:
+                while True:
+                    if not self._due:
+                        self._some.clear()
+                        await self._some.wait()
+                        continue
+                    due, key, pod = self._due[0]
+                    if due > loop.time():
+                        await asyncio.sleep(min(due - loop.time(), 1.0))
+                        continue
+                    heapq.heappop(self._due)
+                    source = self._sources.get(key)
+                    if source is None or source.pod != pod:
+                        continue
+                    await limit.acquire()
+                    task = asyncio.create_task(self._pull(session, key, source))
+                    tasks.add(task)
+                    task.add_done_callback(lambda done: (tasks.discard(done), limit.release()))  # type: ignore[func-returns-value]
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+    async def _pull(self, session: aiohttp.ClientSession, key: Key, source: _Source) -> None:
+        result = "ok"
+        try:
+            found = await read(session, source.url)
+            source.failures = 0
+            if found != source.found and self._sources.get(key) is source:
+                source.found = found
+                self._changed(key)
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            result = "unreachable"
+            source.failures += 1
+            log.debug("%s/%s: no progress: %s", *key, error)
+        except ValueError as error:  # a ValidationError too
+            result = "invalid"
+            source.failures += 1
+            count = f" ({error.error_count()} errors)" if isinstance(error, ValidationError) else ""
+            log.debug("%s/%s: invalid progress%s", *key, count)
+        metrics.PROGRESS_PULLS.labels(result).inc()
+        interval = max(INTERVAL, len(self._sources) / WRITES_PER_SECOND)
+        if self._sources.get(key) is source:
+            self._plan(key, source.pod, min(LONGEST_INTERVAL, interval * 2 ** min(source.failures, 5)))
+
+    def _plan(self, key: Key, pod: str, seconds: float) -> None:
+        heapq.heappush(self._due, (asyncio.get_running_loop().time() + seconds, key, pod))
+        self._some.set()
+
+
+async def read(session: aiohttp.ClientSession, url: str) -> Progress:
+    """The progress at `url`. ValueError where it is too long or no progress; redirects are not followed."""
+    async with session.get(url, allow_redirects=False) as response:
+        if response.status != 200:
+            raise ValueError(f"HTTP {response.status}")
+        content = bytearray()
+        async for chunk in response.content.iter_any():
+            content += chunk
+            if len(content) > names.PROGRESS_LIMIT:
+                raise ValueError(f"more than {names.PROGRESS_LIMIT} bytes")
+    return Progress.model_validate_json(bytes(content))

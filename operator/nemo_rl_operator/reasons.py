@@ -1,0 +1,62 @@
+"""Reasons (one word, for programs) of conditions, phases and Events, with the sentences that go with them."""
+
+from __future__ import annotations
+
+# phases and conditions
+ACCEPTED = "Accepted"
+ACCEPTED_MESSAGE = "the specification is valid"
+STARTING = "Starting"
+STARTING_MESSAGE = "attempt {attempt} starts"
+PODS_STARTING_MESSAGE = "{running} of {nodes} pods run; waiting for the others"
+RUNNING = "Training"
+RUNNING_MESSAGE = "attempt {attempt} trains on {pods}"
+SUCCEEDED = "Succeeded"
+SUCCEEDED_MESSAGE = "training ended after {steps} steps"
+SUSPENDED = "Suspended"
+SUSPENDED_MESSAGE = "suspended; set spec.suspend to false to go on from the last checkpoint"
+STOPPING = "Stopping"
+STOPPING_MESSAGE = "suspending: the pods save a checkpoint and end"
+RESUMED = "Resumed"
+ENDING = "WaitingForPods"
+ENDING_MESSAGE = "waiting for the pods of attempt {attempt} to end"
+SETTLING = "Settling"
+QUEUED = "Queued"
+QUEUED_MESSAGE = "waits in queue {queue}"
+HELD_MESSAGE = "its Job {job} is suspended by somebody else; set the Job's spec.suspend to false to start it"
+BACKOFF = "BackOff"
+BACKOFF_MESSAGE = "attempt {attempt} ended: {cause}; attempt {next} starts at {time}"
+BUNDLES = "WaitingForBundles"
+BUNDLES_MESSAGE = "waiting for {missing} of {total} bundle parts"
+BUNDLES_FAILED_MESSAGE = (
+    "{missing} of {total} bundle parts were not uploaded within {minutes} minutes (first missing: ConfigMap {first}); "
+    "was the client interrupted? Submit the job again"
+)
+DEADLINE_MESSAGE = "ran {seconds} s in all, and activeDeadlineSeconds is {limit}; raise it, or train fewer steps"
+BACKOFF_LIMIT_MESSAGE = "{failures} attempts failed and backoffLimit is {limit}; the last one: {message}"
+CONFLICT_MESSAGE = "{message}; waited {minutes} minutes"
+
+# pending
+PODS_PENDING = "WaitingForPods"
+PODS_PENDING_MESSAGE = "waiting for the Job controller to make the pods"
+UNSCHEDULABLE = "Unschedulable"
+UNBOUND_CLAIM = "UnboundClaim"
+MISSING_CLAIM = "MissingClaim"
+QUOTA = "QuotaExceeded"
+PULL = "ImagePull"
+CONFIG = "MissingReference"
+MOUNT = "VolumeNotReady"
+POD_REFUSED = "PodRefused"
+NO_IMAGE = "NoImage"
+NO_IMAGE_MESSAGE = (
+    "the job names no image and the operator has no default; give spec.image, or start the operator with --image"
+)
+REFUSED = "Refused"
+
+# Events
+EVENT_STARTED = "AttemptStarted"
+EVENT_ENDED = "AttemptEnded"
+EVENT_CHECKPOINT = "CheckpointSaved"
+EVENT_SUSPENDED = "Suspended"
+EVENT_SUCCEEDED = "Succeeded"
+EVENT_FAILED = "Failed"
+EVENT_REFUSED = "InvalidSpec"

@@ -1,0 +1,199 @@
+"""One reconciliation of one job: observe, decide, execute, write the status, post Events; in this order, every time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from typing import Any, Protocol
+
+from nemo_rl.job import names
+from nemo_rl.job.status import JobStatus
+from nemo_rl_operator import metrics, observe, timestamps
+from nemo_rl_operator.cache import Cache, Key
+from nemo_rl_operator.client import Api, ApiError, Object
+from nemo_rl_operator.decide import Decision, decide
+from nemo_rl_operator.events import EventPoster
+from nemo_rl_operator.execute import Executor, NamespaceGoneError
+from nemo_rl_operator.observe import Observed
+from nemo_rl_operator.progress import ProgressPuller
+from nemo_rl_operator.turn import Kind, Need
+
+log = logging.getLogger(__name__)
+
+DEFER_SECONDS = 2.0
+
+
+class Witness(Protocol):
+    """Hears of every write, to notice when the watch does not report it back."""
+
+    def wrote(self, key: Key, version: str) -> None: ...
+
+
+class Reconciler:
+    """Call it with a key; it returns the seconds after which to come back, if any, and raises to be called again."""
+
+    def __init__(
+        self,
+        api: Api,
+        cache: Cache,
+        events: EventPoster,
+        progress: ProgressPuller,
+        witness: Witness,
+        *,
+        image: str,
+        busy: Callable[[], bool],
+        clock: Callable[[], datetime] = timestamps.now,
+    ) -> None:
+        self._api, self._cache, self._events, self._progress = api, cache, events, progress
+        self._witness, self._image, self._busy, self._clock = witness, image, busy, clock
+        self._executor = Executor(api, cache)
+
+    async def __call__(self, key: Key) -> float | None:
+        if self._see(key) is None:
+            self._progress.forget(key)
+            return None
+        seen, decision = await self._decide(key)
+        if seen is None:
+            return None
+        if decision.actions:
+            try:
+                blocked = await self._executor.run(seen.resource, decision.actions)
+            except NamespaceGoneError:
+                return None
+            if blocked:
+                decision = decide(replace(seen, blocked=blocked), self._clock())
+                if decision.actions:
+                    await self._executor.run(seen.resource, decision.actions)
+        wake = await self._report(key, seen, decision)
+        self._follow_progress(key)
+        return wake
+
+    def _see(self, key: Key) -> Observed | None:
+        entry = self._cache.get(key)
+        if entry.resource is None:
+            return None
+        progress = self._progress.newest(key)
+        return observe.observe(entry.resource, entry.jobs.values(), entry.pods.values(), progress, self._image)
+
+    async def _decide(self, key: Key) -> tuple[Observed | None, Decision]:
+        """Decide, reading first what the decision asks for."""
+        known: dict[str, Any] = {}
+        while True:
+            seen = self._see(key)
+            if seen is None:
+                return None, Decision(JobStatus())
+            seen = replace(seen, **known)
+            decision = decide(seen, self._clock())
+            if not decision.needs:
+                return seen, decision
+            for need in decision.needs:
+                known |= await self._read(need, key, seen)
+
+    async def _read(self, need: Need, key: Key, seen: Observed) -> dict[str, Any]:
+        namespace = key[0]
+        number = newest_attempt(seen)
+        if need is Need.ATTEMPT:
+            name = names.attempt_job(key[1], number)
+            found = await self._api.get(Kind.JOB, namespace, name)
+            if found:
+                self._cache.put("job", found)
+            else:
+                self._cache.drop("job", key, name)
+            return {"verified": number}
+        if need is Need.BUNDLES:
+            assert seen.spec
+            parts = {part for bundle in seen.spec.bundles for part in bundle.config_maps}
+            there = {part for part in sorted(parts) if await self._api.exists(Kind.CONFIG_MAP, namespace, part)}
+            return {"bundle_parts": frozenset(there)}
+        if need is Need.INCIDENT:
+            if self._busy():  # while many jobs start at once, slow starts are no wonder
+                return {"incident": ""}
+            return {"incident": await self._incident(namespace, seen, number)}
+        return {"workload": await self._workload(namespace, seen, number)}
+
+    async def _incident(self, namespace: str, seen: Observed, number: int) -> str:
+        """The newest warning about the attempt's pods, or about its Job where it has none."""
+        pods = [pod for pod in seen.pods.get(number, ()) if pod.phase == "Pending"]
+        uid = pods[0].uid if pods else seen.attempts[number].uid
+        selector = f"involvedObject.uid={uid},type=Warning"
+        found = await self._api.items(Kind.EVENT, namespace, {"fieldSelector": selector, "limit": "50"})
+        newest = max(found, key=lambda e: e.get("lastTimestamp") or e.get("eventTime") or "", default=None)
+        return f"{newest.get('reason')}: {newest.get('message')}" if newest else ""
+
+    async def _workload(self, namespace: str, seen: Observed, number: int) -> str:
+        """Why Kueue holds the attempt."""
+        label = f"kueue.x-k8s.io/job-uid={seen.attempts[number].uid}"
+        for workload in await self._api.workloads(namespace, {"labelSelector": label}):
+            for condition in (workload.get("status") or {}).get("conditions") or ():
+                if condition.get("type") == "QuotaReserved" and condition.get("status") == "False":
+                    return str(condition.get("message", ""))[:500]
+        return ""
+
+    async def _report(self, key: Key, seen: Observed, decision: Decision) -> float | None:
+        """Write the status if it differs, then post the Events that go with it."""
+        resource = seen.resource
+        old, new = seen.status.dump(), decision.status.dump()
+        if old == new or resource.deleting:
+            return decision.requeue_after
+        if self._busy() and _can_wait(old, new):
+            return min(DEFER_SECONDS, decision.requeue_after or DEFER_SECONDS)
+        try:
+            written = await self._api.patch_status(*key, resource.version, merge_patch(old, new))
+        except ApiError as error:
+            if error.status == 404:
+                self._cache.drop("resource", key, resource.name, resource.uid)
+                return None
+            if error.status == 409:
+                metrics.CONFLICTS.inc()
+            raise
+        self._cache.put("resource", written)
+        self._witness.wrote(key, written["metadata"]["resourceVersion"])
+        for event in decision.events:
+            self._events.post(resource, event)
+        _count_ends(seen.status, decision.status)
+        if old.get("phase") != new.get("phase"):
+            log.info("%s/%s: %s: %s", *key, new.get("phase"), new.get("message"))
+        return decision.requeue_after
+
+    def _follow_progress(self, key: Key) -> None:
+        seen = self._see(key)
+        status = seen.status if seen else JobStatus()
+        if seen and status.phase == "Running":
+            for pod in seen.pods.get(status.attempt or 0, ()):
+                if pod.index == 0 and pod.phase == "Running" and pod.ip and not pod.deleting:
+                    self._progress.follow(key, pod.uid, pod.ip)
+                    return
+        self._progress.forget(key)
+
+
+def newest_attempt(seen: Observed) -> int:
+    """Number of the newest attempt, by status and Jobs."""
+    return max([seen.status.attempt or 0, *seen.attempts])
+
+
+def merge_patch(old: Object, new: Object) -> Object:
+    """The JSON merge patch that turns `old` into `new`."""
+    patch: Object = {name: None for name in old if name not in new}
+    for name, value in new.items():
+        before = old.get(name)
+        if before == value:
+            continue
+        patch[name] = merge_patch(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return patch
+
+
+def _can_wait(old: Object, new: Object) -> bool:
+    """While many jobs wait, what the next status makes superfluous is not written: that the first attempt starts, and
+    progress."""
+    if "phase" not in old:
+        return new.get("phase") == "Starting"
+    return all(old.get(name) == new.get(name) for name in {*old, *new} - {"progress", "checkpoint"})
+
+
+def _count_ends(old: JobStatus, new: JobStatus) -> None:
+    ended = {attempt.number for attempt in old.attempts if attempt.end_time}
+    for attempt in new.attempts:
+        if attempt.end_time and attempt.number not in ended:
+            metrics.ATTEMPTS.labels(attempt.cause or "Unknown").inc()

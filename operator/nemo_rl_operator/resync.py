@@ -1,0 +1,94 @@
+"""Every ten minutes: compare the cache with lists of the API server, for a watch can miss things without a word.
+
+kopf reports no deletion that happened during a gap of its watch, so objects are left in the cache that are gone
+("ghosts"). Objects that the cache lacks or knows in an old version, on the other hand, show that a watch is deaf.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Sequence
+
+from nemo_rl.job import names
+from nemo_rl_operator import metrics
+from nemo_rl_operator.cache import KINDS, Cache, Key, Kind
+from nemo_rl_operator.client import Api, ApiError
+from nemo_rl_operator.health import Health
+from nemo_rl_operator.queue import KeyedQueue
+from nemo_rl_operator.turn import Kind as ApiKind
+
+log = logging.getLogger(__name__)
+
+INTERVAL = 600.0
+GRACE = 30.0
+"""Seconds that a watch may lag behind a list."""
+SPREAD = 60.0
+"""Seconds over which all jobs are looked at again."""
+API_KINDS: dict[Kind, ApiKind] = {"resource": ApiKind.RESOURCE, "job": ApiKind.JOB, "pod": ApiKind.POD}
+Listed = dict[tuple[str, str], int]
+"""(namespace, name) to resource version."""
+
+
+class Resync:
+    """Runs the comparison, for all namespaces or only some."""
+
+    def __init__(
+        self, api: Api, cache: Cache, queue: KeyedQueue[Key], health: Health, namespaces: Sequence[str], interval: float
+    ) -> None:
+        self._api, self._cache, self._queue, self._health = api, cache, queue, health
+        self._namespaces: Sequence[str | None] = list(namespaces) or [None]
+        self._interval = interval
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval * random.uniform(0.9, 1.1))
+            try:
+                await self.once()
+            except ApiError as error:
+                log.warning("resync failed, next try in %.0f s: %s", self._interval, error)
+
+    async def once(self) -> None:
+        behind = []
+        for kind in KINDS:
+            listed, version = await self._list(kind)
+            self._drop_ghosts(kind, listed, version)
+            behind += [(kind, place, newest) for place, newest in listed.items() if self._lags(kind, place, newest)]
+        if behind:
+            await asyncio.sleep(min(GRACE, self._interval))
+            behind = [(kind, place, newest) for kind, place, newest in behind if self._lags(kind, place, newest)]
+            behind = [found for found in behind if await self._still_there(*found)]
+        self._health.deaf = f"the watches missed {len(behind)} changes" if behind else ""
+        if behind:
+            log.error(
+                "the watches missed %d changes, for example of %s %s/%s", len(behind), behind[0][0], *behind[0][1]
+            )
+        for key in self._cache.keys():  # noqa: SIM118 - a copy: the cache may change
+            self._queue.add_after(key, random.uniform(0, min(SPREAD, self._interval / 2)))
+
+    async def _list(self, kind: Kind) -> tuple[Listed, int]:
+        """All objects of the kind, and the version at which they were listed (the oldest, of several namespaces)."""
+        params = {} if kind == "resource" else {"labelSelector": names.LABEL_JOB}
+        listed: Listed = {}
+        versions = []
+        for namespace in self._namespaces:
+            async for page, version in self._api.metadata(API_KINDS[kind], namespace, params):
+                for item in page:
+                    meta = item["metadata"]
+                    listed[meta["namespace"], meta["name"]] = int(meta["resourceVersion"])
+                versions.append(int(version or 0))
+        return listed, min(versions, default=0)
+
+    def _drop_ghosts(self, kind: Kind, listed: Listed, version: int) -> None:
+        for place, (key, uid) in self._cache.names(kind).items():
+            if place not in listed and self._cache.version(kind, *place) <= version:
+                self._cache.drop(kind, key, place[1], uid)
+                self._queue.add(key)
+                metrics.GHOSTS.inc()
+
+    def _lags(self, kind: Kind, place: tuple[str, str], newest: int) -> bool:
+        return self._cache.version(kind, *place) < newest
+
+    async def _still_there(self, kind: Kind, place: tuple[str, str], _: int) -> bool:
+        return await self._api.exists(API_KINDS[kind], *place)

@@ -1,0 +1,31 @@
+"""RFC 3339 times as the API writes them, to and from datetime."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def parse(text: str | None) -> datetime | None:
+    """The time in `text`, in UTC; None where there is none or it is none."""
+    if not text:
+        return None
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def write(time: datetime) -> str:
+    """Whole seconds with Z, as the API server writes them."""
+    return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def seconds_until(text: str | None, now: datetime) -> float | None:
+    """Seconds from `now` to the time in `text`, negative when it is past; None where there is none."""
+    time = parse(text)
+    return (time - now).total_seconds() if time else None

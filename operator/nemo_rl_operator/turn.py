@@ -1,0 +1,224 @@
+"""One turn of deciding: what is seen, the status as it will be, and what is to be done. Policies read and write it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum
+from typing import Any
+
+from nemo_rl.job import names
+from nemo_rl.job.spec import RLTrainingJobSpec
+from nemo_rl.job.status import MAX_ATTEMPTS, Attempt, Cause, Condition, Failure, JobStatus, Phase
+from nemo_rl_operator import reasons, timestamps
+from nemo_rl_operator.classify import Outcome
+from nemo_rl_operator.observe import AttemptView, Observed, PodView
+
+
+class Kind(Enum):
+    """Kinds of objects that actions are about: API prefix and plural."""
+
+    RESOURCE = (f"apis/{names.API_VERSION}", names.PLURAL)
+    JOB = ("apis/batch/v1", "jobs")
+    POD = ("api/v1", "pods")
+    CONFIG_MAP = ("api/v1", "configmaps")
+    CLAIM = ("api/v1", "persistentvolumeclaims")
+    SERVICE = ("api/v1", "services")
+    EVENT = ("api/v1", "events")
+
+
+@dataclass(frozen=True)
+class Create:
+    """Make an object; that it exists already and belongs to the job is success."""
+
+    kind: Kind
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Delete:
+    """Delete an object with this uid; that it is gone is success. Foreground: it stays until its pods are gone."""
+
+    kind: Kind
+    name: str
+    uid: str
+    foreground: bool = False
+
+
+Action = Create | Delete
+
+
+@dataclass(frozen=True)
+class Event:
+    """A Kubernetes Event; `key` tells it from others of the same reason, so that it is posted once."""
+
+    reason: str
+    message: str
+    warning: bool = False
+    key: str = ""
+
+
+class Need(Enum):
+    """What must be read from the API server before this can be decided."""
+
+    ATTEMPT = "the Job of the newest attempt"
+    BUNDLES = "which ConfigMaps of bundles exist"
+    INCIDENT = "warning Events about the newest attempt"
+    WORKLOAD = "what Kueue says about the newest attempt"
+
+
+@dataclass
+class Turn:
+    """State of one decision. `status` is a copy that policies change; nothing else is changed."""
+
+    seen: Observed
+    now: datetime
+    status: JobStatus
+    actions: list[Action] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    needs: set[Need] = field(default_factory=set)
+    wake: float | None = None
+    """Seconds after which to decide again even if nothing happens."""
+
+    @property
+    def spec(self) -> RLTrainingJobSpec:
+        assert self.seen.spec is not None, "only valid specs get this far"
+        return self.seen.spec
+
+    @property
+    def time(self) -> str:
+        return timestamps.write(self.now)
+
+    @property
+    def number(self) -> int:
+        """Number of the newest attempt; 0 before the first."""
+        return self.status.attempt or 0
+
+    @property
+    def attempt(self) -> AttemptView | None:
+        """Job of the newest attempt."""
+        return self.seen.attempts.get(self.number)
+
+    @property
+    def pods(self) -> tuple[PodView, ...]:
+        return self.seen.pods.get(self.number, ())
+
+    @property
+    def record(self) -> Attempt | None:
+        """What the status says about the newest attempt."""
+        found = self.status.attempts
+        return found[-1] if found and found[-1].number == self.number else None
+
+    @property
+    def open(self) -> bool:
+        """Whether the newest attempt has begun and its end is not recorded yet."""
+        return self.record is not None and self.record.end_time is None
+
+    def live_pods(self) -> list[PodView]:
+        """Pods of any attempt that have not ended."""
+        return [pod for pods in self.seen.pods.values() for pod in pods if not pod.terminal]
+
+    def wake_in(self, seconds: float) -> None:
+        self.wake = max(0.0, seconds) if self.wake is None else min(self.wake, max(0.0, seconds))
+
+    def event(self, reason: str, message: str, *, warning: bool = False, key: str = "") -> None:
+        self.events.append(Event(reason, message, warning, key))
+
+    def condition(self, kind: str, holds: bool, reason: str, message: str = "") -> None:
+        """Set a condition; the time of its last transition changes only when the condition does."""
+        value = "True" if holds else "False"
+        old = self.status.condition(kind)
+        since = old.last_transition_time if old and old.status == value else self.time
+        new = Condition.model_validate(
+            {
+                "type": kind,
+                "status": value,
+                "reason": reason,
+                "message": message,
+                "observedGeneration": self.seen.resource.generation,
+                "lastTransitionTime": since,
+            }
+        )
+        if old:
+            self.status.conditions = [new if c.type == kind else c for c in self.status.conditions]
+        else:
+            self.status.conditions = [*self.status.conditions, new]
+
+    def phase(self, phase: Phase, reason: str, message: str) -> None:
+        """Set the phase and the conditions that follow from it."""
+        self.status.phase, self.status.reason, self.status.message = phase, reason, message[:1024]
+        self.condition("Running", phase == "Running", reason, message)
+        if phase == "Suspended":
+            self.condition("Suspended", True, reasons.SUSPENDED, message)
+        elif self.status.condition("Suspended"):
+            self.condition("Suspended", False, reasons.RESUMED)
+        finished = phase in ("Succeeded", "Failed")
+        if finished:
+            self.condition("Complete" if phase == "Succeeded" else "Failed", True, reason, message)
+        self.condition("Finished", finished, reason, message if finished else "")
+
+    def begin(self, number: int, started: str) -> None:
+        """Record that an attempt began."""
+        checkpoint = self.status.checkpoint
+        record = Attempt(
+            number=number,
+            job=names.attempt_job(self.seen.resource.name, number),
+            start_time=started,
+            from_step=checkpoint.latest_step if checkpoint else None,
+        )
+        self.status.attempts = [*self.status.attempts, record][-MAX_ATTEMPTS:]
+        self.status.attempt = number
+        self.status.start_time = self.status.start_time or started
+
+    def close(self, cause: str, *, counted: bool = False, message: str = "", found: Outcome | None = None) -> None:
+        """Record how the newest attempt ended."""
+        record = self.record
+        if record is None or record.end_time is not None:
+            return
+        record.end_time = (found.ended if found else "") or self.time
+        record.cause, record.counted, record.message = cause, counted, message[:200] or None
+        record.exit_code = found.exit_code if found else None
+        if self.status.progress:
+            record.to_step = self.status.progress.step
+        if counted:
+            self.status.counted_failures = (self.status.counted_failures or 0) + 1
+
+    def clock(self, running: bool, since: str | None = None) -> None:
+        """Start or stop the clock of activeDeadlineSeconds."""
+        if running:
+            self.status.active_since = self.status.active_since or since or self.time
+        elif self.status.active_since:
+            self.status.active_seconds = int(self.active_seconds())
+            self.status.active_since = None
+
+    def active_seconds(self) -> float:
+        """Seconds on that clock."""
+        running = timestamps.seconds_until(self.status.active_since, self.now)
+        return (self.status.active_seconds or 0) + max(0.0, -(running or 0.0))
+
+    def fail(self, cause: Cause, message: str, found: Outcome | None = None, reason: str | None = None) -> None:
+        """End the job in failure, and stop what still runs."""
+        self.close(cause, message=message, found=found)
+        self.clock(False)
+        self.status.failure = Failure(
+            cause=cause,
+            exit_code=found.exit_code if found else None,
+            pod=found.pod if found else None,
+            message=message,
+            traceback=found.traceback if found else None,
+        )
+        self.status.completion_time = self.time
+        self.phase("Failed", reason or cause, message)
+        self.event(reasons.EVENT_FAILED, message, warning=True)
+        self.stop_live()
+
+    def stop_live(self) -> None:
+        """Delete Jobs that still have pods. A Job whose pods have ended is left, with its pods and their logs."""
+        for attempt in self.seen.attempts.values():
+            pods = self.seen.pods.get(attempt.number, ())
+            ended = attempt.finished or (len(pods) >= self._nodes() and all(pod.terminal for pod in pods))
+            if not ended and not attempt.deleting:
+                self.actions.append(Delete(Kind.JOB, attempt.name, attempt.uid, foreground=True))
+
+    def _nodes(self) -> int:
+        return self.seen.spec.resources.nodes if self.seen.spec else 1
