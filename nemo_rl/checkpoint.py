@@ -231,7 +231,7 @@ def write_checkpoint(
     from nemo_rl.checkpoint_tensors import optimizer_groups, save_model, save_optimizer
 
     path = Path(path)
-    if path.exists() and not (path / STATE_FILE).exists():
+    if path.exists() and not any((path / name).exists() for name in (STATE_FILE, TRAINER_STATE)):
         raise FileExistsError(f"{path} exists and is not a checkpoint; give a path that does not exist")
     aside = path.with_name(f"{_UNFINISHED}{path.name}")
     groups = optimizer_groups(optimizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def load_model(path: Path, model: Any) -> None:
         # The architecture is saved under other names than its modules have (fused experts, for example).
         with _quiet_transformers():
             weights = type(model).from_pretrained(path, dtype=model.dtype).state_dict()
-    if any(name not in expected or expected[name].shape != weights[name].shape for name in weights):
+        missing = sorted(expected.keys() - weights.keys())
+    if missing or any(name not in expected or expected[name].shape != weights[name].shape for name in weights):
         raise ValueError(
             f"{path} holds the weights of another model than this {type(model).__name__}; "
             "resume with the model that the run began with"
@@ -158,7 +160,8 @@ def save_optimizer(path: Path, optimizer: Any) -> None:
     for place, (parameter, _) in enumerate(_parameters(optimizer)):
         for name, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{place}.{name}"] = value
-    dcp.save(tensors, checkpoint_id=path, no_dist=not is_distributed())
+    with _one_process_is_no_surprise():
+        dcp.save(tensors, checkpoint_id=path, no_dist=not is_distributed())
 
 
 def load_optimizer(path: Path, groups: list[dict[str, Any]], optimizer: Any) -> None:
@@ -176,7 +179,8 @@ def load_optimizer(path: Path, groups: list[dict[str, Any]], optimizer: Any) -> 
         if name:
             parameter, group = parameters[int(place)]
             tensors[key] = _empty_state(f"{path}: {name} of parameter {place}", about, parameter, group)
-    dcp.load(tensors, checkpoint_id=path, no_dist=not is_distributed())
+    with _one_process_is_no_surprise():
+        dcp.load(tensors, checkpoint_id=path, no_dist=not is_distributed())
     optimizer.state.clear()
     for key, tensor in tensors.items():
         place, _, name = key.partition(".")
@@ -185,6 +189,13 @@ def load_optimizer(path: Path, groups: list[dict[str, Any]], optimizer: Any) -> 
         for name, value in stored.items():
             if name != "count":
                 group[name] = tuple(value) if isinstance(value, list) else value
+
+
+@contextlib.contextmanager
+def _one_process_is_no_surprise() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _parameters(optimizer: Any) -> list[tuple[Any, dict[str, Any]]]:

@@ -151,7 +151,8 @@ class LiveDisplay:
         known = [logging.root, *(o for o in logging.root.manager.loggerDict.values() if isinstance(o, logging.Logger))]
         for handler in {h for owner in known for h in owner.handlers}:
             if isinstance(handler, logging.StreamHandler) and handler.stream in streams:
-                self._handlers.append((handler, handler.setStream(sys.stderr)))
+                self._handlers.append((handler, handler.stream))
+                handler.setStream(sys.stderr)
 
     def _render(self) -> Group:
         table = Table.grid(padding=(0, 3))
@@ -182,7 +183,7 @@ def _sample_panel(sample: dict[str, Any]) -> Panel:
 
 
 def _excerpt(value: Any, width: int = 240) -> str:
-    """A few lines of a text; what is not printable becomes a dot, so that a model's output never drives the terminal."""
+    """A few lines of a text; what is not printable becomes a dot, so that a model never drives the terminal."""
     text = value if isinstance(value, str) else str(value)
     lines = ["".join(c if c.isprintable() else "·" for c in line) for line in text.strip().splitlines()]
     excerpt = "\n".join(lines[:SAMPLE_LINES])

@@ -1,0 +1,214 @@
+"""The live display on a pseudo-terminal, and plain lines everywhere else."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+import textwrap
+
+import pytest
+
+from nemo_rl.display import LiveDisplay, NullDisplay, PlainDisplay, make_display
+from nemo_rl.metrics import parse_step_line
+
+COLUMNS, ROWS = 100, 40
+
+
+class Screen:
+    """As much of a terminal as the display uses: text, CR, LF, cursor up, erase line, hide and show the cursor."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = [""]
+        self.row = self.column = 0
+        self.cursor_visible = True
+
+    def feed(self, text: str) -> Screen:
+        for part in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", text):
+            if part == "\r":
+                self.column = 0
+            elif part == "\n":
+                self.row += 1
+                self.lines += [""] * (self.row + 1 - len(self.lines))
+            elif part.startswith("\x1b["):
+                self._control(part[2:-1], part[-1])
+            else:
+                line = self.lines[self.row].ljust(self.column)
+                self.lines[self.row] = line[: self.column] + part + line[self.column + len(part) :]
+                self.column += len(part)
+        return self
+
+    def _control(self, argument: str, kind: str) -> None:
+        if kind == "A":
+            self.row -= int(argument or 1)
+        elif kind == "K":
+            self.lines[self.row] = ""
+        elif (argument, kind) in (("?25", "l"), ("?25", "h")):
+            self.cursor_visible = kind == "h"
+        else:
+            assert kind == "m", (argument, kind)
+
+
+def run_on_terminal(code: str, **environment: str) -> tuple[str, int]:
+    """What a Python program writes to a terminal, standard output and error together, and its exit code."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (ROWS, COLUMNS))
+    clean = {k: v for k, v in os.environ.items() if k not in ("CI", "NO_COLOR", "COLUMNS", "LINES", "FORCE_COLOR")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**clean, "TERM": "xterm-256color", **environment},
+    )
+    os.close(theirs)
+    output = b""
+    while True:
+        try:
+            chunk = os.read(ours, 65536)
+        except OSError:  # Linux reports the end of the other side as EIO
+            break
+        if not chunk:
+            break
+        output += chunk
+    os.close(ours)
+    return output.decode(), process.wait()
+
+
+RUN = """
+import logging, sys, warnings
+logging.basicConfig(level=logging.INFO, format="LOG %(message)s")   # a handler that holds the real standard error
+from nemo_rl.display import make_display
+display = make_display()
+display.start(3, "GRPO · tiny · [bold]not markup[/bold]")
+try:
+    for step in (1, 2, 3):
+        print("printed", step)
+        logging.info("logged %d", step)
+        sys.stderr.write(f"error line {step}\\n")
+        samples = [{"prompt": f"sort {n}{step}", "completion": "12\\x1b[2J\\x07\\n[red]3[/red]", "reward": 0.25 * n}
+                   for n in (1, 2, 3)]
+        display.step({"step": step, "reward": 0.5, "reward_std": 0.25, "loss": 0.125, "kl": 0.0, "completion_length": 7.5,
+                      "tokens_per_second": 12345.6}, samples)
+    display.note("saved a checkpoint")
+    if FAIL:
+        raise RuntimeError("boom")
+finally:
+    display.close()
+print("after")
+"""
+
+
+def test_terminal_shows_panel_below_everything_that_is_printed():
+    output, code = run_on_terminal(f"FAIL = False\n{RUN}")
+    assert code == 0, output
+    screen = Screen().feed(output)
+    lines = [line.rstrip() for line in screen.lines]
+    assert lines[0] == "GRPO · tiny · [bold]not markup[/bold]"
+    for step in (1, 2, 3):
+        for text in (f"printed {step}", f"LOG logged {step}", f"error line {step}"):
+            assert lines.count(text) == 1, (text, lines)
+    assert lines.count("saved a checkpoint") == 1
+    bars = [line for line in lines if "3/3" in line]
+    assert len(bars) == 1, lines
+    assert lines.index("saved a checkpoint") < lines.index(bars[0]) < lines.index("after")
+    text = "\n".join(lines)
+    for shown in ("reward 0.5 ± 0.25", "loss 0.125", "kl 0", "length 7.5", "tokens/s 12,346"):
+        assert text.count(shown) == 1, shown
+    assert text.count("sort 13") == text.count("sort 23") == 1
+    assert "sort 33" not in text  # two samples are enough
+    assert "[red]3[/red]" in text
+    assert "12·[2J·" in text  # the model's control characters do not reach the terminal
+    assert screen.cursor_visible
+    assert "\x1b[2J" not in output
+
+
+def test_terminal_is_left_in_order_after_an_exception():
+    output, code = run_on_terminal(f"FAIL = True\n{RUN}")
+    assert code == 1
+    screen = Screen().feed(output)
+    assert screen.cursor_visible
+    assert screen.lines[-2].rstrip() == "RuntimeError: boom"
+
+
+@pytest.mark.parametrize("environment", [{"CI": "true"}, {"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_terminal_that_wants_plain_text_gets_lines(environment):
+    output, code = run_on_terminal(f"FAIL = False\n{RUN}", **environment)
+    assert code == 0
+    assert "\x1b" not in output
+    steps = [parse_step_line(line) for line in output.splitlines()]
+    assert [s["step"] for s in steps if s] == [1, 2, 3]
+
+
+def test_forked_worker_prints_past_the_panel():
+    output, code = run_on_terminal(
+        """
+        import os, sys
+        from nemo_rl.display import LiveDisplay
+        display = LiveDisplay()
+        display.start(1, "header")
+        assert sys.stdout is not sys.__stdout__
+        with display._console._lock:    # the refreshing thread may hold it at the moment of a fork
+            worker = os.fork()
+            if worker == 0:
+                print("from the worker", flush=True)
+                os._exit(0 if sys.stdout is sys.__stdout__ else 3)
+            status = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
+        display.close()
+        sys.exit(status)
+        """
+    )
+    assert code == 0, output
+    assert "from the worker" in output
+
+
+def test_resumed_run_shows_where_it_is():
+    stream = io.StringIO()
+    display = LiveDisplay(stream)
+    display.start(10, "header")
+    display.step({"step": 8, "loss": 1.0}, [])
+    display.step({"step": 9, "loss": 1.0}, [])
+    (task,) = display._progress.tasks
+    display.close()
+    assert (task.completed, task.total) == (9, 10)
+    assert sum(sample.completed for sample in task._progress) == 2  # the pace is of this process alone
+
+
+def test_close_gives_log_handlers_their_streams_back():
+    import logging
+
+    handler = logging.StreamHandler(sys.stderr)
+    logger = logging.getLogger("test.display")
+    logger.addHandler(handler)
+    before = (sys.stdout, sys.stderr, handler.stream)
+    display = LiveDisplay(io.StringIO())
+    display.start(1, "header")
+    display.close()
+    display.close()
+    assert (sys.stdout, sys.stderr, handler.stream) == before
+    logger.removeHandler(handler)
+
+
+def test_pipe_gets_one_parseable_line_per_step(capsys):
+    display = make_display("info")
+    assert isinstance(display, PlainDisplay)
+    display.start(2, "GRPO · tiny")
+    display.step({"step": 1, "reward": 0.5}, [{"prompt": "a", "completion": "b", "reward": 1.0}])
+    display.note("note")
+    display.close()
+    assert capsys.readouterr().out == "GRPO · tiny\nstep=1/2 reward=0.5\nnote\n"
+
+
+@pytest.mark.parametrize(("level", "kind"), [("debug", PlainDisplay), ("warning", NullDisplay), ("error", NullDisplay)])
+def test_log_level_decides_whether_anything_is_shown(level, kind, capsys):
+    display = make_display(level)
+    assert type(display) is kind
+    display.start(1, "header")
+    display.step({"step": 1}, [])
+    display.note("note")
+    display.close()
+    assert (capsys.readouterr().out == "") == (kind is NullDisplay)
