@@ -89,15 +89,17 @@ def _joins_cleanly(tokenizer: Any) -> bool:
 
 
 def _encode_apart(tokenizer: Any, passages: Sequence[Passage]) -> list[Encoded]:
-    """Each segment by itself; one call of the tokenizer for all of them."""
-    texts = [segment.text for passage in passages for segment in passage.segments]
-    tokens = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
+    """Each segment by itself; one call of the tokenizer for all of them, and each text once."""
+    texts = list(dict.fromkeys(segment.text for passage in passages for segment in passage.segments))
+    tokens = dict(
+        zip(texts, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [], strict=True)
+    )
     encoded = []
     for passage in passages:
         ids: list[int] = []
         mask: list[bool] = []
         for segment in passage.segments:
-            part = list(next(tokens))
+            part = list(tokens[segment.text])
             if segment.closes and (not part or part[-1] != tokenizer.eos_token_id):
                 part.append(eos_of(tokenizer))
             ids += part

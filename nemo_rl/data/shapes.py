@@ -15,7 +15,7 @@ _HELPSTEER2 = (
 _HELPSTEER2_PREFERENCE = (
     '{"split": "train", "prompt": "Hi", "response_1": "Hello!", "response_2": "What?", "preference_strength": -2}'
 )
-_OPENMATH = '{"problem": "2+2=?", "generated_solution": "... \\boxed{4}", "expected_answer": "4"}'
+_OPENMATH = '{"problem": "2+2=?", "generated_solution": "Two and two are 4.", "expected_answer": "4"}'
 
 ACCEPTED: dict[str, tuple[tuple[str, str], ...]] = {
     "grpo": (

@@ -37,7 +37,10 @@ class Template:
         special |= set(tokenizer.all_special_tokens)
         ordered = sorted(filter(None, special), key=len, reverse=True)
         self._special = tuple(ordered)
-        self._end_token = re.compile(rf"\s*?(?:{'|'.join(map(re.escape, ordered)) or '(?!)'})")
+        any_special = "|".join(map(re.escape, ordered)) or "(?!)"
+        # Where several special tokens end a turn, as in Command R, those up to the EOS belong to it.
+        to_eos = rf"(?:{any_special})*?{re.escape(tokenizer.eos_token)}" if tokenizer.eos_token else "(?!)"
+        self._end_token = re.compile(rf"\s*?(?:{to_eos}|{any_special})")
 
     # --- passages
 
@@ -67,12 +70,10 @@ class Template:
             spans = self._spans_by_placeholder(full, messages, first)
         if spans is None:
             raise DatasetError(
-                "found a chat template that rewrites earlier or assistant turns (for example one that removes their "
-                "thinking), so the "
-                f"assistant's text cannot be told from the rest in the conversation starting {_shown(messages)}; "
-                "expected "
-                "each turn to stay as written; split such conversations so that each ends with the one turn to train, "
-                "or leave out what the template removes"
+                "found a chat template that rewrites or leaves out text of the conversation (for example thinking), so "
+                "that the assistant's words cannot be told from the rest of the conversation starting "
+                f"{_shown(messages)}; expected each turn to stay as written; leave out what the template removes, "
+                "or split the conversation so that it ends with the one turn to train"
             )
         return Passage(tuple(_segments(full, spans)), opens=False)
 
