@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_rl.job.status import Progress, Result, TerminationMessage
+from nemo_rl.job.status import Checkpoint, Progress, Result, TerminationMessage
 from nemo_rl_operator import reasons, timestamps
 from nemo_rl_operator.classify import Outcome, outcome
 from nemo_rl_operator.policies import retry
@@ -41,7 +41,8 @@ def conclude(turn: Turn) -> bool:
             return True
         return False
     if found.word and found.word.checkpoint:
-        turn.status.checkpoint = found.word.checkpoint
+        newer = found.word.checkpoint.model_dump(exclude_none=True)
+        turn.status.checkpoint = (turn.status.checkpoint or Checkpoint()).model_copy(update=newer)
     if found.cause is None:
         _succeed(turn, found)
         return True
