@@ -26,6 +26,7 @@ def baseline_and_std(rewards_PG: Tensor, valid_PG: Tensor | None = None, leave_o
     """
     rewards = rewards_PG.double()
     valid = torch.ones_like(rewards) if valid_PG is None else valid_PG.double()
+    rewards = torch.where(valid > 0, rewards, 0.0)  # a missing reward may be NaN, and NaN * 0 is NaN
     n = valid.sum(-1, keepdim=True)
     mean = (valid * rewards).sum(-1, keepdim=True) / n.clamp(min=1)
     centred = (rewards - mean) * valid
@@ -45,7 +46,7 @@ def baseline_and_std(rewards_PG: Tensor, valid_PG: Tensor | None = None, leave_o
     largest = (rewards.abs() * valid).amax(-1, keepdim=True).clamp(min=1.0)
     std = torch.where((m <= 1) | (std <= RELATIVE_ZERO * largest), torch.zeros_like(std), std)
     alone = n <= 1
-    return torch.where(alone, rewards, baseline), std
+    return torch.where(alone, rewards_PG.double(), baseline), std
 
 
 def group_advantages(
@@ -57,12 +58,15 @@ def group_advantages(
     `leave_one_out`, the only winner of a group (its others are all equal) has advantage 1, not 1 / std. Invalid
     completions (`valid_PG` false: their reward is missing) have advantage 0 and do not count in their group.
     """
-    baseline, std = baseline_and_std(rewards_PG, valid_PG, leave_one_out)
-    advantage = rewards_PG.double() - baseline
+    rewards = rewards_PG.double()
+    if valid_PG is not None:
+        rewards = torch.where(valid_PG > 0, rewards, 0.0)
+    baseline, std = baseline_and_std(rewards, valid_PG, leave_one_out)
+    advantage = rewards - baseline
     if normalize:
         advantage = torch.where(std > 0, advantage / (std + EPSILON), advantage)
     # rounding of the baseline alone is no advantage: a group of equal rewards teaches nothing
-    noise = 1e-12 * rewards_PG.double().abs().amax(-1, keepdim=True).clamp(min=1.0)
+    noise = 1e-12 * rewards.abs().amax(-1, keepdim=True).clamp(min=1.0)
     advantage = torch.where(advantage.abs() <= noise, torch.zeros_like(advantage), advantage)
     if valid_PG is not None:
         advantage = advantage * valid_PG

@@ -36,10 +36,12 @@ def clipped_policy_loss(
     ratio = (logprobs_N - old_logprobs_N).exp()
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
     unclipped, clipped = -ratio * advantages_N, -clipped_ratio * advantages_N
-    loss = torch.maximum(unclipped, clipped)
+    is_clipped = clipped > unclipped
+    # not maximum(): where both are equal it would halve the gradient at the edge of the interval
+    loss = torch.where(is_clipped, clipped, unclipped)
     if dual_clip is not None:
         loss = torch.where(advantages_N < 0, torch.minimum(loss, -dual_clip * advantages_N), loss)
-    return loss, ratio, clipped > unclipped
+    return loss, ratio, is_clipped
 
 
 def kl_estimate(

@@ -82,7 +82,7 @@ def pack(sequences: SequenceOf[TokenSequence], device: torch.device | str = "cpu
     targets: list[int] = []
     rows: list[int] = []
     views: list[AttentionView] = []
-    start_of_group: dict[int, int] = {}
+    start_of_group: dict[tuple[int | None, int], int] = {}  # by group and shared length: an empty completion shares less
     num_slots = 0
     for j in range(num_views):
         members = order[cuts[j] : cuts[j + 1]]
@@ -93,9 +93,9 @@ def pack(sequences: SequenceOf[TokenSequence], device: torch.device | str = "cpu
             tokens, length = sequence.ids, len(sequence.ids) - 1
             shared = min(sequence.shared, length) if sequence.group is not None else 0
             slot = num_slots + len(gather)
-            prefix = start_of_group.get(sequence.group, -1) if shared else len(ids)
+            prefix = start_of_group.get((sequence.group, shared), -1) if shared else len(ids)
             if shared and prefix < 0:
-                prefix = start_of_group[sequence.group] = len(ids)
+                prefix = start_of_group[sequence.group, shared] = len(ids)
                 ids += tokens[:shared]
                 positions += range(shared)
                 back += range(slot, slot + shared)
