@@ -74,12 +74,27 @@ def load_model(name: str, training: TrainingSpec, device: torch.device) -> nn.Mo
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=training.trust_remote_code
-        )
+        with _without_progress_bar():
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=torch.float32, trust_remote_code=training.trust_remote_code
+            )
     except (OSError, ValueError) as error:
         raise ValueError(_not_loadable("model", name, error)) from error
     return prepare_model(model, training, device)
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Reading weights from disk takes a moment; a bar for it would tear the run's own display."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def prepare_model(model: nn.Module, training: TrainingSpec, device: torch.device) -> nn.Module:

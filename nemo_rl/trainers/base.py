@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nemo_rl.api.result import TrainResult
 from nemo_rl.checkpoint import Checkpoint, CheckpointStore
+from nemo_rl.data.module import train_and_validation
 from nemo_rl.data.prepare import Prepared, batches, describe_example, prepare
 from nemo_rl.display import make_display
 from nemo_rl.errors import TrainingInterrupted
@@ -69,6 +70,7 @@ class Trainer(ABC):
         self.current_step = 0
         self.should_stop = False
         self.total_steps = 0
+        self._validation_metric: float | None = None
         self.policy: Policy
         self.optimizer: Optimizer | None = None
 
@@ -101,10 +103,8 @@ class Trainer(ABC):
         RewardError, TypeError or ValueError for input that cannot work, TrainingInterrupted after SIGTERM.
         """
         self.callbacks = CallbackList(callbacks)
-        if hasattr(dataset, "train_rows"):
-            dataset.setup()
-            held_out = dataset.validation_rows()
-            dataset, validation_dataset = dataset.train_rows(), held_out if validation_dataset is None else validation_dataset
+        dataset, own_validation = train_and_validation(dataset)
+        validation_dataset = own_validation if validation_dataset is None else validation_dataset
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer(self._model_name(), self.training.trust_remote_code)
         data = self._prepare(dataset, self.training.max_steps * self.training.batch_size)
@@ -358,8 +358,6 @@ class Trainer(ABC):
     ) -> BaseException:
         """Saves the last completed step, and returns what to raise. The interrupted step is replayed by the next run."""
         if self.current_step > last_saved:
-            if validation is not None:
-                self._validation_metric = getattr(self, "_validation_metric", None)
             self._save(store, metrics, validation)
         latest = store.latest()
         path = str(latest.path) if latest else None
@@ -397,8 +395,7 @@ class Trainer(ABC):
             self.display.note(run.notice)
         if checkpoint is not None:
             self.display.note(f"going on after step {checkpoint.step} from {checkpoint.path}")
-        for line in data.report.lines():
-            self.display.note(line)
+        self.display.note(str(data.report))
         if self.total_steps < self.training.max_steps / 2:
             epochs = self.training.max_epochs
             self.display.note(

@@ -1,0 +1,45 @@
+# The commands a newcomer needs. Each sets up what it uses: Python >= 3.11 and the package index are enough for demo and test.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
+
+.PHONY: help demo test test-cluster e2e bench lint lab-up lab-down lab-status clean
+help:            ## list the commands
+	@grep -E '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 16
+
+demo: $(VENV)/.demo            ## train a tiny model here: SFT, then GRPO; no cluster, nothing downloaded at run time
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev            ## unit tests; needs no cluster and no GPU
+	$(BIN)/python -m pytest
+
+test-cluster: $(VENV)/.dev            ## the operator against a real API server (built once from Go modules, or KUBECONFIG)
+	$(BIN)/python -m pytest tests/cluster
+
+bench: $(VENV)/.dev            ## speed and memory as ratios against TRL
+	$(BIN)/python benchmarks/engine.py
+
+lint: $(VENV)/.dev            ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lab-up lab-down lab-status:            ## a real single-node Kubernetes on this machine (root, Linux, Go)
+	$(PYTHON) tests/lab/lab.py $(@:lab-%=%)
+
+$(BIN)/uv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "nemo-rl needs Python >= 3.11, found $$($(PYTHON) --version); say PYTHON=python3.11 (or newer)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/uv
+	$(UV) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/uv
+	$(UV) -e '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+clean:            ## remove the virtual environment and outputs of the demo
+	rm -rf $(VENV) outputs/demo
