@@ -350,6 +350,52 @@ def test_looking_for_checkpoints_loads_no_torch(tmp_path):
     assert out.stdout.split() == ["1", "False"]
 
 
+# --- several ranks --------------------------------------------------------------------------------------------------
+
+SHARDED_SAVE = """
+import sys
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+sys.path.insert(0, sys.argv[4])
+from test_checkpoint import CheckpointStore, Path, adamw, tiny_model, torch, train_a_little
+torch.set_num_threads(1)
+out, rank = Path(sys.argv[1]), int(sys.argv[2])
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[3], 2), rank=rank, world_size=2)
+model = tiny_model()
+for layer in model.model.layers:
+    fully_shard(layer)
+fully_shard(model)
+optimizer = adamw(model)
+train_a_little(model, optimizer, 2)
+CheckpointStore(out, keep=1).save(2, model=model, tokenizer=None, optimizer=optimizer, state={}, metric=1.0)
+train_a_little(model, optimizer, 1, seed=2)
+after = {name: weight.full_tensor() for name, weight in model.state_dict().items()}
+if rank == 0:
+    torch.save(after, out / "after.pt")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_checkpoint_of_two_sharded_ranks_resumes_on_one(tmp_path):
+    here = str(Path(__file__).parent)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARDED_SAVE, str(tmp_path), str(rank), str(tmp_path / "rendezvous"), here],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    model = tiny_model(seed=1)
+    optimizer = adamw(model)
+    load_into(CheckpointStore(tmp_path, keep=1).latest(), model, optimizer)
+    train_a_little(model, optimizer, 1, seed=2)
+    after = torch.load(tmp_path / "after.pt")
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, after[name], rtol=0, atol=1e-7)
+
+
 # --- kills ----------------------------------------------------------------------------------------------------------
 
 KILLED_SAVES = textwrap.dedent(
@@ -365,13 +411,15 @@ KILLED_SAVES = textwrap.dedent(
     config = Qwen2Config(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
                          num_attention_heads=2, num_key_value_heads=1)
     model = Qwen2ForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters())
+    TRAINED = list(model.parameters())[:3]
+    optimizer = torch.optim.AdamW(TRAINED)
     EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "shutil.rmtree"}
 
     def fill(step):
         with torch.no_grad():
             for p in model.parameters():
                 p.fill_(float(step))
+            for p in TRAINED:
                 optimizer.state[p] = {"step": torch.tensor(float(step)), "exp_avg": p * 2.0, "exp_avg_sq": p * 3.0}
 
     def save(root, step):
@@ -417,6 +465,7 @@ KILLED_SAVES = textwrap.dedent(
             load_into(checkpoint, model, optimizer)
             for p in model.parameters():
                 assert bool((p == checkpoint.step).all())
+            for p in TRAINED:
                 assert bool((optimizer.state[p]["exp_avg_sq"] == checkpoint.step * 3.0).all())
         save(root, 9)                                                # the next save works
         assert store.latest().step == 9 and store.best().step == 1
@@ -425,7 +474,7 @@ KILLED_SAVES = textwrap.dedent(
     base, seed = Path(sys.argv[1]), int(sys.argv[2])
     draw = random.Random(seed)
     outcomes = {}
-    for name, before, stride in (("new", [1, 2], 2), ("replace", [1, 3], 3)):
+    for name, before, stride in (("new", [1, 2], 3), ("replace", [1, 3], 4)):
         seed_dir = base / name
         for step in before:
             save(seed_dir, step)
@@ -441,7 +490,7 @@ KILLED_SAVES = textwrap.dedent(
             shutil.rmtree(root)
             at += stride
     timed = []
-    for attempt in range(20):
+    for attempt in range(12):
         root = base / f"random-{attempt}"
         save(root, 1)
         pid = forked(lambda: [save(root, step) for step in (2, 3, 4, 5, 6)])
@@ -456,7 +505,7 @@ KILLED_SAVES = textwrap.dedent(
 
 
 def test_killed_save_leaves_a_complete_checkpoint_or_none(tmp_path):
-    """SIGKILL at every second or third file operation that a save makes, and at 20 random moments."""
+    """SIGKILL at every third or fourth file operation that a save makes, and at 12 random moments."""
     script = tmp_path / "killed_saves.py"
     script.write_text(KILLED_SAVES)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -465,8 +514,7 @@ def test_killed_save_leaves_a_complete_checkpoint_or_none(tmp_path):
     )
     assert out.returncode == 0, out.stderr
     outcomes = json.loads(out.stdout.splitlines()[-1])
-    print({name: len(steps) for name, steps in outcomes.items()})
-    assert len(outcomes["new"]) > 20
+    assert len(outcomes["new"]) > 10
     assert outcomes["new"] == sorted(outcomes["new"])  # step 2 until the rename, step 3 from then on
     assert {2, 3} == set(outcomes["new"])
     assert set(outcomes["replace"]) == {3}  # a checkpoint that is being replaced is never lost

@@ -92,8 +92,8 @@ try:
         sys.stderr.write(f"error line {step}\\n")
         samples = [{"prompt": f"sort {n}{step}", "completion": "12\\x1b[2J\\x07\\n[red]3[/red]", "reward": 0.25 * n}
                    for n in (1, 2, 3)]
-        display.step({"step": step, "reward": 0.5, "reward_std": 0.25, "loss": 0.125, "kl": 0.0, "completion_length": 7.5,
-                      "tokens_per_second": 12345.6}, samples)
+        display.step({"step": step, "reward": 0.5, "reward_std": 0.25, "loss": 0.125, "kl": 0.0,
+                      "completion_length": 7.5, "tokens_per_second": 12345.6}, samples)
     display.note("saved a checkpoint")
     if FAIL:
         raise RuntimeError("boom")
