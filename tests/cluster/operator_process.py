@@ -14,17 +14,11 @@ from pathlib import Path
 
 from cluster.api import eventually
 from lab.control_plane import free_ports
+from nemo_rl.job import names
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = "localhost/trainer:test"
-# production values would make a test wait; each is an option of `nemo-rl-operator run`
-FAST = {
-    "NEMO_RL_OPERATOR_PROGRESS_INTERVAL": "0.3",
-    "NEMO_RL_OPERATOR_RETRY_BASE": "0.2",
-    "NEMO_RL_OPERATOR_BUNDLE_WAIT": "4",
-    "NEMO_RL_OPERATOR_RESYNC": "5",
-    "NEMO_RL_OPERATOR_TRAINER_IMAGE": IMAGE,
-}
+SETTINGS = {names.IMAGE_VARIABLE: IMAGE, "NEMO_RL_OPERATOR_RESYNC_SECONDS": "5"}
 
 
 class Operator:
@@ -34,19 +28,19 @@ class Operator:
         self, kubeconfig: Path, log: Path, namespaces: Sequence[str] = (), settings: dict[str, str] | None = None
     ) -> None:
         self.kubeconfig, self.log, self.namespaces = kubeconfig, log, list(namespaces)
-        self.settings = FAST | (settings or {})
+        self.settings = SETTINGS | (settings or {})
         self.process: subprocess.Popen[bytes] | None = None
         self.health_port, self.metrics_port = 0, 0
 
     def start(self) -> Operator:
         self.health_port, self.metrics_port = free_ports(2)
-        command = [sys.executable, "-m", "nemo_rl_operator.main", "run"]
+        command = [sys.executable, "-m", "cluster.quick_operator", "run"]
         for namespace in self.namespaces:
             command += ["--namespace", namespace]
         command += ["--health-port", str(self.health_port), "--metrics-port", str(self.metrics_port)]
         environment = os.environ | self.settings
         environment |= {"KUBECONFIG": str(self.kubeconfig), "PYTHONUNBUFFERED": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "operator")])
+        environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in (".", "operator", "tests"))
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.api import Api, eventually
+from cluster.api import Api, ApiError, eventually
 from cluster.scene import run_kubectl
 from lab import programs
 from lab.control_plane import ControlPlane
@@ -68,9 +68,13 @@ def need_programs() -> None:
 def define(api: Api, kubectl: Callable[..., str]) -> None:
     """Creates or updates the resource definition and waits until it is served."""
     kubectl("apply", "--server-side", "--force-conflicts", "-f", str(CRDS))
-    kubectl("wait", "--for=condition=Established", f"crd/{names.CRD_NAME}", "--timeout=30s")
 
     def served() -> bool:
-        return bool(api.request("GET", f"/apis/{names.API_VERSION}")["resources"])
+        try:
+            return bool(api.request("GET", f"/apis/{names.API_VERSION}")["resources"])
+        except ApiError as error:
+            if error.code in (404, 503):
+                return False
+            raise
 
     eventually(served, "the resource is served")

@@ -31,7 +31,7 @@ def test_lack_of_gpus_is_worded(scene: Scene) -> None:
     [
         ("0/3 nodes are available: 3 Insufficient cpu.", ["cpu"]),
         ("0/3 nodes are available: 3 node(s) had untolerated taint {gpu: true}.", ["taint"]),
-        ("0/3 nodes are available: pod has unbound immediate PersistentVolumeClaims.", ["x-output"]),
+        ("0/3 nodes are available: pod has unbound immediate PersistentVolumeClaims.", ["claim"]),
         ('0/1 nodes are available: persistentvolumeclaim "mine" not found.', ["mine"]),
         ("0/3 nodes are available: 3 node(s) didn't match Pod's node affinity/selector.", ["selector"]),
     ],
