@@ -164,14 +164,15 @@ def _check_rewards(reward_fn: Any, weights: list[float] | None, dataset: Any) ->
     """TypeError for a reward that cannot be called with these rows; columns that are not known yet, fit() checks."""
     if isinstance(reward_fn, str | RewardSpec):
         return
-    from nemo_rl.environments import bind_rewards, validate_reward_callable
+    from nemo_rl.environments import bind_rewards
 
-    rewards = list(reward_fn.values()) if isinstance(reward_fn, Mapping) else reward_fn
-    for reward in rewards if isinstance(rewards, list | tuple) else [rewards]:
-        works, problem = validate_reward_callable(reward)
-        if not works:
-            raise TypeError(f"train(): reward_fn: {problem}")
-    if isinstance(dataset, list | tuple) and isinstance(dataset[0], Mapping):
-        bind_rewards(
-            reward_fn, weights, sorted({column for row in dataset[:100] if isinstance(row, Mapping) for column in row})
-        )
+    columns = None
+    if isinstance(dataset, list | tuple):
+        from nemo_rl.data import to_prompt_rows
+
+        rows, _ = to_prompt_rows(dataset)
+        columns = sorted({column for row in rows for column in row.columns})
+    try:
+        bind_rewards(reward_fn, weights, columns)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"train(): reward_fn: {error}") from None

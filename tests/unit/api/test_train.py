@@ -74,6 +74,18 @@ def test_a_column_that_the_reward_names_is_found_in_the_rows(runs: list[Run]):
     assert len(runs) == 1
 
 
+def test_a_column_that_the_shape_of_the_rows_makes_counts_as_one_of_theirs(runs: list[Run]):
+    turns = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
+    nemo_rl.train("org/m", [{"messages": turns}], lambda prompt, response, completion: 1.0)
+    assert len(runs) == 1
+
+
+def test_rows_of_no_accepted_shape_are_refused_with_their_columns(runs: list[Run]):
+    with pytest.raises(nemo_rl.DatasetError, match="'colour'"):
+        nemo_rl.train("org/m", [{"colour": "red"}], score)
+    assert runs == []
+
+
 def test_a_generation_count_is_refused_where_nothing_is_generated(runs: list[Run]):
     with pytest.raises(TypeError, match="num_generations_per_prompt belongs to algorithm grpo"):
         nemo_rl.train("org/m", "org/d", algorithm="sft", num_generations_per_prompt=4)
