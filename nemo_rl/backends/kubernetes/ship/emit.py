@@ -1,0 +1,631 @@
+"""Writes live objects as Python text: functions by their own source, everything else by value.
+
+The text is only a proposal: the caller loads it in a fresh process and compares (see check.py), so what is not
+foreseen here ends as a refusal or a pickle, never as a wrong reward.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import dis
+import enum
+import functools
+import pathlib
+import re
+import sys
+import threading
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from nemo_rl.backends.kubernetes.ship.chunks import Chunk
+from nemo_rl.backends.kubernetes.ship.definitions import class_chunk, decorated_chunk, function_chunk, scope_chunk
+from nemo_rl.backends.kubernetes.ship.errors import NotSource, ShipError
+from nemo_rl.backends.kubernetes.ship.modules import (
+    LocalModules,
+    home_of,
+    imported_names,
+    is_installed,
+    is_local,
+    local_home,
+)
+from nemo_rl.backends.kubernetes.ship.sources import (
+    SourceText,
+    attribute_names,
+    find_class,
+    find_function,
+    global_names,
+    immediate_names,
+    label_of,
+    written_cells,
+)
+from nemo_rl.backends.kubernetes.ship.values import CONTAINERS, atom, container, is_atom
+
+_OF_THE_MODULE = {"__name__", "__doc__", "__builtins__", "__package__", "__spec__", "__loader__"}
+_LOCKS = {type(threading.Lock()): "Lock", type(threading.RLock()): "RLock"}
+_NUMPY_TYPES = {*(f"{kind}{size}" for kind in "iuf" for size in (1, 2, 4, 8)), "b1", "c8", "c16"}
+_MUTABLE = (list, dict, set)
+_OWN = __name__.split(".")[0]
+
+
+class NameIt(Exception):  # noqa: N818 (a request to start again)
+    """A container is reached twice: start again, giving it a name."""
+
+    def __init__(self, identity: int) -> None:
+        super().__init__(identity)
+        self.identity = identity
+
+
+class Emitter:
+    """Collects the text for one or several objects.
+
+    With `rerun_decorators` a decorated function is its whole `@…def` text; else the decorator's inner function and
+    what it closes over are written by value. `named` holds ids of containers that need a name of their own.
+    """
+
+    def __init__(self, rerun_decorators: bool, named: set[int], alive: list[Any]) -> None:
+        self.rerun_decorators = rerun_decorators
+        self.named = named
+        self.alive = alive
+        self.imports: list[str] = []
+        self.chunks: list[Chunk] = []
+        self.modules = LocalModules()
+        self.sources: dict[str, SourceText] = {}
+        self.globals: dict[str, Any] = {}
+        self.reran = False
+        self._known: dict[int, str] = {}
+        self._imported: dict[tuple[str, str], str] = {}
+        self._building: set[int] = set()
+        self._inlined: set[int] = set()
+        self._cells: dict[int, bool] = {}
+        self._spaces: list[dict[str, Any]] = []
+        self._temporary: set[str] = set()
+        self._count = 0
+
+    # --- names and lines ---
+
+    def entry(self, obj: Any, name: str) -> str:
+        """Writes `obj` and returns the name it has in the module: its own, else `name`."""
+        functions = [f for f in (obj, *_inner_functions(obj)) if isinstance(f, types.FunctionType)]
+        for function in functions:
+            self._enter(function.__globals__)
+        free = all(name not in space or space[name] is obj for space in self._spaces)
+        expression = self.ref(obj, want=name if free else None)
+        if expression.isidentifier():
+            return expression
+        target = name if free and name not in self.globals else self._unique(name)
+        self.globals[target] = obj
+        self._line(f"{target} = {expression}")
+        return target
+
+    def _enter(self, space: dict[str, Any]) -> None:
+        if not any(space is known for known in self._spaces):
+            self._spaces.append(space)
+
+    def _unique(self, base: str) -> str:
+        base = base.strip("<>").strip("_") or "value"
+        while True:
+            self._count += 1
+            name = f"_{base}_{self._count}"
+            if not any(name in space for space in self._spaces) and name not in self._temporary:
+                self._temporary.add(name)
+                return name
+
+    def _line(self, text: str) -> None:
+        if not self.chunks or self.chunks[-1].label:
+            self.chunks.append(Chunk([]))
+        self.chunks[-1].lines += text.split("\n")
+
+    @contextmanager
+    def _within(self, place: str) -> Iterator[None]:
+        try:
+            yield
+        except NotSource as error:
+            raise NotSource(f"{place}: {error.what}") from error
+
+    # --- any object ---
+
+    def ref(self, obj: Any, want: str | None = None) -> str:
+        """An expression for the object; writes what it needs before. NotSource where that is impossible."""
+        if is_atom(obj):
+            return atom(obj)
+        if id(obj) in self._known:
+            return self._known[id(obj)]
+        if id(obj) in self._building:
+            if type(obj) in _MUTABLE:
+                raise NameIt(id(obj))
+            raise NotSource(f"{_kind(obj)} that contains itself")
+        self.alive.append(obj)
+        self._building.add(id(obj))
+        try:
+            return self._make(obj, want)
+        finally:
+            self._building.discard(id(obj))
+
+    def _make(self, obj: Any, want: str | None) -> str:
+        if isinstance(obj, types.ModuleType):
+            return self._module(obj, None)
+        if type(obj) in CONTAINERS:
+            return self._container(obj)
+        if isinstance(obj, enum.Enum):
+            cls = self.ref(type(obj))
+            return f"{cls}[{obj.name!r}]" if obj.name in type(obj).__members__ else f"{cls}({self.ref(obj.value)})"
+        if isinstance(obj, re.Pattern):
+            return f"{self._from('re', 'compile')}({self.ref(obj.pattern)}, {obj.flags})"
+        if type(obj) in _LOCKS:
+            return self._named_value(_LOCKS[type(obj)], f"{self._from('threading', _LOCKS[type(obj)])}()", obj)
+        if isinstance(obj, types.FunctionType | type | types.BuiltinFunctionType):
+            home = home_of(obj)
+            if home and not (isinstance(obj, types.BuiltinFunctionType) and _is_bound(obj)):
+                return self._remember(obj, self._from(*home))
+        if self.rerun_decorators and (found := self._decorated(obj)):
+            return found
+        if isinstance(obj, types.FunctionType):
+            return self._function(obj, want)
+        if isinstance(obj, type):
+            return self._class(obj)
+        if isinstance(obj, types.MethodType):
+            return self._method(obj)
+        if isinstance(obj, functools.partial):
+            return self._partial(obj)
+        if isinstance(obj, functools._lru_cache_wrapper):
+            settings = ", ".join(f"{k}={v!r}" for k, v in obj.cache_parameters().items())
+            text = f"{self._from('functools', 'lru_cache')}({settings})({self.ref(obj.__wrapped__)})"
+            return self._named_value(obj.__wrapped__.__name__, text, obj)
+        if isinstance(obj, types.BuiltinMethodType) and _is_bound(obj):
+            return f"{self.ref(obj.__self__)}.{obj.__name__}"
+        if isinstance(obj, pathlib.PurePath):
+            return f"{self._from('pathlib', type(obj).__name__)}({str(obj)!r})"
+        if type(obj).__module__.split(".")[0] == "numpy":
+            return self._numpy(obj)
+        return self._instance(obj)
+
+    def _remember(self, obj: Any, expression: str) -> str:
+        self._known[id(obj)] = expression
+        return expression
+
+    def _named_value(self, base: str, text: str, obj: Any) -> str:
+        """Gives a mutable object a name, so that all that refer to it share it."""
+        name = self._unique(base)
+        self._line(f"{name} = {text}")
+        return self._remember(obj, name)
+
+    # --- names in modules ---
+
+    def _module(self, module: types.ModuleType, name: str | None) -> str:
+        full = module.__name__
+        self._need_module(module)
+        name = name or self._unique(full.replace(".", "_"))
+        self.imports.append(f"import {full} as {name}" if name != full else f"import {full}")
+        return self._remember(module, name)
+
+    def _need_module(self, module: types.ModuleType) -> None:
+        if is_installed(module):
+            self.modules.imports.add(module.__name__.split(".")[0])
+        elif is_local(module):
+            self.modules.add(module.__name__)
+        else:
+            raise NotSource(f"module {module.__name__}, which has no file that could be imported by its name")
+
+    def _from(self, home: str, qualname: str, name: str | None = None) -> str:
+        """Expression for a name in a module, imported as `name` if given."""
+        home = _public_home(home, qualname)
+        first, _, rest = qualname.partition(".")
+        if home == "builtins" and name is None and not any(first in space for space in self._spaces):
+            return qualname
+        module = sys.modules[home]
+        self._need_module(module)
+        if name is None:
+            name = self._imported.get((home, first)) or self._unique(first)
+        self._imported[home, first] = name
+        self.imports.append(f"from {home} import {first}" + ("" if name == first else f" as {name}"))
+        return f"{name}.{rest}" if rest else name
+
+    def ensure_global(self, name: str, space: dict[str, Any]) -> None:
+        """Makes the module have `name` with the value it has in `space`, the user's module."""
+        if name in _OF_THE_MODULE or name not in space:
+            return
+        value = space[name]
+        if name == "__file__":
+            raise ShipError(
+                f"the code reads __file__ ({value}), a file that does not exist in the pod; put the file's content "
+                f"into a constant, or read it from the dataset's columns"
+            )
+        if name in self.globals:
+            if self.globals[name] is not value:
+                raise NotSource(f"two modules give the name {name} to different things")
+            return
+        if name in self._temporary:
+            raise NotSource(f"the name {name} is used twice")
+        self._enter(space)
+        self.globals[name] = value
+        with self._within(f"global {name}"):
+            self._bind(name, value)
+
+    def _bind(self, name: str, value: Any) -> None:
+        if isinstance(value, types.ModuleType):
+            self._module(value, name)
+            return
+        if isinstance(value, types.FunctionType | type | types.BuiltinFunctionType):
+            home = home_of(value)
+        else:
+            home = None if is_atom(value) else local_home(value)
+        if home and "." not in home[1] and not _is_bound(value):
+            self._remember(value, self._from(*home, name=name))
+            return
+        expression = self.ref(value, want=name)
+        if expression == name:
+            return
+        self._line(f"{name} = {expression}")
+        if not is_atom(value) and id(value) not in self._known:
+            self._remember(value, name)
+
+    def _need(self, names: list[str], space: dict[str, Any], code: types.CodeType, besides: str = "") -> None:
+        """Brings the globals that code uses, and the submodules it reaches through them."""
+        attributes = attribute_names(code)
+        for name in names:
+            if name == besides or (name not in space and hasattr(builtins, name)):
+                continue
+            self.ensure_global(name, space)
+            if isinstance(space.get(name), types.ModuleType):
+                self._submodules(space[name], attributes, {id(space[name])})
+
+    def _submodules(self, module: types.ModuleType, attributes: set[str], visited: set[int]) -> None:
+        for name in sorted(attributes):
+            inner = sys.modules.get(f"{module.__name__}.{name}")
+            if inner is None or vars(module).get(name) is not inner or id(inner) in visited:
+                continue
+            if id(inner) not in self._known:
+                self._module(inner, None)
+            self._submodules(inner, attributes, visited | {id(inner)})
+
+    # --- functions and classes ---
+
+    def _place(self, chunk: Chunk, source: SourceText) -> None:
+        chunk.label = self._label(source)
+        self.chunks.append(chunk)
+        for wanted in imported_names(ast.parse("\n".join(chunk.lines)), ""):
+            self.modules.follow(wanted)
+
+    def _label(self, source: SourceText) -> str:
+        base = label = label_of(source)
+        number = 1
+        while label in self.sources and self.sources[label] is not source:
+            number += 1
+            label = f"{base} ({number})"
+        self.sources[label] = source
+        return label
+
+    def _decorated(self, obj: Any) -> str | None:
+        """Writes the whole decorated definition whose result `obj` is, if there is one at the top of the module."""
+        for function in _inner_functions(obj):
+            name = function.__code__.co_name
+            if function is obj or function.__closure__ or function.__globals__.get(name) is not obj:
+                continue
+            source, node = find_function(function)
+            if not getattr(node, "decorator_list", None):
+                continue
+            chunk = decorated_chunk(source, node, function)
+            self._enter(function.__globals__)
+            now, later = immediate_names(chunk.compiled())
+            self.globals[name] = obj
+            self._need(now, function.__globals__, function.__code__, besides=name)
+            self._place(chunk, source)
+            self.reran = True
+            self._remember(obj, name)
+            self._need(later, function.__globals__, chunk.compiled(), besides=name)
+            return name
+        return None
+
+    def _function(self, function: types.FunctionType, want: str | None) -> str:
+        space = function.__globals__
+        if owner := _owner(function):
+            return f"{self.ref(owner[0])}.{owner[1]}"
+        home = sys.modules.get(space.get("__name__", ""))
+        if home is not None and vars(home) is space and is_installed(home):
+            raise NotSource(f"{function.__qualname__}, made inside the installed module {home.__name__}")
+        self._no_stray_writes(function, home)
+        self._enter(space)
+        if function.__closure__:
+            return self._scope(function, want)
+        source, node = find_function(function)
+        natural = getattr(node, "name", None)
+        if natural and space.get(natural) is function and self.globals.get(natural, function) is function:
+            target = natural
+        elif want and want not in self._temporary and self.globals.get(want, function) is function:
+            target = want
+        else:
+            target = self._unique(natural or "lambda")
+        self.globals.setdefault(target, function)
+        chunk, by_value = function_chunk(source, node, function, target)
+        now, _ = immediate_names(chunk.compiled())
+        self._need(now, space, function.__code__, besides=target)
+        self._place(chunk, source)
+        self._remember(function, target)
+        self._extras(function, target, by_value)
+        self._need(global_names(function.__code__), space, function.__code__)
+        return target
+
+    def _no_stray_writes(self, function: types.FunctionType, home: types.ModuleType | None) -> None:
+        shared = home is not None and is_local(home) and vars(home) is function.__globals__
+        if shared and any(step.opname == "STORE_GLOBAL" for step in dis.get_instructions(function.__code__)):
+            raise NotSource(f"{function.__qualname__}, a closure that assigns globals of its module")
+
+    def _extras(self, function: types.FunctionType, target: str, by_value: bool) -> None:
+        if by_value:
+            for attribute in ("__defaults__", "__kwdefaults__"):
+                if (value := getattr(function, attribute)) is not None:
+                    with self._within(f"defaults of {function.__name__}"):
+                        self._line(f"{target}.{attribute} = {self.ref(value)}")
+        if function.__dict__:
+            with self._within(f"attributes of {function.__name__}"):
+                self._line(f"{target}.__dict__.update({container(function.__dict__, self.ref)})")
+
+    def _scope(self, function: types.FunctionType, want: str | None) -> str:
+        """Writes a closure, with the functions that share its variables, inside a function that has these variables."""
+        members, cells = _group(function)
+        written = {name for member in members for name in written_cells(member.__code__)}
+        for name, cell in cells.items():
+            if id(cell) in self._cells and (self._cells[id(cell)] or name in written):
+                raise NotSource(f"the variable {name}, which several functions share and change")
+            self._cells[id(cell)] = name in written
+        found = [(member, *find_function(member)) for member in members]
+        found.sort(key=lambda item: item[2].lineno)
+        own = {name: m for name, cell in cells.items() for m, _, _ in found if _content(cell, name) is m}
+        self._building.update(id(member) for member in members)
+        arguments = []
+        for name, cell in cells.items():
+            if name not in own:
+                with self._within(f"variable {name} around {function.__name__}"):
+                    arguments.append(f"{name}={self.ref(_content(cell, name))}")
+        parameters = [name for name in cells if name not in own]
+        scope = self._unique(f"scope_of_{function.__code__.co_name.strip('<>')}")
+        chunk, inner, by_value = scope_chunk(scope, parameters, own, found)
+        self._place(chunk, found[0][1])
+        targets = {}
+        for member, _source, _node in found:
+            is_wanted = member is function and want and want not in self._temporary
+            target = want if is_wanted and want else self._unique(inner[id(member)])
+            self.globals.setdefault(target, member)
+            targets[id(member)] = self._remember(member, target)
+        self._line(f"({', '.join(targets[id(m)] for m, _, _ in found)},) = {scope}({', '.join(arguments)})")
+        for member in members:
+            self._building.discard(id(member))
+        for member, _source, _node in found:
+            self._extras(member, targets[id(member)], by_value[id(member)])
+            self._need(global_names(member.__code__), member.__globals__, member.__code__)
+        return targets[id(function)]
+
+    def _class(self, cls: type) -> str:
+        if is_namedtuple(cls):
+            fields, defaults = list(cls._fields), list(cls._field_defaults.values())  # type: ignore[attr-defined]
+            make = self._from("collections", "namedtuple")
+            made = f"{make}({cls.__name__!r}, {fields!r}, defaults={self.ref(defaults)})"
+            return self._named_value(cls.__name__, made, cls)
+        source, node = find_class(cls)
+        space = _space_of_class(cls)
+        self._enter(space)
+        natural = space.get(node.name) is cls and self.globals.get(node.name, cls) is cls
+        target = node.name if natural else self._unique(node.name)
+        self.globals.setdefault(target, cls)
+        chunk = class_chunk(source, node, cls, target)
+        code = chunk.compiled()
+        now, later = immediate_names(code)
+        with self._within(f"class {cls.__name__}"):
+            self._need(now, space, code, besides=node.name if natural else "")
+        self._place(chunk, source)
+        self._remember(cls, target)
+        with self._within(f"class {cls.__name__}"):
+            self._need(later, space, code, besides=node.name if natural else "")
+        return target
+
+    def _method(self, method: types.MethodType) -> str:
+        name, owner = method.__name__, method.__self__
+        if getattr(type(owner), name, None) is method.__func__ or isinstance(owner, type):
+            return f"{self.ref(owner)}.{name}"
+        return f"{self._from('types', 'MethodType')}({self.ref(method.__func__)}, {self.ref(owner)})"
+
+    def _partial(self, obj: functools.partial[Any]) -> str:
+        parts = [self.ref(obj.func), *(self.ref(arg) for arg in obj.args)]
+        parts += [f"**{container(obj.keywords, self.ref)}"] if obj.keywords else []
+        text = f"{self._from('functools', 'partial')}({', '.join(parts)})"
+        if type(obj) is not functools.partial or obj.__dict__:
+            raise NotSource("a functools.partial with attributes of its own")
+        return self._named_value("partial", text, obj)
+
+    # --- values ---
+
+    def _container(self, obj: Any) -> str:
+        if type(obj) not in _MUTABLE:
+            return container(obj, self.ref)
+        if id(obj) in self.named:
+            name = self._named_value(type(obj).__name__, f"{type(obj).__name__}()", obj)
+            self._line(f"{name}.{'extend' if type(obj) is list else 'update'}({container(obj, self.ref)})")
+            return name
+        if id(obj) in self._inlined:
+            raise NameIt(id(obj))
+        self._inlined.add(id(obj))
+        return container(obj, self.ref)
+
+    def _numpy(self, obj: Any) -> str:
+        dtype = getattr(obj, "dtype", None)
+        if dtype is None or dtype.str[1:] not in _NUMPY_TYPES:
+            raise NotSource(f"an object of {_type_name(obj)}")
+        exact = f"{self._from('numpy', 'dtype')}({dtype.str!r})"
+        if not hasattr(obj, "tolist") or type(obj).__name__ == "ndarray":
+            if type(obj).__qualname__ != "ndarray":
+                raise NotSource(f"an object of {_type_name(obj)}")
+            data = self.ref(obj.tobytes())
+            text = f"{self._from('numpy', 'frombuffer')}({data}, {exact}).reshape({obj.shape!r}).copy()"
+            return self._named_value("array", text, obj)
+        return f"{self._from('numpy', 'frombuffer')}({self.ref(obj.tobytes())}, {exact})[0]"
+
+    def _instance(self, obj: Any) -> str:
+        cls = type(obj)
+        home = sys.modules.get(cls.__module__)
+        if isinstance(home, types.ModuleType) and is_installed(home) and not _is_ours(cls.__module__):
+            if found := home_of(obj):
+                return self._remember(obj, self._from(*found))
+            raise NotSource(f"an object of {_type_name(obj)}")
+        try:
+            reduced = obj.__reduce_ex__(2)
+        except Exception as error:
+            raise NotSource(f"an object of {_type_name(obj)} ({error})") from error
+        if isinstance(reduced, str):
+            return self._remember(obj, self._from(cls.__module__, reduced))
+        self.alive.append(reduced)
+        make, args, state, items, pairs = (*reduced, None, None, None, None)[:5]
+        return self._rebuilt(obj, make, args, state, list(items or ()), list(pairs or ()))
+
+    def _rebuilt(self, obj: Any, make: Any, args: Any, state: Any, items: list[Any], pairs: list[Any]) -> str:
+        """Makes an instance by the rules of pickle: first without state, so that its state may refer to it."""
+        self.alive += [items, pairs]
+        name = _type_name(obj)
+        with self._within(f"an object of {name}"):
+            if getattr(make, "__name__", "") == "__newobj__":
+                text = f"_nemo_rl.blank({', '.join(self.ref(arg) for arg in args)})"
+            elif getattr(make, "__name__", "") == "__newobj_ex__":
+                raise NotSource("it is made with keyword arguments")
+            else:
+                text = f"{self.ref(make)}({', '.join(self.ref(arg) for arg in args)})"
+        target = self._named_value(type(obj).__name__.lower(), text, obj)
+        if state is None and not items and not pairs:
+            return target
+        contents = []
+        if isinstance(state, dict):
+            written = []
+            for key, value in state.items():
+                with self._within(f"attribute {key} of an object of {name}"):
+                    written.append((self.ref(key), self.ref(value)))
+            contents.append("{" + ", ".join(f"{k}: {v}" for k, v in written) + "}")
+        else:
+            contents.append(self.ref(state))
+        if items or pairs:
+            with self._within(f"elements of an object of {name}"):
+                contents.append(f"items={container(items, self.ref)}")
+                contents.append(f"pairs={container(pairs, self.ref)}")
+        self._line(f"_nemo_rl.fill({target}, {', '.join(contents)})")
+        return target
+
+
+def _is_ours(module: str) -> bool:
+    """Classes whose way of being pickled we rely on across versions: the standard library's and this package's."""
+    top = module.split(".")[0]
+    return top in sys.stdlib_module_names or top == _OWN
+
+
+def _is_bound(obj: Any) -> bool:
+    owner = getattr(obj, "__self__", None)
+    return owner is not None and not isinstance(owner, types.ModuleType)
+
+
+def _public_home(home: str, qualname: str) -> str:
+    """The shortest parent of a module that offers the same thing: private homes differ between versions."""
+    parts = home.split(".")
+    for i in range(1, len(parts)):
+        outer, inner = sys.modules.get(".".join(parts[:i])), sys.modules[home]
+        first = qualname.split(".")[0]
+        if outer is not None and vars(outer).get(first) is vars(inner).get(first, object()):
+            return ".".join(parts[:i])
+    return home
+
+
+def _kind(obj: Any) -> str:
+    return getattr(obj, "__qualname__", None) or f"an object of {_type_name(obj)}"
+
+
+def _type_name(obj: Any) -> str:
+    cls = type(obj)
+    return cls.__qualname__ if cls.__module__ in ("builtins", "__main__") else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def is_namedtuple(cls: type) -> bool:
+    """Whether a class was made by collections.namedtuple, and so has no text of its own."""
+    return cls.__bases__ == (tuple,) and hasattr(cls, "_field_defaults") and not hasattr(cls, "__orig_bases__")
+
+
+def _content(cell: Any, name: str) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        raise NotSource(f"the variable {name}, which has no value yet") from None
+
+
+def _owner(function: types.FunctionType) -> tuple[type, str] | None:
+    """(class, name) of a function that is an attribute of a class at the top of its module."""
+    outer, _, name = function.__qualname__.rpartition(".")
+    if not outer or "<locals>" in outer:
+        return None
+    found: Any = function.__globals__
+    for i, part in enumerate(outer.split(".")):
+        found = found.get(part) if i == 0 else vars(found).get(part) if isinstance(found, type) else None
+    return (found, name) if isinstance(found, type) and getattr(found, name, None) is function else None
+
+
+def _group(function: types.FunctionType) -> tuple[list[types.FunctionType], dict[str, Any]]:
+    """The closure and the functions it reaches that share variables with it; and all their variables."""
+    members = [function]
+    cells: dict[str, Any] = {}
+    outer = function.__qualname__.rpartition(".")[0]
+    for member in members:
+        for name, cell in zip(member.__code__.co_freevars, member.__closure__ or (), strict=True):
+            if name == "__class__":
+                raise NotSource(f"{function.__qualname__}, a method outside its class")
+            if cells.setdefault(name, cell) is not cell:
+                raise NotSource(f"{function.__qualname__}: its variable {name} stands for several things")
+    i = 0
+    while i < len(members):
+        held = {id(cell) for cell in cells.values()}
+        for cell in list(cells.values()):
+            value = _content(cell, "")
+            if not isinstance(value, types.FunctionType) or value in members or not value.__closure__:
+                continue
+            mine = dict(zip(value.__code__.co_freevars, value.__closure__, strict=True))
+            joins = any(id(c) in held for c in mine.values()) and value.__qualname__.rpartition(".")[0] == outer
+            if joins and all(cells.get(n, c) is c for n, c in mine.items()):
+                members.append(value)
+                cells.update(mine)
+        i += 1
+    return members, cells
+
+
+def _space_of_class(cls: type) -> dict[str, Any]:
+    for value in vars(cls).values():
+        method = getattr(value, "__func__", None) or getattr(value, "fget", None) or value
+        if isinstance(method, types.FunctionType) and method.__qualname__.startswith(cls.__qualname__ + "."):
+            return method.__globals__
+    home = sys.modules.get(cls.__module__)
+    if home is None:
+        raise NotSource(f"class {cls.__name__}: its module {cls.__module__} is not loaded")
+    return vars(home)
+
+
+def _inner_functions(obj: Any) -> list[types.FunctionType]:
+    """Functions that a decorator may have wrapped into `obj`, outermost first."""
+    found: list[types.FunctionType] = []
+    todo, seen = [(obj, 0)], set()
+    while todo:
+        each, depth = todo.pop(0)
+        if id(each) in seen or depth > 6:
+            continue
+        seen.add(id(each))
+        inside: list[Any] = [getattr(each, "__wrapped__", None)] if not isinstance(each, type) else []
+        if isinstance(each, types.FunctionType):
+            found.append(each)
+            inside += [cell.cell_contents for cell in each.__closure__ or () if _has_content(cell)]
+        elif isinstance(each, functools.partial):
+            inside.append(each.func)
+        elif not isinstance(each, type | types.ModuleType | types.MethodType) and hasattr(each, "__dict__"):
+            inside += list(vars(each).values())
+        todo += [(value, depth + 1) for value in inside if callable(value)]
+    return found
+
+
+def _has_content(cell: Any) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True
