@@ -34,7 +34,9 @@ def make_model(folder: Path, seed: int) -> str:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
     fast.save_pretrained(folder)
     torch.manual_seed(seed)
     config = Qwen2Config(
@@ -72,7 +74,9 @@ def accuracy(checkpoint: str, rows: list[dict[str, str]]) -> float:
 
     tokenizer, model = AutoTokenizer.from_pretrained(checkpoint), AutoModelForCausalLM.from_pretrained(checkpoint)
     torch.manual_seed(0)
-    inputs = tokenizer([row["prompt"] for row in rows] * 2, return_tensors="pt", padding=True, return_token_type_ids=False)
+    inputs = tokenizer(
+        [row["prompt"] for row in rows] * 2, return_tensors="pt", padding=True, return_token_type_ids=False
+    )
     with torch.no_grad():
         tokens = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=10)
     answers = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -11,7 +11,9 @@ RELATIVE_ZERO = 1e-6
 """A standard deviation below this share of the largest reward is rounding noise and counts as zero."""
 
 
-def baseline_and_std(rewards_PG: Tensor, valid_PG: Tensor | None = None, leave_one_out: bool = True) -> tuple[Tensor, Tensor]:
+def baseline_and_std(
+    rewards_PG: Tensor, valid_PG: Tensor | None = None, leave_one_out: bool = True
+) -> tuple[Tensor, Tensor]:
     """Returns the baseline and the standard deviation that each reward is compared with, both (P, G), in float64.
 
     With v the validity and n = sum_j v_j of a group, m = n - 1 for the leave-one-out baseline (RLOO, arXiv 2402.14740)

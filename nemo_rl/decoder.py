@@ -112,7 +112,10 @@ class NativeDecoder:
         rotary = self.backbone.rotary_emb
         needed = int(positions.max()) + 1 if positions.numel() else 1
         if self._tables is None or self._tables[0].shape[0] < needed or self._tables[0].device != positions.device:
-            with torch.inference_mode(False), torch.no_grad():  # rollouts make it, training saves parts of it for backward
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+            ):  # rollouts make it, training saves parts of it for backward
                 steps = torch.arange(max(needed, 512) * 2, device=positions.device, dtype=torch.float32)
                 angles = torch.outer(steps, rotary.inv_freq.to(positions.device, torch.float32))
                 cos, sin = angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
@@ -204,8 +207,12 @@ def unsupported(model: nn.Module) -> str | None:
     if rope not in STATIC_ROPE:
         return f"rotary embedding {rope}"
     layer_types = getattr(config, "layer_types", None) or []
-    if any(kind != "full_attention" for kind in layer_types) or (not layer_types and getattr(config, "sliding_window", None)):
+    if any(kind != "full_attention" for kind in layer_types) or (
+        not layer_types and getattr(config, "sliding_window", None)
+    ):
         return "sliding-window attention"
+    if type(model.model.embed_tokens) is not nn.Embedding or type(model.lm_head) is not nn.Linear:
+        return "its embedding or output layer is wrapped (adapters or quantisation)"
     for layer in model.model.layers:
         linears = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.self_attn.o_proj]
         linears += [layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]

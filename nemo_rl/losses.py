@@ -80,7 +80,9 @@ def kl_loss(
     return ratio_N * kl_estimate(logprobs_N, reference_logprobs_N, kind)
 
 
-def token_weights(lengths: list[int], loss_type: Literal["dapo", "grpo", "dr_grpo"], max_new_tokens: int) -> list[float]:
+def token_weights(
+    lengths: list[int], loss_type: Literal["dapo", "grpo", "dr_grpo"], max_new_tokens: int
+) -> list[float]:
     """Returns, for each completion, the weight of each of its tokens, so that the batch loss is the sum of weight * loss.
 
     dapo: 1 / tokens of the batch (arXiv 2503.14476, eq. 8); grpo: mean within each completion, then over completions

@@ -115,7 +115,9 @@ def _add_adapters(model: nn.Module, training: TrainingSpec) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ValueError("lora_rank is set, but peft is not installed; install it with: pip install 'nemo-rl[lora]'") from error
+        raise ValueError(
+            "lora_rank is set, but peft is not installed; install it with: pip install 'nemo-rl[lora]'"
+        ) from error
     config = LoraConfig(
         r=training.lora_rank,
         lora_alpha=training.lora_alpha if training.lora_alpha is not None else 2 * training.lora_rank,
@@ -130,11 +132,13 @@ def _add_adapters(model: nn.Module, training: TrainingSpec) -> nn.Module:
 
 def _not_loadable(what: str, name: str, error: Exception) -> str:
     cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if os.path.sep in name and not name.count("/") == 1 and not Path(name).exists():
+    if os.path.sep in name and name.count("/") != 1 and not Path(name).exists():
         cure = f"there is no directory {name}"
     elif Path(name).is_dir():
         found = ", ".join(sorted(p.name for p in Path(name).iterdir())[:8]) or "nothing"
-        cure = f"expected a Hugging Face directory with config.json, tokenizer files and *.safetensors; it holds {found}"
+        cure = (
+            f"expected a Hugging Face directory with config.json, tokenizer files and *.safetensors; it holds {found}"
+        )
     else:
         cure = "expected a directory, or the name of a model on the hub that this machine can reach (see HF_TOKEN, HF_HUB_OFFLINE)"
     return f"Cannot load the {what} {name!r}: {cause}; {cure}"
@@ -156,7 +160,9 @@ class Policy:
         config = self.causal.config
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         # Cohere multiplies its logits, Granite divides them
-        self.logit_scale: float = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+        self.logit_scale: float = getattr(config, "logit_scale", None) or 1 / (
+            getattr(config, "logits_scaling", None) or 1.0
+        )
         if recompute and hasattr(self.causal, "gradient_checkpointing_enable"):
             self.causal.gradient_checkpointing_enable({"use_reentrant": False})
             self.causal.enable_input_require_grads()
@@ -199,6 +205,9 @@ class Policy:
     def _padded(self, batch: PackedBatch, forward: Any) -> Tensor:
         """Runs `forward` on each padded view and returns its output for each flat token."""
         outputs = []
+        if self.recompute:
+            # transformers recomputes in training mode only; without dropout the mode changes nothing else
+            self.causal.train(torch.is_grad_enabled())
         for view in batch.views:
             ids = batch.ids_N[view.gather].view(view.rows, view.length)
             columns = torch.arange(view.length, device=ids.device)
@@ -208,6 +217,8 @@ class Policy:
             with self._autocast():
                 out = forward(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
             outputs.append(out.flatten(0, 1))
+        if self.recompute:
+            self.causal.eval()
         return torch.cat(outputs).index_select(0, batch.back_N)
 
     def _from_logits(self, batch: PackedBatch, temperature: float) -> Tensor:
@@ -230,7 +241,10 @@ class Policy:
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.15
         if unsupported(self.causal) is None:
             self.native = NativeDecoder(self.causal)
-        for path in ("packed", "hidden") if self.native else ("hidden",):
+        paths = ["packed"] if self.native else []
+        # an adapter on the output layer starts as zero, so that the comparison would not miss it
+        paths += ["hidden"] if isinstance(self.head, nn.Linear) else []
+        for path in paths:
             try:
                 found = self._logprobs(batch, 1.0, path)
             except (AttributeError, TypeError, RuntimeError) as error:
@@ -240,5 +254,7 @@ class Policy:
                 return path
             if path == "packed":
                 self.native = None
-        log.warning("this model's logits are more than its output embedding of hidden states; memory grows with the vocabulary")
+        log.warning(
+            "this model's logits are more than its output embedding of hidden states; memory grows with the vocabulary"
+        )
         return "logits"

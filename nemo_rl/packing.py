@@ -82,7 +82,9 @@ def pack(sequences: SequenceOf[TokenSequence], device: torch.device | str = "cpu
     targets: list[int] = []
     rows: list[int] = []
     views: list[AttentionView] = []
-    start_of_group: dict[tuple[int | None, int], int] = {}  # by group and shared length: an empty completion shares less
+    start_of_group: dict[
+        tuple[int | None, int], int
+    ] = {}  # by group and shared length: an empty completion shares less
     num_slots = 0
     for j in range(num_views):
         members = order[cuts[j] : cuts[j + 1]]
@@ -139,9 +141,7 @@ def _tensor(values: list[int], device: torch.device | str) -> Tensor:
     return torch.tensor(values, dtype=torch.long, device=device)
 
 
-def plan_microbatches(
-    sequences: SequenceOf[TokenSequence], budget: int, split_groups: bool = True
-) -> list[list[int]]:
+def plan_microbatches(sequences: SequenceOf[TokenSequence], budget: int, split_groups: bool = True) -> list[list[int]]:
     """Returns lists of sequence indices, each at most `budget` flat tokens where one sequence alone is not longer.
 
     Sequences of one group stay together as far as the budget allows (always without `split_groups`), so that their prompt

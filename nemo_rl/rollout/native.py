@@ -78,7 +78,9 @@ class NativeState:
             spread[0, :, :, :, :width], spread[1, :, :, :, :width] = k.unsqueeze(1), v.unsqueeze(1)
             keys, values = k.repeat_interleave(H // KV, 1), v.repeat_interleave(H // KV, 1)
             out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[:, None])
-            x = self._finish_layer(layer, x.flatten(0, 1), out.transpose(1, 2).reshape(P * width, H * D)).view(P, width, -1)
+            x = self._finish_layer(layer, x.flatten(0, 1), out.transpose(1, 2).reshape(P * width, H * D)).view(
+                P, width, -1
+            )
         self.column = width
         self.padding = padding.repeat_interleave(num_samples)
         self.padded = bool((padding > 0).any())
@@ -122,7 +124,11 @@ class NativeState:
 
     def _qkv(self, layer: _Layer, x: Tensor) -> Tensor:
         normed = self._norm(x, layer.norm1)
-        return torch.addmm(layer.qkv_bias, normed, layer.qkv) if layer.qkv_bias is not None else torch.mm(normed, layer.qkv)
+        return (
+            torch.addmm(layer.qkv_bias, normed, layer.qkv)
+            if layer.qkv_bias is not None
+            else torch.mm(normed, layer.qkv)
+        )
 
     def _head_norms(self, layer: _Layer, qk: Tensor) -> Tensor:
         if layer.q_norm is None or layer.k_norm is None:

@@ -59,7 +59,9 @@ class Trainer(ABC):
     ) -> None:
         """`model` and `tokenizer` are used in place of loading `config.model`; a given model is trained in place."""
         if config.algorithm != self.algorithm:
-            raise ValueError(f"{type(self).__name__} trains {self.algorithm}, but config.algorithm is {config.algorithm}")
+            raise ValueError(
+                f"{type(self).__name__} trains {self.algorithm}, but config.algorithm is {config.algorithm}"
+            )
         self.config = config
         self.training = config.training
         self.settings: Any = config.settings
@@ -160,6 +162,7 @@ class Trainer(ABC):
                 self.display.step(metrics, self.samples)
                 self.callbacks.on_step_end(self, step, metrics)
                 if saving:
+                    metrics_log.sync()
                     self._save(store, metrics, validation)
                     last_saved = step
                 if position == steps_per_epoch - 1 or step == self.total_steps or self.should_stop:
@@ -276,7 +279,9 @@ class Trainer(ABC):
             for indices in self.microbatches(sequences):
                 self.poll()
                 batch = pack([sequences[i] for i in indices], self.device)
-                sums[torch.tensor(indices, device=self.device)] = batch.per_sequence(policy.logprobs(batch, temperature))
+                sums[torch.tensor(indices, device=self.device)] = batch.per_sequence(
+                    policy.logprobs(batch, temperature)
+                )
         return sums
 
     # ------------------------------------------------------------------ loading, saving
@@ -408,7 +413,11 @@ class Trainer(ABC):
 
 def default_output_dir(model_name: str, model: Any = None) -> Path:
     """Returns ./outputs/{last component of the model's name}."""
-    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "model") if model is not None else model_name
+    name = (
+        str(getattr(getattr(model, "config", None), "_name_or_path", "") or "model")
+        if model is not None
+        else model_name
+    )
     return Path("outputs") / (name.rstrip("/").split("/")[-1] or "model")
 
 

@@ -93,7 +93,9 @@ class GRPOTrainer(Trainer):
     def _calls(self, example: PromptExample, responses: list[str], step: int) -> list[RewardCall]:
         row = example.row
         return [
-            RewardCall(row.prompt, response, row.messages, row.columns, (self.training.seed, step, example.index, sample))
+            RewardCall(
+                row.prompt, response, row.messages, row.columns, (self.training.seed, step, example.index, sample)
+            )
             for sample, response in enumerate(responses)
         ]
 
@@ -211,7 +213,9 @@ class GRPOTrainer(Trainer):
         self.runner.should_stop = lambda: self.signals.requested is not None
         self.runner.start()
         rows = data.examples[:PREFLIGHT_ROWS]
-        for warning in preflight(self.runner, [self._calls(row, [""], 0)[0] for row in rows], on_error=self.runner.on_error):
+        for warning in preflight(
+            self.runner, [self._calls(row, [""], 0)[0] for row in rows], on_error=self.runner.on_error
+        ):
             self.display.note(warning)
 
     def initial_policy(self) -> Policy:
@@ -236,7 +240,9 @@ class GRPOTrainer(Trainer):
             poll=self.poll,
         )
         responses = self.tokenizer.batch_decode([group[0].ids for group in groups], skip_special_tokens=True)
-        calls = [self._calls(example, [text], 0)[0] for example, text in zip(validation.examples, responses, strict=True)]
+        calls = [
+            self._calls(example, [text], 0)[0] for example, text in zip(validation.examples, responses, strict=True)
+        ]
         values = [outcome.value for outcome in self.runner.score(calls) if outcome.value is not None]
         reward = sum(values) / max(len(values), 1)
         return {"validation_reward": reward}, reward

@@ -1,0 +1,131 @@
+"""A run that is killed at any moment and started again equals an unbroken one, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+KILLS = {"grpo": 12, "sft": 5, "dpo": 5}
+"""Kill points of each algorithm: 22 in all."""
+STEPS = 12
+
+# The server imports the engine once and forks a child for each run: a kill costs no import.
+SERVER = """
+import os, sys, json
+import torch, transformers
+import nemo_rl.trainers.grpo, nemo_rl.trainers.sft, nemo_rl.trainers.dpo, nemo_rl.api.training
+from nemo_rl.errors import TrainingInterrupted
+
+def count_a(prompt, response):
+    return response.count("a") / 6
+
+def run(algorithm, model, output):
+    torch.set_num_threads(1)
+    import nemo_rl
+    rows = [{"prompt": f"{i}=", "completion": f"{i % 10}a", "chosen": "ab", "rejected": f"c{i % 3}"} for i in range(10, 30)]
+    keep = {"grpo": ("prompt",), "sft": ("prompt", "completion"), "dpo": ("prompt", "chosen", "rejected")}[algorithm]
+    rows = [{name: row[name] for name in keep} for row in rows]
+    extra = dict(num_generations_per_prompt=4, max_new_tokens=6, logged_completions=8) if algorithm == "grpo" else {}
+    try:
+        nemo_rl.train(model, rows, count_a if algorithm == "grpo" else None, algorithm=algorithm, max_steps=STEPS, max_epochs=9,
+                      batch_size=4, learning_rate=1e-2, save_every=3, seed=7, output_dir=output, backend="local",
+                      log_level="warning", validation_dataset=rows[:4], **extra)
+    except TrainingInterrupted:
+        os._exit(75)
+    os._exit(0)
+
+for line in sys.stdin:
+    algorithm, model, output = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            run(algorithm, model, output)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+    print(pid, flush=True)
+    _, status = os.waitpid(pid, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+""".replace("STEPS", str(STEPS))
+
+
+class Runs:
+    """Starts runs in children of one process that has the engine loaded."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def run(self, algorithm: str, output: Path, kill_after: float | None = None, number: int = signal.SIGKILL) -> int:
+        assert self.server.stdin and self.server.stdout
+        print(json.dumps([algorithm, self.model, str(output)]), file=self.server.stdin, flush=True)
+        pid = int(self.server.stdout.readline())
+        if kill_after is not None:
+            time.sleep(kill_after)  # the moment of the kill is what the test varies
+            os.kill(pid, number)  # a child that has ended is a zombie until the server has read its status
+        return int(self.server.stdout.readline())
+
+    def close(self) -> None:
+        assert self.server.stdin
+        self.server.stdin.close()
+        self.server.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model: str):
+    started = Runs(tiny_model)
+    yield started
+    started.close()
+
+
+def outcome(output: Path) -> dict[str, object]:
+    """What must be equal: weights, metrics but for times, and completions."""
+    final = output / "checkpoints" / f"step-{STEPS:08d}"
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    timed = ("_seconds", "_per_second")
+    return {
+        "weights": hashlib.sha256((final / "model.safetensors").read_bytes()).hexdigest(),
+        "metrics": [{k: v for k, v in line.items() if not k.endswith(timed)} for line in lines],
+        "completions": (output / "completions.jsonl").read_text(),
+        "best": (output / "checkpoints" / "best").resolve().name,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("algorithm", list(KILLS))
+def test_killed_runs_equal_an_unbroken_one(algorithm: str, runs: Runs, tmp_path: Path) -> None:
+    draw = random.Random(algorithm)
+    begin = time.monotonic()
+    assert runs.run(algorithm, tmp_path / "unbroken") == 0
+    seconds = time.monotonic() - begin
+    expected = outcome(tmp_path / "unbroken")
+    assert [line["step"] for line in expected["metrics"]] == list(range(1, STEPS + 1))
+    codes = []
+    output = tmp_path / "broken"
+    while len(codes) < KILLS[algorithm]:
+        number = draw.choice([signal.SIGKILL, signal.SIGTERM])
+        code = runs.run(algorithm, output, draw.uniform(0.1, 0.9) * seconds, number)
+        if code == 0:  # it finished before the kill: compare, and go on with a fresh run
+            assert outcome(output) == expected
+            output = tmp_path / f"broken-{len(codes)}-{time.monotonic_ns()}"
+            continue
+        assert code in (-signal.SIGKILL, -signal.SIGTERM, 75)
+        codes.append(code)
+    assert runs.run(algorithm, output) == 0
+    assert outcome(output) == expected
+    assert -signal.SIGKILL in codes
+    assert not list(tmp_path.glob("*.old-*")), "a run that should have gone on was started anew"
