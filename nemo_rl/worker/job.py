@@ -1,0 +1,73 @@
+"""The job as a pod gets it: the frozen job file, the folders that the operator mounts, and which rank this process is."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from nemo_rl.job import names
+from nemo_rl.job.spec import RLTrainingJobSpec
+
+ROOT_VARIABLE = "NEMO_RL_POD_ROOT"
+"""A folder that stands for the pod's root directory: all its paths are taken below it. For runs outside of a pod."""
+PORT_VARIABLE = "NEMO_RL_POD_PORT"
+"""The port to serve on instead of names.TRAINER_PORT; 0 takes a free one."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The job that this attempt runs. Later changes of the resource do not reach it."""
+
+    name: str
+    namespace: str
+    uid: str
+    """Tells this job from an earlier one of the same name; empty outside of a cluster."""
+    spec: RLTrainingJobSpec
+
+
+@dataclass(frozen=True)
+class Pod:
+    """Where things are in this pod, and which of the processes of the job this one is."""
+
+    root: Path = Path("/")
+    port: int = names.TRAINER_PORT
+    rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Pod:
+        """This pod. RANK and WORLD_SIZE are torchrun's; without them the process is alone."""
+        return cls(
+            root=Path(environment.get(ROOT_VARIABLE, "/")),
+            port=int(environment.get(PORT_VARIABLE, names.TRAINER_PORT)),
+            rank=int(environment.get("RANK", "0")),
+            world_size=int(environment.get("WORLD_SIZE", "1")),
+        )
+
+    def path(self, absolute: str) -> Path:
+        """Where a path of `names` is."""
+        return self.root / absolute.lstrip("/")
+
+
+def read_job(path: Path) -> Job:
+    """The frozen job. ValueError naming each field that this image's version of nemo-rl does not understand."""
+    try:
+        document: Any = json.loads(path.read_text(encoding="utf-8"))
+        meta = document["metadata"]
+        spec = RLTrainingJobSpec.model_validate(document["spec"])
+        return Job(meta["name"], meta.get("namespace") or "", meta.get("uid") or "", spec)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
+        raise ValueError(
+            f"the job does not fit this trainer image: {problems}; use an image of the operator's version"
+        ) from None
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} holds no frozen job ({error!r}); the operator mounts it there. Outside of a pod set {ROOT_VARIABLE}"
+        ) from None

@@ -1,0 +1,109 @@
+"""Watches a trainer from inside: the callback that reports steps, and the parts of a run that have no hook of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo_rl.trainers.base import Trainer
+from nemo_rl.trainers.callbacks import Callback
+from nemo_rl.worker import report as phases
+from nemo_rl.worker.grace import Grace
+from nemo_rl.worker.prometheus import TrainMetrics
+from nemo_rl.worker.report import Report, read_checkpoints
+
+
+class Observer(Callback):
+    """Keeps `report` and `metrics` up to date, and says once how long the start took and whether a save will fit."""
+
+    def __init__(self, report: Report, metrics: TrainMetrics, *, claim: Path, grace: Grace | None) -> None:
+        """`claim` is the root of the output claim; `grace` is None where another process looks after the pod."""
+        self._report, self._metrics = report, metrics
+        self._claim, self._grace = claim, grace
+        self._first = True
+
+    def on_train_begin(self, trainer: Any) -> None:
+        self._report.begin(trainer.current_step, trainer.total_steps)
+        self._metrics.begin(trainer.current_step, trainer.total_steps)
+        self.saved(trainer)
+        if self._grace is not None:
+            self._say(trainer, self._grace.before(checkpoint_bytes(trainer.model), trainer.run_dir))
+
+    def on_step_end(self, trainer: Any, step: int, metrics: dict[str, Any]) -> None:
+        self._report.step_ended(step, metrics)
+        self._metrics.step_ended(step, metrics)
+        if self._first:
+            self._first = False
+            self._say(trainer, startup_line(self._report.seconds, metrics["step_seconds"]))
+
+    def on_train_end(self, trainer: Any, result: Any) -> None:
+        self._report.enter(phases.FINISHED)
+
+    def saved(self, trainer: Any, seconds: float | None = None) -> None:
+        """Reads the checkpoints anew. `seconds`: how long the save took that was just made."""
+        checkpoint = read_checkpoints(trainer.run_dir, self._claim, trainer.algorithm)
+        self._report.saved(checkpoint)
+        if checkpoint is not None and checkpoint.latest_step is not None:
+            self._metrics.saved(checkpoint.latest_step)
+        if seconds is not None and self._grace is not None:
+            self._say(trainer, self._grace.after(seconds))
+
+    @staticmethod
+    def _say(trainer: Any, line: str | None) -> None:
+        if line is not None:
+            trainer.display.note(line)
+
+
+def startup_line(seconds: dict[str, float], first_step: float) -> str:
+    """`phase imports=… data=… model=… start=… first_step=…`: seconds from the process's begin to its first step."""
+    parts = {
+        "imports": seconds.get(phases.IMPORTING, 0.0),
+        "data": seconds.get(phases.PREPARING_DATA, 0.0),
+        "model": seconds.get(phases.LOADING_MODEL, 0.0),
+        "start": seconds.get(phases.STARTING, 0.0),
+        "first_step": first_step,
+    }
+    return "phase " + " ".join(f"{name}={value:.2f}" for name, value in parts.items())
+
+
+def checkpoint_bytes(model: Any) -> int:
+    """What a checkpoint of the model takes: all weights as they are, and two fp32 moments of each trained one."""
+    parameters = list(model.parameters())
+    weights: int = sum(p.numel() * p.element_size() for p in parameters)
+    return weights + sum(8 * p.numel() for p in parameters if p.requires_grad)
+
+
+def observed(trainer: type[Trainer], report: Report, observer: Observer) -> type[Trainer]:
+    """The trainer class, with the phases of its run and its signs of life on record. It trains as before."""
+
+    class Observed(trainer):  # type: ignore[misc,valid-type]
+        def _prepare(self, *args: Any, **kwargs: Any) -> Any:
+            with report.during(phases.PREPARING_DATA):
+                return super()._prepare(*args, **kwargs)
+
+        def _load(self, *args: Any, **kwargs: Any) -> Any:
+            with report.during(phases.LOADING_MODEL):
+                return super()._load(*args, **kwargs)
+
+        def _start(self, *args: Any, **kwargs: Any) -> Any:
+            with report.during(phases.STARTING):
+                return super()._start(*args, **kwargs)
+
+        def _evaluate_timed(self, *args: Any, **kwargs: Any) -> Any:
+            with report.during(phases.EVALUATING):
+                return super()._evaluate_timed(*args, **kwargs)
+
+        def _save(self, *args: Any, **kwargs: Any) -> Any:
+            before = report.seconds.get(phases.SAVING, 0.0)
+            with report.during(phases.SAVING):
+                path = super()._save(*args, **kwargs)
+            observer.saved(self, report.seconds[phases.SAVING] - before)
+            return path
+
+        def poll(self) -> None:
+            report.beat()
+            super().poll()
+
+    Observed.__name__ = trainer.__name__
+    Observed.__qualname__ = trainer.__qualname__
+    return Observed

@@ -1,0 +1,182 @@
+"""What a trainer pod says about itself while it runs: progress, health and how long its start took.
+
+The training thread writes, the server's threads read. Every attribute is replaced as a whole, so no lock is needed and a
+reader never holds training up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_rl.checkpoint import best_of, find_checkpoints
+from nemo_rl.job.status import Checkpoint, Progress
+from nemo_rl.metrics import LINE_ORDER
+
+IMPORTING = "importing"
+PREPARING_DATA = "preparing data"
+LOADING_MODEL = "loading model"
+STARTING = "starting"
+TRAINING = "training"
+EVALUATING = "evaluating"
+SAVING = "saving"
+FINISHED = "finished"
+
+QUIET_SECONDS = {TRAINING: 600.0, EVALUATING: 600.0}
+"""Seconds without a sign of life after which a phase counts as stuck, besides the time that rewards may take.
+
+In these the loops report at every decoded token and every micro-batch."""
+LONGEST_QUIET_SECONDS = 3600.0
+"""The same for phases that say nothing while they work: imports, downloads, loading and saving."""
+PACE_STEPS = 20
+"""Steps whose pace the estimate of the time left follows."""
+
+
+class Report:
+    """The state of this process."""
+
+    def __init__(self, *, started: float | None = None) -> None:
+        """`started`: when the process began, on the clock of time.monotonic."""
+        self.started = time.monotonic() if started is None else started
+        self.seconds: dict[str, float] = {}
+        """How long each phase of the start took."""
+        self.reward_seconds = 0.0
+        """How long one reward may take without a word."""
+        self._phase = IMPORTING
+        self._alive_at = time.monotonic()
+        self._step = 0
+        self._total_steps: int | None = None
+        self._epoch: int | None = None
+        self._metrics: dict[str, Any] = {}
+        self._step_time: str | None = None
+        self._checkpoint: Checkpoint | None = None
+        self._ends: deque[float] = deque(maxlen=PACE_STEPS + 1)
+        self._pace: float | None = None
+
+    # --- written by the training thread
+
+    @contextlib.contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """The phase while the block runs; its seconds are kept. Afterwards it is the phase before."""
+        before, begin = self._phase, time.monotonic()
+        self.enter(phase)
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - begin
+            self.enter(before)
+
+    def enter(self, phase: str) -> None:
+        self._phase = phase
+        self.beat()
+
+    def beat(self) -> None:
+        """A sign of life. Costs a reading of the clock: called in the innermost loops."""
+        self._alive_at = time.monotonic()
+
+    def begin(self, step: int, total_steps: int) -> None:
+        """Training begins, after `step` steps of earlier attempts."""
+        self._step, self._total_steps = step, total_steps
+        self._ends.append(time.monotonic())
+        self.enter(TRAINING)
+
+    def expect(self, step: int) -> None:
+        """The run will go on after this step, as far as the files tell before anything is loaded."""
+        self._step = step
+
+    def step_ended(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._ends.append(time.monotonic())
+        self._pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1) if len(self._ends) > 1 else None
+        self._epoch = metrics.get("epoch")
+        self._metrics = dict(metrics)
+        self._step_time = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        self._step = step
+        self.beat()
+
+    def saved(self, checkpoint: Checkpoint | None) -> None:
+        self._checkpoint = checkpoint
+
+    # --- read by anyone
+
+    @property
+    def phase(self) -> str:
+        return self._phase
+
+    @property
+    def step(self) -> int:
+        return self._step
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        return self._checkpoint
+
+    def progress(self) -> Progress:
+        """What /progress serves. Before training its text is the phase; then it is the step."""
+        remaining = None
+        if self._pace is not None and self._total_steps is not None:
+            remaining = self._pace * max(0, self._total_steps - self._step)
+        return Progress(
+            step=self._step,
+            total_steps=self._total_steps,
+            text=self._phase if self._total_steps is None else None,
+            seconds_remaining=remaining,
+            epoch=self._epoch,
+            metrics=shown_metrics(self._metrics),
+            time=self._step_time,
+            checkpoint=self._checkpoint,
+        )
+
+    def health(self) -> tuple[bool, str]:
+        """Whether this process gets on, and a sentence about it.
+
+        It does not when its phase has given no sign of life for longer than that phase may be quiet.
+        """
+        phase, quiet = self._phase, time.monotonic() - self._alive_at
+        limit = QUIET_SECONDS.get(phase, LONGEST_QUIET_SECONDS) + 2 * self.reward_seconds
+        word = "ok" if quiet <= limit else "stuck"
+        return (
+            quiet <= limit,
+            f"{word}: {phase}, step {self._step}, last sign of life {quiet:.0f} s ago (limit {limit:.0f})",
+        )
+
+
+def shown_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of a step for /progress: the main ones first, for only so many are kept; without clocks."""
+    known = [name for name in LINE_ORDER if name in metrics]
+    others = sorted(name for name in metrics if name not in LINE_ORDER and not name.endswith("_seconds"))
+    return {name: _number(metrics[name]) for name in known + others if name not in ("step", "epoch")}
+
+
+def _number(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value
+
+
+def read_checkpoints(run_dir: Path, claim: Path, algorithm: str) -> Checkpoint | None:
+    """The checkpoints of the run in `run_dir`, as paths from the claim's root; None if there is none."""
+    found = find_checkpoints(run_dir)
+    best = best_of(found)
+    if best is None:
+        return None
+    latest = found[-1]
+    return Checkpoint(
+        latest=str(latest.path.relative_to(claim)),
+        latest_step=latest.step,
+        best=str(best.path.relative_to(claim)),
+        best_step=best.step,
+        best_metric=_best_metric(best.state.get("metrics", {}), best.metric, algorithm),
+    )
+
+
+def _best_metric(metrics: Mapping[str, Any], metric: float | None, algorithm: str) -> str | None:
+    """What made a checkpoint the best, by its own name: losses are compared with the sign turned."""
+    if metric is None:
+        return None
+    for name, sign in (("validation_reward", 1.0), ("validation_loss", -1.0)):
+        if metrics.get(name) == sign * metric:
+            return f"{name}={sign * metric:.4g}"
+    return f"{'reward' if algorithm == 'grpo' else 'metric'}={metric:.4g}"

@@ -1,0 +1,194 @@
+"""One attempt of a job in this process, from the frozen job file to the exit code."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_rl.backends.local import say
+from nemo_rl.checkpoint import find_checkpoints
+from nemo_rl.job import names
+from nemo_rl.job.names import ExitCode
+from nemo_rl.job.status import TerminationMessage
+from nemo_rl.runs import RUN_FILE
+from nemo_rl.worker import ending, inputs
+from nemo_rl.worker.grace import Grace
+from nemo_rl.worker.job import Job, Pod, read_job
+from nemo_rl.worker.prometheus import TrainMetrics
+from nemo_rl.worker.report import IMPORTING, Report, shown_metrics
+from nemo_rl.worker.server import ReportServer
+
+if TYPE_CHECKING:
+    from nemo_rl.api.result import TrainResult
+
+RESULT_FILE = "result.json"
+"""In the output folder: the last word of the attempt that finished the job, and the job's uid."""
+EXIT_SECONDS = 30.0
+"""After the last word, threads of users' libraries get this long to end."""
+
+
+def run() -> int:
+    """Runs the job of this pod; returns the exit code and never raises. The last word is written before it returns."""
+    pod = Pod.from_environment()
+    report = Report(started=process_started())
+    _stop_while_starting(pod, report)
+    try:
+        job = read_job(pod.path(names.JOB_FILE))
+        word = _finished_before(job, pod) or _attempt(job, pod, report)
+        code = int(ExitCode.DONE)
+    except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end is near, and it shall be told
+        word = ending.failure(error, step=report.step, checkpoint=report.checkpoint)
+        code = word.exit_code or 1
+        print(ending.for_the_log(error, word), file=sys.stderr, flush=True)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if pod.rank == 0 or code != ExitCode.DONE:
+        ending.write(word, pod.path(names.TERMINATION_LOG))
+    _leave_within(EXIT_SECONDS, code)
+    return code
+
+
+def process_started() -> float:
+    """When this process began, on the clock of time.monotonic: the interpreter's own start counts too."""
+    now = time.monotonic()
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return now
+    return now - age if 0 <= age < 60 else now
+
+
+def _stop_while_starting(pod: Pod, report: Report) -> None:
+    """Before training, when there is nothing to save, SIGTERM ends the process at once."""
+
+    def stop(number: int, frame: Any) -> None:
+        message = f"stopped by SIGTERM while {report.phase}, before training went on; nothing was lost"
+        print(f"nemo-rl: {message}", flush=True)
+        word = ending.stopped(message, step=report.step, checkpoint=report.checkpoint)
+        ending.write(word, pod.path(names.TERMINATION_LOG))
+        os._exit(ExitCode.PREEMPTED)
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def _attempt(job: Job, pod: Pod, report: Report) -> TerminationMessage:
+    """Trains; returns the word of success. Raises whatever ends the run otherwise."""
+    spec = job.spec
+    _configure_logging(spec.training.log_level)
+    claim = pod.path(names.OUTPUT_DIR)
+    output = claim / job.name
+    metrics = TrainMetrics()
+    if spec.reward is not None:
+        report.reward_seconds = spec.reward.timeout_seconds
+    if pod.rank == 0:
+        report.expect(_step_to_go_on_from(output, spec.training.resume))
+        _serve(pod, report, metrics, spec)
+    bundles = inputs.open_bundles(spec.bundles, pod)
+    spec = inputs.resolve(spec, bundles, pod)
+    if pod.rank != 0:
+        spec.training.log_level = "error"  # rank 0 speaks for all
+
+    from nemo_rl.api.algorithms import get_algorithm
+    from nemo_rl.worker.observe import Observer, observed
+
+    trainer_class = get_algorithm(spec.algorithm)
+    with ending.user_code("loading the reward"):
+        reward = inputs.load_reward(spec, bundles)
+    with ending.user_code("loading the callbacks"):
+        callbacks = inputs.load_callbacks(spec.callbacks, bundles)
+    report.seconds[IMPORTING] = time.monotonic() - report.started
+    grace = Grace(float(spec.termination_grace_period_seconds)) if pod.rank == 0 else None
+    observer = Observer(report, metrics, claim=claim, grace=grace)
+    trainer = observed(trainer_class, report, observer)(spec, output_dir=output)
+    result = trainer.fit(
+        spec.dataset,
+        reward_fn=reward,
+        validation_dataset=spec.validation_dataset,
+        callbacks=[observer, *callbacks],
+        reward_weights=spec.reward.weights if spec.reward else None,
+    )
+    word = _success(result, report)
+    if pod.rank == 0:
+        _keep(word, job, output)
+    return word
+
+
+def _success(result: TrainResult, report: Report) -> TerminationMessage:
+    return TerminationMessage(
+        kind="result",
+        total_steps=result.total_steps,
+        metrics=shown_metrics(result.metrics),
+        checkpoint=report.checkpoint,
+    )
+
+
+# --- a job that is done already
+
+
+def _keep(word: TerminationMessage, job: Job, output: Path) -> None:
+    """Leaves the word of success in the output: should the node die now, the next attempt has nothing to do."""
+    record = {"uid": job.uid, "word": json.loads(word.encode())}
+    aside = output / f".{RESULT_FILE}.tmp"
+    with open(aside, "w", encoding="utf-8") as stream:
+        json.dump(record, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.replace(output / RESULT_FILE)
+
+
+def _finished_before(job: Job, pod: Pod) -> TerminationMessage | None:
+    """The word of an earlier attempt of this very job that finished it, but was not heard."""
+    try:
+        record = json.loads((pod.path(names.OUTPUT_DIR) / job.name / RESULT_FILE).read_text(encoding="utf-8"))
+        if not job.uid or record["uid"] != job.uid:
+            return None
+        word = TerminationMessage.parse(json.dumps(record["word"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if word is not None and pod.rank == 0:
+        say(job.spec, f"an earlier attempt finished this job after {word.total_steps} steps; nothing is left to do")
+    return word
+
+
+def _step_to_go_on_from(output: Path, resume: str) -> int:
+    """The step that the run will most likely go on from, told before torch is there: progress must not fall to 0."""
+    try:
+        unfinished = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))["status"] == "unfinished"
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+    found = find_checkpoints(output) if unfinished and resume != "never" else []
+    return found[-1].step if found else 0
+
+
+# --- surroundings
+
+
+def _configure_logging(level: str) -> None:
+    """Warnings of all libraries, and ours from the job's level on, to stderr."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("nemo_rl").setLevel(level.upper())
+
+
+def _serve(pod: Pod, report: Report, metrics: TrainMetrics, spec: Any) -> None:
+    try:
+        server = ReportServer(pod.port, report, metrics)
+    except OSError as error:  # training matters more than being watched, and the last word needs no network
+        print(f"nemo-rl: no progress will be served: port {pod.port}: {error}", file=sys.stderr, flush=True)
+        return
+    server.start()
+    say(spec, f"serving /progress, /metrics and /healthz on port {server.server_port}")
+
+
+def _leave_within(seconds: float, code: int) -> None:
+    """Ends the process after that time, should a thread of some library keep it from ending by itself."""
+    timer = threading.Timer(seconds, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
