@@ -38,6 +38,8 @@ class Environment:
 
     name: str | None = None
     """Name in the metrics; default the class's name."""
+    in_process: bool = False
+    """True runs it in a thread of the training process, where a call that hangs cannot be ended."""
 
     def setup(self) -> None:
         """Called once in the process that will score, before the first call."""

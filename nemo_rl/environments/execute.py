@@ -70,7 +70,7 @@ class WorkerCall:
     key: tuple[int, ...]
 
 
-class BadValue(Exception):  # noqa: N818
+class BadValue(Exception):
     """A reward returned what is no reward. `cause` is one of CAUSES."""
 
     def __init__(self, cause: str, message: str) -> None:
@@ -290,7 +290,7 @@ def seeded(key: tuple[int, ...], *, shared: bool) -> Iterator[None]:
                 numpy_random.set_state(before[1])
 
 
-class _TimedOut(Exception):  # noqa: N818
+class _TimedOut(Exception):
     """An async call took longer than it may."""
 
 
@@ -316,10 +316,10 @@ def _as_list(values: Any, expected: int) -> list[Any]:
         values = values.tolist()
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise BadValue(WRONG_TYPE, f"returned a {type(values).__name__}; expected a list of {expected} numbers")
-    values = list(values)
-    if len(values) != expected:
-        raise BadValue(WRONG_LENGTH, f"returned {len(values)} values for {expected} responses; expected one for each")
-    return values
+    found: list[Any] = list(values)
+    if len(found) != expected:
+        raise BadValue(WRONG_LENGTH, f"returned {len(found)} values for {expected} responses; expected one for each")
+    return found
 
 
 def _environments(rewards: Sequence[BoundReward]) -> list[Any]:

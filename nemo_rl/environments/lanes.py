@@ -38,7 +38,7 @@ _WHERE_SECONDS = 0.2
 _OUTPUT_SECONDS = 1.0
 
 
-class Gone(Exception):  # noqa: N818 (a state, not always an error)
+class Gone(Exception):
     """The lane ended by itself. The text says how, as far as it is known."""
 
 
@@ -73,7 +73,7 @@ class ProcessLane:
     def __init__(self, payload: bytes) -> None:
         requests, self._requests = os.pipe()
         self._replies, replies = os.pipe()
-        self._where = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the lane)
+        self._where = _scratch_file()
         files = (requests, replies, self._where.fileno())
         arguments = [json.dumps(sys.path), str(os.getpid()), *map(str, files)]
         self._process = subprocess.Popen(
@@ -275,6 +275,13 @@ class ThreadLane:
 
 
 _LEFT: Message = ("left",)
+
+
+def _scratch_file() -> Any:
+    """A file without a name; in memory where the system can, since a pod's disk may be read-only."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("nemo-rl-reward"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 def pickled(request: Request) -> bytes:

@@ -20,7 +20,7 @@ from nemo_rl.environments.signature import BoundReward
 _OWN = __name__.split(".")[0]
 
 
-class CannotTravel(Exception):  # noqa: N818
+class CannotTravel(Exception):
     """A reward cannot be packed: it holds what exists in this process only. The text says what."""
 
 
@@ -57,7 +57,7 @@ def unpack(data: bytes) -> list[BoundReward]:
 
 
 def _dump(cloudpickle: Any, rewards: list[BoundReward]) -> bytes:
-    class Pickler(cloudpickle.Pickler):  # type: ignore[misc, name-defined]
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         def reducer_override(self, obj: Any) -> Any:
             torch: Any = sys.modules.get("torch")
             if torch is not None and isinstance(obj, torch.Tensor) and obj.device.type != "cpu":

@@ -87,8 +87,11 @@ class RewardRunner:
 
     def start(self) -> None:
         """Starts loading the rewards and returns at once; `score` waits for that. Once per runner."""
-        if self._supervisors:
-            return
+        with self._lock:
+            if not self._place:
+                self._start()
+
+    def _start(self) -> None:
         outside = [i for i, reward in enumerate(self.rewards.rewards) if not reward.in_process]
         inside = [i for i, reward in enumerate(self.rewards.rewards) if reward.in_process]
         payload = b""
@@ -120,9 +123,9 @@ class RewardRunner:
         warnings.warn(
             f"reward {reward.name!r} cannot run in a process of its own ({problem}); it runs in a thread of the training "
             f"process, where a call that hangs is left behind after {self.timeout_seconds:g} s but not ended. "
-            f"Create what cannot be pickled in Environment.setup, or say @reward_function(in_process=True)",
+            f"Create what cannot be pickled in Environment.setup, or say in_process=True",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
     def _supervise(self, indices: list[int], lanes: int, make: Callable[[], ProcessLane] | None) -> None:
@@ -241,9 +244,8 @@ class _Batch:
     def unit_done(self) -> None:
         with self._lock:
             self._open_units -= 1
-            last = self._open_units == 0
-        if last and not self.future.done():
-            self.future.set_result([self._outcome(i) for i in range(len(self.calls))])
+            if self._open_units == 0 and not self.future.done():
+                self.future.set_result([self._outcome(i) for i in range(len(self.calls))])
 
     def unit_failed(self, error: BaseException) -> None:
         if isinstance(error, LoadFailed):
@@ -261,7 +263,9 @@ class _Batch:
                 self.future.set_exception(error)
 
     def _outcome(self, index: int) -> RewardOutcome:
-        total, parts, errors = [], {}, []
+        total: list[float] = []
+        parts: dict[str, float] = {}
+        errors: list[str] = []
         named = self.runner.rewards.named
         for reward, scores in zip(self.runner.rewards.rewards, self._scores, strict=True):
             score = scores[index]

@@ -25,10 +25,14 @@ _FORMS = f"expected {_EXAMPLE}, and after these two any columns of the data set"
 class Scored(Protocol):
     """What a signature reads of a call; `RewardCall` is one."""
 
-    prompt: str
-    response: str
-    messages: list[dict[str, Any]] | None
-    columns: dict[str, Any]
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def response(self) -> str: ...
+    @property
+    def messages(self) -> list[dict[str, Any]] | None: ...
+    @property
+    def columns(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -283,11 +287,10 @@ def _bind(name: str, fn: Any, weight: float) -> BoundReward:
             raise TypeError(
                 f"{fn.__name__}() failed: {error}; give an instance of the environment, {fn.__name__}(...)"
             ) from error
-    mark = mark_of(fn)
     if isinstance(fn, Environment):
         target = _environment_target(fn)
-        return BoundReward(name, target, RewardSignature.of(target), weight, fn, mark.in_process)
-    return BoundReward(name, fn, RewardSignature.of(fn), weight, None, mark.in_process)
+        return BoundReward(name, target, RewardSignature.of(target), weight, fn, fn.in_process)
+    return BoundReward(name, fn, RewardSignature.of(fn), weight, None, mark_of(fn).in_process)
 
 
 def _environment_target(environment: Environment) -> Callable[..., Any]:

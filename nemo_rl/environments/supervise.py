@@ -41,7 +41,7 @@ class Failure:
     traceback: str = ""
 
 
-class LoadFailed(Exception):  # noqa: N818
+class LoadFailed(Exception):
     """The rewards cannot be loaded or set up at all, which no policy for single calls can mend."""
 
     def __init__(self, message: str, traceback: str = "") -> None:
@@ -118,8 +118,8 @@ class Supervisor:
                 self._lane_or_new()  # the rewards load while the model does
         except LoadFailed as problem:
             self._load_problem = problem  # every unit will say so
-        except RuntimeError:
-            pass  # closed before it began
+        except BaseException as error:  # closed before it began, or no process can be had
+            self._load_problem = LoadFailed(f"the rewards could not be started: {error}")
         while (unit := self._units.get()) is not None:
             try:
                 with self._working():
@@ -163,12 +163,15 @@ class Supervisor:
             except LoadFailed:
                 self._leave(lane)
                 raise
-            self._leave(lane)
-            if self._stopping:
-                raise RuntimeError(_CLOSED)
-            for index in watch.to_blame():
-                del pending[index]
-                unit.receiver.put(unit.reward, index, failure)
+            lane.kill()
+            try:
+                if self._stopping:
+                    raise RuntimeError(_CLOSED)
+                for index in watch.to_blame():
+                    del pending[index]
+                    unit.receiver.put(unit.reward, index, failure)
+            finally:
+                self._leave(lane)
 
     def _take(self, unit: Unit, message: Message, pending: dict[int, WorkerCall], watch: _Watch) -> None:
         kind, *rest = message
@@ -209,7 +212,7 @@ class Supervisor:
             except BaseException:
                 self._leave(lane)
                 raise
-        return self._lane  # type: ignore[return-value]
+        return self._lane
 
     def _load(self, lane: ProcessLane | ThreadLane) -> None:
         names = ", ".join(repr(reward.name) for reward in self._rewards)

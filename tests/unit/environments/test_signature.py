@@ -1,0 +1,230 @@
+"""What a reward may look like, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from nemo_rl.environments import (
+    Environment,
+    RewardCall,
+    batched_reward,
+    bind_rewards,
+    reward_function,
+    validate_reward_callable,
+)
+from nemo_rl.environments.signature import RewardSignature
+
+CALL = RewardCall("p", "r", None, {"answer": "4", "level": 3, "response": "gold"})
+
+
+def plain(prompt, response):
+    return 1.0
+
+
+async def asynchronous(prompt, response):
+    return 1.0
+
+
+def batch(prompts, responses, answer):
+    return [1.0 for _ in prompts]
+
+
+class Scorer:
+    def __call__(self, prompt, response, answer):
+        return 1.0
+
+    def method(self, prompt, response):
+        return 1.0
+
+
+def call_with(fn, call: RewardCall = CALL):
+    args, keywords = RewardSignature.of(fn).arguments(call)
+    return fn(*args, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("fn", "expected"),
+    [
+        (lambda prompt, response: (prompt, response), ("p", "r")),
+        (lambda response, prompt: (prompt, response), ("p", "r")),
+        (lambda question, completion: (question, completion), ("p", "r")),
+        (lambda prompt, completion, answer: (prompt, completion, answer), ("p", "r", "4")),
+        (lambda answer, prompt, response: (prompt, response, answer), ("p", "r", "4")),
+        (lambda prompt, response, *, level: (prompt, response, level), ("p", "r", 3)),
+        (lambda prompt, response, level=7, missing=9: (level, missing), (3, 9)),
+        (lambda prompt, response, **columns: (response, columns), ("r", {"answer": "4", "level": 3})),
+        (lambda a, b, /, **columns: (b, columns), ("r", {"answer": "4", "level": 3, "response": "gold"})),
+        (lambda *args, **columns: (args, sorted(columns)), (("p", "r"), ["answer", "level", "response"])),
+        (lambda prompt, response, messages: messages, [{"role": "user", "content": "p"}]),
+        (functools.partial(lambda scale, prompt, response: (scale, prompt, response), 2), (2, "p", "r")),
+        (functools.partial(lambda prompt, response, scale: (scale, prompt, response), scale=2), (2, "p", "r")),
+    ],
+)
+def test_arguments_are_given_by_name_and_place(fn, expected):
+    assert call_with(fn) == expected
+
+
+def test_a_reward_called_messages_gets_the_whole_conversation():
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "p"}]
+    assert call_with(lambda prompt, response, messages: messages, RewardCall("p", "r", messages)) == messages
+
+
+def test_a_batched_reward_gets_lists_with_none_for_what_a_row_lacks():
+    calls = [RewardCall("p0", "r0", None, {"answer": 1, "hint": "h"}), RewardCall("p1", "r1", None, {"answer": 2})]
+    signature = RewardSignature.of(lambda prompts, responses, answer, hint="no", other="no": None)
+    assert signature.batched
+    assert signature.batch_arguments(calls) == (
+        (),
+        {"prompts": ["p0", "p1"], "responses": ["r0", "r1"], "answer": [1, 2], "hint": ["h", None]},
+    )
+
+
+@pytest.mark.parametrize(
+    ("fn", "batched", "is_async"),
+    [
+        (plain, False, False),
+        (asynchronous, False, True),
+        (batch, True, False),
+        (Scorer(), False, False),
+        (Scorer().method, False, False),
+        (functools.partial(asynchronous), False, True),
+        (batched_reward(lambda questions, texts: []), True, False),
+    ],
+)
+def test_kinds_are_told_apart(fn, batched, is_async):
+    signature = RewardSignature.of(fn)
+    assert (signature.batched, signature.is_async) == (batched, is_async)
+
+
+@pytest.mark.parametrize(
+    ("fn", "said"),
+    [
+        (lambda: 1.0, "takes 0 positional parameters"),
+        (lambda response: 1.0, "takes 1 positional parameters"),
+        (lambda response, answer: 1.0, "response in the wrong place"),
+        (lambda question, prompt: 1.0, "prompt in the wrong place"),
+        (lambda prompts, completions: 1.0, "@nemo_rl.batched_reward"),
+        (lambda completions, **columns: 1.0, "@nemo_rl.batched_reward"),
+        (lambda prompt, response, answer, /: 1.0, "'answer' is positional-only"),
+        (lambda prompt, response: (yield 1.0), "a generator"),
+        (Scorer, "give Scorer(...)"),
+        (Environment, "overrides none of score"),
+        (type("Needs", (Environment,), {"__init__": lambda self, path: None}), "give an instance"),
+        ("math_answer", "found the text 'math_answer'"),
+        (0.5, "cannot be called"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_cure(fn, said):
+    with pytest.raises(TypeError) as caught:
+        bind_rewards(fn)
+    assert said in str(caught.value)
+    assert validate_reward_callable(fn) == (False, str(caught.value))
+
+
+def test_a_reward_that_can_be_called_is_valid():
+    assert validate_reward_callable(plain) == (True, None)
+
+
+def test_a_missing_column_is_named_with_those_that_are_there_and_the_nearest():
+    def reward(prompt, response, anwser):
+        return 1.0
+
+    with pytest.raises(TypeError) as caught:
+        bind_rewards(reward, columns={"answer", "level"})
+    assert "'anwser'" in str(caught.value)
+    assert "answer, level" in str(caught.value)
+    assert "did you mean 'answer'?" in str(caught.value)
+    bind_rewards(reward, columns=None)
+    bind_rewards(lambda prompt, response, anwser=None: 1.0, columns={"answer"})
+
+
+def test_a_built_in_needs_one_of_its_columns():
+    from nemo_rl.environments import exact_match
+
+    bind_rewards(exact_match, columns={"ground_truth"})
+    with pytest.raises(TypeError, match=r"answer, expected_answer, ground_truth; columns found: level"):
+        bind_rewards(exact_match, columns={"level"})
+
+
+def test_decorators_check_at_once_and_leave_the_function_as_it_is():
+    @reward_function(name="quality", in_process=True)
+    def reward(prompt, response):
+        return 0.5
+
+    assert reward("p", "r") == 0.5
+    (bound,) = bind_rewards(reward).rewards
+    assert (bound.name, bound.in_process) == ("quality", True)
+    assert bind_rewards(reward_function(Scorer().method)).rewards[0].name == "method"
+    with pytest.raises(TypeError, match="takes 1 positional"):
+        reward_function(lambda response: 1.0)
+
+
+def test_weights_by_list_and_by_name():
+    assert [r.weight for r in bind_rewards([plain, batch], [0.5, 2]).rewards] == [0.5, 2.0]
+    assert [r.weight for r in bind_rewards({"a": plain, "b": batch}, {"b": 3}).rewards] == [1.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("reward_fn", "weights", "error", "said"),
+    [
+        ([plain, batch], [1.0], ValueError, "found 1 reward weights for 2 rewards"),
+        (plain, [float("nan")], ValueError, "expected a finite number"),
+        (plain, [True], ValueError, "expected a finite number"),
+        ({"style": plain}, {"stlye": 1.0}, ValueError, "did you mean 'style'?"),
+        (plain, 2.0, TypeError, "expected a list or a dict"),
+        ([], None, ValueError, "empty collection"),
+        ({1: plain}, None, TypeError, "expected names"),
+    ],
+)
+def test_weights_and_collections_that_do_not_fit_are_refused(reward_fn, weights, error, said):
+    with pytest.raises(error) as caught:
+        bind_rewards(reward_fn, weights)
+    assert said in str(caught.value)
+
+
+def test_names_are_distinct_and_come_from_the_functions():
+    lambdas = [lambda prompt, response: 1.0, lambda prompt, response: 2.0]
+    assert [r.name for r in bind_rewards([plain, plain, *lambdas]).rewards] == [
+        "plain",
+        "plain_2",
+        "reward_3",
+        "reward_4",
+    ]
+
+
+def test_environments_use_the_most_specific_method():
+    class Async(Environment):
+        async def score_async(self, prompt, response, **columns):
+            return 1.0
+
+    class Batch(Environment):
+        def score_batch(self, prompts, responses, **columns):
+            return [1.0] * len(prompts)
+
+    class Both(Batch, Async):
+        pass
+
+    class One(Environment):
+        def score(self, prompt, response, answer):
+            return 1.0
+
+    kinds = [bind_rewards(kind).rewards[0].signature for kind in (Async, Batch, Both(), One)]
+    assert [(s.batched, s.is_async) for s in kinds] == [(False, True), (True, False), (False, True), (False, False)]
+    with pytest.raises(TypeError, match="'answer'"):
+        bind_rewards(One, columns=set())
+    assert One().score_batch(["p", "q"], ["r", "s"], answer=[1, 2]) == [1.0, 1.0]
+
+
+def test_the_identity_of_rewards_follows_their_code_and_weights_not_their_place():
+    def make(text):
+        space: dict = {}
+        exec(text, space)
+        return space["reward"]
+
+    one = "def reward(prompt, response):\n    return float('a' in response)"
+    same, other = "\n\n# moved\n" + one, one.replace("'a'", "'b'")
+    identities = [bind_rewards(make(text)).identity for text in (one, same, other)]
+    assert identities[0] == identities[1] != identities[2]
+    assert bind_rewards(make(one), [2.0]).identity != identities[0]
