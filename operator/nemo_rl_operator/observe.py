@@ -134,7 +134,7 @@ class Observed:
     image: str = ""
     """Trainer image of jobs that name none."""
     verified: int = 0
-    """Number of the attempt whose Job was just read from the API server rather than from the cache."""
+    """Number of the attempt whose Job and pods were just read from the API server rather than from the cache."""
     bundle_parts: frozenset[str] | None = None
     """ConfigMaps of bundles that exist; None before somebody looked."""
     incident: str | None = None

@@ -95,12 +95,7 @@ class Reconciler:
         namespace = key[0]
         number = newest_attempt(seen)
         if need is Need.ATTEMPT:
-            name = names.attempt_job(key[1], number)
-            found = await self._api.get(Kind.JOB, namespace, name)
-            if found:
-                self._cache.put("job", found)
-            else:
-                self._cache.drop("job", key, name)
+            await self._read_attempt(key, seen.resource.uid, number)
             return {"verified": number}
         if need is Need.BUNDLES:
             assert seen.spec
@@ -112,6 +107,23 @@ class Reconciler:
                 return {"incident": ""}
             return {"incident": await self._incident(namespace, seen, number)}
         return {"workload": await self._workload(namespace, seen, number)}
+
+    async def _read_attempt(self, key: Key, uid: str, number: int) -> None:
+        """Bring the cache up to date about one attempt: its Job, and pods that may have outlived it."""
+        name = names.attempt_job(key[1], number)
+        found = await self._api.get(Kind.JOB, key[0], name)
+        if found:
+            self._cache.put("job", found)
+        else:
+            self._cache.drop("job", key, name)
+        selector = f"{names.LABEL_JOB_UID}={uid},{names.LABEL_ATTEMPT}={number}"
+        pods = await self._api.items(Kind.POD, key[0], {"labelSelector": selector})
+        for pod in pods:
+            self._cache.put("pod", pod)
+        there = {pod["metadata"]["name"] for pod in pods}
+        for pod_view in list(self._cache.get(key).pods.values()):
+            if pod_view.owner == uid and pod_view.attempt == number and pod_view.name not in there:
+                self._cache.drop("pod", key, pod_view.name, pod_view.uid)
 
     async def _incident(self, namespace: str, seen: Observed, number: int) -> str:
         """The newest warning about the attempt's pods, or about its Job where it has none."""

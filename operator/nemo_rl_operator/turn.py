@@ -61,7 +61,7 @@ class Event:
 class Need(Enum):
     """What must be read from the API server before this can be decided."""
 
-    ATTEMPT = "the Job of the newest attempt"
+    ATTEMPT = "the Job of the newest attempt, and its pods"
     BUNDLES = "which ConfigMaps of bundles exist"
     INCIDENT = "warning Events about the newest attempt"
     WORKLOAD = "what Kueue says about the newest attempt"

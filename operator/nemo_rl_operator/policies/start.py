@@ -55,7 +55,7 @@ def _waited(turn: Turn) -> float:
 
 
 def confirm_end(turn: Turn) -> bool:
-    """The cache may be old: before another attempt is started, the last one's Job is read once."""
+    """The cache may be old: before another attempt is started, the last one's Job and pods are read once."""
     if turn.number and turn.seen.verified != turn.number:
         turn.needs.add(Need.ATTEMPT)
         return True

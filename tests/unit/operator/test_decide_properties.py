@@ -1,0 +1,176 @@
+"""What must hold whatever happens, in whatever order, and however late the operator hears of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from nemo_rl.job.status import JobStatus
+from unit.operator.world import World
+
+STEPS: st.SearchStrategy[tuple[Any, ...]] = st.one_of(
+    st.tuples(st.just("tick")),  # what usually happens, so that stories get far
+    st.tuples(st.just("tick")),
+    st.tuples(st.just("tick")),
+    st.tuples(st.just("reconcile"), st.sampled_from([None, None, None, 0, 1, 2, 3, 4])),
+    st.tuples(st.just("hear"), st.sampled_from(["resource", "jobs", "pods", "all"])),
+    st.tuples(st.just("controller")),
+    st.tuples(st.just("run")),
+    st.tuples(st.just("end deleted")),
+    st.tuples(st.just("end"), st.integers(0, 3), st.sampled_from([75, 75, 75, 1, 137, 0, 40])),
+    st.tuples(st.just("evict"), st.integers(0, 3)),
+    st.tuples(st.just("delete job")),
+    st.tuples(st.just("suspend"), st.booleans()),
+    st.tuples(st.just("time"), st.sampled_from([0.5, 3.0, 12.0, 400.0])),
+)
+SCRIPTS = st.lists(STEPS, min_size=15, max_size=50)
+FIELDS = st.sampled_from(
+    [{}, {"backoffLimit": 0}, {"backoffLimit": 1000}, {"activeDeadlineSeconds": 600}, {"suspend": True}]
+)
+Start = tuple[int, bool, dict[str, Any]]
+WORLDS: st.SearchStrategy[Start] = st.tuples(st.sampled_from([1, 2]), st.booleans(), FIELDS)
+MANY = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def play(world: World, step: tuple[Any, ...]) -> None:
+    what, *rest = step
+    match what:
+        case "reconcile":
+            world.reconcile(die_after=rest[0])
+        case "hear":
+            world.hear_all() if rest[0] == "all" else world.hear(rest[0])
+        case "tick":
+            world.hear_all()
+            world.reconcile()
+            world.job_controller()
+            world.run_pods()
+        case "controller":
+            world.job_controller()
+        case "run":
+            world.run_pods()
+        case "end deleted":
+            world.end_deleted_pods()
+        case "end":
+            world.end_pod(*rest)
+        case "evict":
+            world.end_pod(rest[0], 143, disruption="EvictionByEvictionAPI: drained")
+        case "delete job":
+            world.delete_job()
+        case "suspend":
+            world.suspend(rest[0])
+        case "time":
+            world.pass_time(rest[0])
+
+
+TICK = ("tick",)
+OUTLIVED: list[tuple[Any, ...]] = [TICK, TICK, ("end", 0, 75), TICK, TICK, TICK]
+UNHEARD: list[tuple[Any, ...]] = [("reconcile", None), ("controller",), ("run",), ("delete job",), ("reconcile", None)]
+
+
+@MANY
+@example((2, True, {}), OUTLIVED)  # the Job is called failed while one of its pods still saves
+@example((1, False, {}), [*UNHEARD, ("controller",)])  # the operator never heard of the pod that outlives its Job
+@given(WORLDS, SCRIPTS)
+def test_there_are_never_two_live_attempts(start: Start, script: list[tuple[Any, ...]]) -> None:
+    world = World(*start)
+    for step in script:
+        play(world, step)
+        assert len(world.live_attempts()) <= 1
+
+
+@MANY
+@given(WORLDS, SCRIPTS)
+def test_an_end_is_an_end(start: Start, script: list[tuple[Any, ...]]) -> None:
+    world = World(*start)
+    for step in script:
+        play(world, step)
+    ends = [phase for phase in world.seen_phases if phase in ("Succeeded", "Failed")]
+    assert len(set(ends)) <= 1
+    if ends:
+        first = world.seen_phases.index(ends[0])
+        assert set(world.seen_phases[first:]) == {ends[0]}
+
+
+@MANY
+@given(WORLDS, SCRIPTS)
+def test_every_story_comes_to_an_end(start: Start, script: list[tuple[Any, ...]]) -> None:
+    world = World(*start)
+    for step in script:
+        play(world, step)
+    world.suspend(False)
+    world.settle()
+    assert world.status.phase in ("Succeeded", "Failed")
+    assert world.live_attempts() == set()
+    assert world.status.condition("Finished").status == "True"  # type: ignore[union-attr]
+
+
+@MANY
+@given(WORLDS, SCRIPTS)
+def test_what_was_decided_is_not_decided_again(start: Start, script: list[tuple[Any, ...]]) -> None:
+    world = World(*start)
+    for step in script:
+        play(world, step)
+    world.hear_all()
+    world.reconcile()
+    world.hear_all()
+    seen, again = world.decide()
+    assert again.actions == ()
+    assert again.status.dump() == seen.status.dump()
+
+
+@MANY
+@given(WORLDS, SCRIPTS)
+def test_a_suspended_job_has_no_pods_and_a_resumed_one_goes_on(start: Start, script: list[tuple[Any, ...]]) -> None:
+    world = World(*start)
+    for step in script:
+        play(world, step)
+    world.suspend(True)
+    for _ in range(10):
+        world.hear_all()
+        world.reconcile()
+        world.job_controller()
+        world.end_deleted_pods()
+        world.job_controller()
+        world.pass_time(1)
+    if world.status.phase in ("Succeeded", "Failed"):
+        return
+    assert world.status.phase == "Suspended"
+    assert world.live_attempts() == set()
+    world.suspend(False)
+    world.settle()
+    assert world.status.phase in ("Succeeded", "Failed")
+
+
+@MANY
+@given(WORLDS, SCRIPTS)
+def test_the_status_counts_what_happened(start: Start, script: list[tuple[Any, ...]]) -> None:
+    world = World(*start)
+    for step in script:
+        play(world, step)
+    status = world.status
+    numbers = [attempt.number for attempt in status.attempts]
+    assert numbers == sorted(set(numbers))
+    assert all(attempt.end_time for attempt in status.attempts[:-1]), "only the newest attempt may be open"
+    if len(numbers) == (status.attempt or 0):
+        assert sum(bool(a.counted) for a in status.attempts) == (status.counted_failures or 0)
+    assert JobStatus.load(status.dump()).dump() == status.dump()
+
+
+@MANY
+@given(SCRIPTS, st.randoms())
+def test_late_news_change_nothing_in_the_end(script: list[tuple[Any, ...]], random: Any) -> None:
+    """The same events of the cluster, once with an operator that hears all at once and once with one that lags."""
+    outside = [step for step in script if step[0] in ("controller", "run", "end deleted", "time")]
+    prompt, slow = World(), World()
+    for step in outside:
+        for world, lag in ((prompt, 0.0), (slow, 0.7)):
+            if random.random() >= lag:
+                world.hear_all()
+                world.reconcile()
+            play(world, step)
+    for world in (prompt, slow):
+        world.settle()
+    assert (prompt.status.phase, slow.status.phase) == ("Succeeded", "Succeeded")
+    assert prompt.status.counted_failures == slow.status.counted_failures

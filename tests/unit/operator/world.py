@@ -1,0 +1,231 @@
+"""A small cluster in memory: Job controller, kubelet and user, and an operator whose cache lags as a test wants."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from nemo_rl.job.status import JobStatus, TerminationMessage
+from nemo_rl_operator import timestamps
+from nemo_rl_operator.decide import Decision, decide
+from nemo_rl_operator.observe import AttemptView, Observed, PodView, Resource, observe
+from nemo_rl_operator.turn import Create, Delete, Kind, Need
+from unit.operator import make
+
+
+@dataclass
+class Objects:
+    resource: Resource
+    jobs: dict[str, AttemptView] = field(default_factory=dict)
+    pods: dict[str, PodView] = field(default_factory=dict)
+
+
+@dataclass
+class World:
+    """`live` is the API server's truth, `cache` what the operator has heard."""
+
+    nodes: int = 1
+    hasty: bool = False
+    """The Job controller ends a Job before all of its pods have ended, as before Kubernetes 1.31."""
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.now: datetime = make.NOW
+        first = make.resource(resources={"nodes": self.nodes}, created=make.at(0), **self.fields)
+        self.live = Objects(replace(first, version="1"))
+        self.cache = Objects(self.live.resource)
+        self.uids = 0
+        self.seen_phases: list[str] = []
+        self.writes = 0
+
+    # --- the API server
+
+    def _change(self, **fields: Any) -> None:
+        old = self.live.resource
+        self.live.resource = replace(old, version=str(int(old.version) + 1), **fields)
+
+    @property
+    def status(self) -> JobStatus:
+        text = self.live.resource.status
+        return JobStatus.load(json.loads(text) if text else None)
+
+    def write_status(self, status: JobStatus, version: str) -> bool:
+        """False on a conflict."""
+        if version != self.live.resource.version:
+            return False
+        self.writes += 1
+        self._change(status=json.dumps(status.dump()), phase=status.phase or "")
+        self.seen_phases.append(status.phase or "")
+        return True
+
+    # --- the others
+
+    def suspend(self, value: bool) -> None:
+        spec = json.loads(self.live.resource.spec) | {"suspend": value}
+        self._change(spec=json.dumps(spec), generation=self.live.resource.generation + 1)
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+
+    @property
+    def time(self) -> str:
+        return timestamps.write(self.now)
+
+    def job_controller(self) -> None:
+        """Make pods, count them, end Jobs, remove what is deleted."""
+        for job in list(self.live.jobs.values()):
+            pods = [p for p in self.live.pods.values() if p.controller == job.uid]
+            if job.deleting:
+                self._remove_deleted(job, pods)
+                continue
+            if job.finished:
+                continue
+            if not pods:
+                for index in range(self.nodes):
+                    self.uids += 1
+                    pod = make.pod(job.number, index, name=f"{job.name}-{index}-{self.uids}", controller=job.uid)
+                    self.live.pods[pod.name] = replace(pod, uid=f"pod-{self.uids}", created=self.time)
+                continue
+            if any(p.phase == "Failed" for p in pods):
+                for pod in pods:
+                    if not pod.terminal:
+                        self.live.pods[pod.name] = replace(pod, deleting=True)
+                if self.hasty or all(p.terminal for p in pods):
+                    self.live.jobs[job.name] = replace(job, failed=True, ended=self.time, active=0)
+            elif all(p.phase == "Succeeded" for p in pods):
+                self.live.jobs[job.name] = replace(job, complete=True, ended=self.time, active=0)
+
+    def _remove_deleted(self, job: AttemptView, pods: list[PodView]) -> None:
+        for pod in pods:
+            if pod.terminal:
+                del self.live.pods[pod.name]
+            elif not pod.deleting:
+                self.live.pods[pod.name] = replace(pod, deleting=True)
+        if not [p for p in self.live.pods.values() if p.controller == job.uid]:
+            del self.live.jobs[job.name]
+
+    def run_pods(self) -> None:
+        for pod in list(self.live.pods.values()):
+            if pod.phase == "Pending" and not pod.deleting:
+                self.live.pods[pod.name] = replace(pod, phase="Running", ip="10.0.0.1", started=self.time)
+
+    def end_deleted_pods(self) -> None:
+        """Pods that were asked to stop save and exit with 75."""
+        for pod in list(self.live.pods.values()):
+            if pod.deleting and not pod.terminal:
+                self._end(pod, 75)
+
+    def end_pod(self, choice: int, code: int, **fields: Any) -> None:
+        """One of the running pods ends."""
+        running = sorted(n for n, p in self.live.pods.items() if p.phase == "Running")
+        if running:
+            self._end(self.live.pods[running[choice % len(running)]], code, **fields)
+
+    def _end(self, pod: PodView, code: int, **fields: Any) -> None:
+        word = TerminationMessage(kind="result", total_steps=9).encode() if code == 0 else ""
+        ended = replace(
+            pod, phase="Failed" if code else "Succeeded", exit_code=code, ended=self.time, termination=word, **fields
+        )
+        self.live.pods[pod.name] = ended
+
+    def delete_job(self) -> None:
+        """Somebody deletes the newest Job in the background: it is gone at once, its pods are asked to stop."""
+        if not self.live.jobs:
+            return
+        job = max(self.live.jobs.values(), key=lambda j: j.number)
+        del self.live.jobs[job.name]
+        for pod in list(self.live.pods.values()):
+            if pod.controller == job.uid:
+                self.live.pods[pod.name] = replace(pod, deleting=True)
+                if pod.phase != "Running":
+                    del self.live.pods[pod.name]
+
+    # --- the operator
+
+    def hear(self, part: str) -> None:
+        """The cache catches up with one kind of objects."""
+        if part == "resource":
+            self.cache.resource = self.live.resource
+        elif part == "jobs":
+            self.cache.jobs = dict(self.live.jobs)
+        else:
+            self.cache.pods = dict(self.live.pods)
+
+    def hear_all(self) -> None:
+        for part in ("resource", "jobs", "pods"):
+            self.hear(part)
+
+    def look(self, verified: int = 0) -> Observed:
+        cache = self.cache
+        found = observe(cache.resource, cache.jobs.values(), cache.pods.values(), None, make.IMAGE)
+        return replace(found, verified=verified, incident="")
+
+    def decide(self) -> tuple[Observed, Decision]:
+        verified = 0
+        while True:
+            seen = self.look(verified)
+            decision = decide(seen, self.now)
+            if not decision.needs:
+                return seen, decision
+            assert decision.needs == {Need.ATTEMPT}
+            verified = max([seen.status.attempt or 0, *seen.attempts])
+            name = f"x-{verified}"
+            if name in self.live.jobs:
+                self.cache.jobs[name] = self.live.jobs[name]
+            else:
+                self.cache.jobs.pop(name, None)
+            others = {n: p for n, p in self.cache.pods.items() if p.attempt != verified}
+            self.cache.pods = others | {n: p for n, p in self.live.pods.items() if p.attempt == verified}
+
+    def reconcile(self, die_after: int | None = None) -> Decision:
+        """One turn of the operator; with `die_after` it is killed after so many calls."""
+        seen, decision = self.decide()
+        calls = 0
+        for action in decision.actions:
+            if calls == die_after:
+                return decision
+            calls += 1
+            self._execute(action)
+        if calls == die_after:
+            return decision
+        if seen.status.dump() != decision.status.dump() and self.write_status(decision.status, seen.resource.version):
+            self.cache.resource = self.live.resource
+        return decision
+
+    def _execute(self, action: Create | Delete) -> None:
+        if isinstance(action, Create):
+            if action.kind is Kind.JOB:
+                name = action.body["metadata"]["name"]
+                if name not in self.live.jobs:
+                    self.uids += 1
+                    number = int(action.body["metadata"]["labels"]["nemo-rl.io/attempt"])
+                    self.live.jobs[name] = make.attempt(number, uid=f"job-{self.uids}", created=self.time)
+                self.cache.jobs[name] = self.live.jobs[name]
+            return
+        held = self.live.jobs.get(action.name)
+        if held and held.uid == action.uid and action.kind is Kind.JOB:
+            if action.foreground:
+                self.cache.jobs[action.name] = self.live.jobs[action.name] = replace(held, deleting=True)
+            else:
+                del self.live.jobs[action.name]
+
+    # --- what must always hold
+
+    def live_attempts(self) -> set[int]:
+        """Attempts with pods that have not ended."""
+        return {pod.attempt for pod in self.live.pods.values() if not pod.terminal}
+
+    def settle(self, rounds: int = 60) -> None:
+        """Everybody does their part, in good order, until nothing is left to do; running pods succeed."""
+        for _ in range(rounds):
+            self.hear_all()
+            self.reconcile()
+            self.job_controller()
+            self.run_pods()
+            self.end_deleted_pods()
+            for index in range(self.nodes):
+                self.end_pod(index, 0)
+            self.job_controller()
+            self.pass_time(30)
