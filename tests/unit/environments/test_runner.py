@@ -477,6 +477,40 @@ def test_a_script_needs_no_main_guard_and_its_local_modules_travel_as_they_are(t
     assert sorted(output.split("\n")) == ["", "3.0", "loaded", "scoring é"]
 
 
+def test_a_local_module_that_cannot_be_packed_travels_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "locked_rewards.py").write_text(
+        "import threading\nLOCK = threading.Lock()\ndef reward(prompt, response):\n    with LOCK:\n        return 2.0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import locked_rewards
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it needs no thread of this process
+        with running(locked_rewards.reward) as runner:
+            assert values(runner, "a") == [2.0]
+
+
+def test_signals_to_the_process_group_reach_the_parent_alone(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal\n"
+        "from nemo_rl.environments import RewardCall, RewardRunner, bind_rewards\n"
+        "got = []\n"
+        "for number in (signal.SIGTERM, signal.SIGINT):\n"
+        "    signal.signal(number, lambda number, frame: got.append(number))\n"
+        "def reward(prompt, response):\n"
+        "    os.killpg(int(response), signal.SIGTERM)\n"
+        "    os.killpg(int(response), signal.SIGINT)\n"
+        "    return 1.0\n"
+        "runner = RewardRunner(bind_rewards(reward), timeout_seconds=60, on_error='raise')\n"
+        "with runner:\n"
+        "    outcomes = runner.score([RewardCall('p', str(os.getpgid(0)))] * 2)\n"
+        "print([o.value for o in outcomes], sorted(set(got)) == [signal.SIGINT, signal.SIGTERM])\n"
+    )
+    output = subprocess.check_output([sys.executable, str(script)], text=True, timeout=60, start_new_session=True)
+    assert output == "[1.0, 1.0] True\n"
+
+
 def test_what_a_reward_prints_is_seen(capsys):
     def reward(prompt, response):
         print("to out")
