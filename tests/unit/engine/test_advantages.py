@@ -154,7 +154,9 @@ def test_adding_a_constant_to_all_rewards_changes_nothing(case, leave_one_out, n
     shifted = [r + shift for r in rewards]
     assume(slow(shifted, valid, leave_one_out, normalize) is not None)
     options = {"leave_one_out": leave_one_out, "normalize": normalize}
-    assert one_group(shifted, valid, **options) == pytest.approx(one_group(rewards, valid, **options), rel=1e-4, abs=1e-4)
+    assert one_group(shifted, valid, **options) == pytest.approx(
+        one_group(rewards, valid, **options), rel=1e-4, abs=1e-4
+    )
 
 
 @exact

@@ -27,7 +27,9 @@ class Problem:
         return [t for t in (self.hidden, self.weight, self.bias) if t is not None]
 
 
-def make(tokens: int, vocabulary: int, width: int = 12, bias: bool = False, dtype: torch.dtype = torch.float32) -> Problem:
+def make(
+    tokens: int, vocabulary: int, width: int = 12, bias: bool = False, dtype: torch.dtype = torch.float32
+) -> Problem:
     generator = torch.Generator().manual_seed(tokens * 1009 + vocabulary)
 
     def normal(*shape: int) -> Tensor:
@@ -84,7 +86,9 @@ VARIANTS = {
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("rows_per_chunk", [1, 3, 20, 21, 1000])
-def test_log_probabilities_and_gradients_are_those_of_log_softmax(monkeypatch, variant: str, bias: bool, rows_per_chunk: int):
+def test_log_probabilities_and_gradients_are_those_of_log_softmax(
+    monkeypatch, variant: str, bias: bool, rows_per_chunk: int
+):
     """20 tokens in chunks that divide them, do not divide them, just hold them, and hold far more."""
     vocabulary = 37
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS_CPU", rows_per_chunk * vocabulary)

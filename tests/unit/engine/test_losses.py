@@ -18,7 +18,9 @@ exact = settings(deadline=None, derandomize=True, max_examples=60)
 def policy_loss(ratios: list[float], advantages: list[float], **bounds: float) -> tuple[Tensor, Tensor, Tensor]:
     logprobs = torch.tensor(ratios, dtype=torch.float64).log()
     bounds = {"clip_low": 0.2, "clip_high": 0.2, **bounds}
-    return clipped_policy_loss(logprobs, torch.zeros_like(logprobs), torch.tensor(advantages, dtype=torch.float64), **bounds)
+    return clipped_policy_loss(
+        logprobs, torch.zeros_like(logprobs), torch.tensor(advantages, dtype=torch.float64), **bounds
+    )
 
 
 # ------------------------------------------------------------------ policy loss
@@ -97,7 +99,11 @@ def test_policy_loss_is_the_formula(log_ratio, advantage, low, high, dual):
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [("k1", [-1.0, 14.0, 29.0]), ("k2", [0.5, 98.0, 420.5]), ("k3", [math.e - 2, 13 + math.exp(-14), 28 + math.exp(-29)])],
+    [
+        ("k1", [-1.0, 14.0, 29.0]),
+        ("k2", [0.5, 98.0, 420.5]),
+        ("k3", [math.e - 2, 13 + math.exp(-14), 28 + math.exp(-29)]),
+    ],
 )
 def test_kl_estimators_have_their_known_values(kind: str, expected: list[float]):
     # cur = -1, ref = 0, -15, -30: d = 1, -14, -29

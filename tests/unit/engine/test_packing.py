@@ -143,7 +143,9 @@ def test_a_completion_may_be_empty_in_a_group():
     batch = pack(sequences)
     found = {
         (row, target): context_of(batch, flat)
-        for flat, target, row in zip(batch.select_S.tolist(), batch.targets_S.tolist(), batch.rows_S.tolist(), strict=True)
+        for flat, target, row in zip(
+            batch.select_S.tolist(), batch.targets_S.tolist(), batch.rows_S.tolist(), strict=True
+        )
     }
     assert found == {(1, 6): [3, 4, 5], (1, 7): [3, 4, 5, 6]}
 
