@@ -56,8 +56,8 @@ def run_manifest(manifest: Manifest, backend: str, output_dir: Path | None) -> i
     )
     try:
         result = start(run, backend)
-    except KeyboardInterrupt:
-        complain(f"interrupted; run the same command again to go on (output in {run.output_dir})")
+    except KeyboardInterrupt as error:
+        complain(str(error) or f"interrupted; run the same command again to go on (output in {run.output_dir})")
         return INTERRUPTED
     except TrainingInterrupted as error:
         complain(str(error))

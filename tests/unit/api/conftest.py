@@ -6,23 +6,23 @@ from pathlib import Path
 
 import pytest
 
-WORDS = ["<pad>", "<eos>", "<unk>", *"0123456789", "+", "=", "a", "b", "c", "yes", "no"]
-
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a randomly initialised two-layer Qwen2 whose vocabulary is a few symbols."""
+    """The folder of a randomly initialised two-layer Qwen2 whose tokens are the letters and digits."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+    symbols = ["<pad>", "<eos>", "Ġ", *"0123456789+=abcdefghijklmnopqrstuvwxyz"]
+    letters = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<eos>", pad_token="<pad>")
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=len(WORDS),
+            vocab_size=len(tokenizer),
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=2,

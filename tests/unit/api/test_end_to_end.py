@@ -7,16 +7,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import nemo_rl
+from nemo_rl.cli.main import app
 from nemo_rl.job.names import ExitCode
 
-PROMPTS = [{"prompt": f"{i} +", "answer": "yes"} for i in range(8)]
+PROMPTS = [{"prompt": f"{i} +", "answer": "y"} for i in range(8)]
 TEXTS = [{"prompt": f"{i} +", "completion": "a"} for i in range(8)]
 PAIRS = [{"prompt": f"{i} +", "chosen": "yes", "rejected": "no"} for i in range(8)]
 
@@ -28,7 +30,7 @@ def quiet_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def says_yes(prompt: str, response: str, answer: str) -> float:
-    return float(answer in response.split())
+    return float(response.startswith(answer))
 
 
 def _train(model: Path, algorithm: str, **changed: Any) -> nemo_rl.TrainResult:
@@ -133,7 +135,7 @@ def _job(folder: Path, model: Path, **training: Any) -> Path:
     }
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
     (folder / "my_reward_module.py").write_text(
-        "def says_yes(prompt, response, answer):\n    return float(answer in response.split())\n"
+        "def says_yes(prompt, response, answer):\n    return float(response.startswith(answer))\n"
         "class Printing:\n    def on_step_end(self, trainer, step, metrics):\n        print('SEEN', step, flush=True)\n"
     )
     job = {"apiVersion": "nemo-rl.io/v1alpha1", "kind": "RLTrainingJob", "metadata": {"name": "yes"}, "spec": spec}
@@ -142,54 +144,63 @@ def _job(folder: Path, model: Path, **training: Any) -> Path:
     return path
 
 
-def _command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "nemo_rl.cli.main", "train", *arguments]
+@pytest.fixture
+def command_line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """`nemo-rl train` in this process, whose modules and path are as before when the test ends."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    sys.modules.pop("my_reward_module", None)
+    yield lambda *arguments: CliRunner().invoke(app, ["train", *arguments])
+    sys.modules.pop("my_reward_module", None)
 
 
-def test_a_job_file_trains_with_its_own_reward_and_callback(tiny_model: Path, tmp_path: Path):
+def test_a_job_file_trains_with_its_own_reward_and_callback(tiny_model: Path, tmp_path: Path, command_line: Any):
     _job(tmp_path, tiny_model)
-    result = subprocess.run(_command("job.yaml", "--set", "training.maxSteps=2"), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    result = command_line("job.yaml", "--set", "training.maxSteps=2")
+    assert result.exit_code == 0, result.stderr
     assert "SEEN 2" in result.stdout
     assert "SEEN 3" not in result.stdout
     assert "done after 2 steps" in result.stdout
     assert len((tmp_path / "outputs/yes/metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_broken_reward_of_a_job_ends_with_40_and_its_own_traceback(tiny_model: Path, tmp_path: Path):
+def test_a_broken_reward_of_a_job_ends_with_40_and_its_own_traceback(
+    tiny_model: Path, tmp_path: Path, command_line: Any
+):
     _job(tmp_path, tiny_model)
     (tmp_path / "my_reward_module.py").write_text(
         "def says_yes(prompt, response):\n    return 1 / 0\n"
         "class Printing:\n    def on_train_begin(self, trainer): ...\n"
     )
-    result = subprocess.run(_command("job.yaml"), capture_output=True, text=True)
-    assert result.returncode == ExitCode.USER_ERROR
+    result = command_line("job.yaml")
+    assert result.exit_code == ExitCode.USER_ERROR
     assert "return 1 / 0" in result.stderr
     assert "nemo_rl/trainers" not in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, ExitCode.PREEMPTED), (signal.SIGINT, 130)])
-def test_a_stopped_job_saves_and_goes_on(tiny_model: Path, tmp_path: Path, sent: signal.Signals, code: int):
+def test_a_stopped_job_saves_and_goes_on(
+    tiny_model: Path, tmp_path: Path, sent: signal.Signals, code: int, command_line: Any
+):
     _job(tmp_path, tiny_model, maxSteps=100000, saveEvery=None)
+    command = [sys.executable, "-m", "nemo_rl.cli.main", "train", "job.yaml"]
     with subprocess.Popen(
-        _command("job.yaml"), stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     ) as process:
         assert process.stdout is not None
-        deadline = time.monotonic() + 120
-        for line in process.stdout:
-            assert time.monotonic() < deadline
-            if line.startswith("SEEN 2"):
-                process.send_signal(sent)
-                break
-        process.stdout.read()
-        assert process.wait(timeout=60) == code
-    saved = len((tmp_path / "outputs/yes/metrics.jsonl").read_text().splitlines())
+        try:
+            assert any(line.startswith("SEEN 2") for line in process.stdout), "it ended by itself"
+            process.send_signal(sent)
+            process.stdout.read()
+            assert process.wait() == code
+        finally:
+            process.kill()
+    metrics = tmp_path / "outputs/yes/metrics.jsonl"
+    saved = len(metrics.read_text().splitlines())
     assert saved >= 2
-    # The number of steps is part of the settings, so the next process gets it right and is stopped by its callback.
-    (tmp_path / "my_reward_module.py").write_text(
-        (tmp_path / "my_reward_module.py").read_text() + f"        trainer.should_stop = step >= {saved + 2}\n"
-    )
-    again = subprocess.run(_command("job.yaml"), capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    steps = [json.loads(line)["step"] for line in (tmp_path / "outputs/yes/metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, saved + 3))
+    # The number of steps is a setting, and other settings are another run: so a callback ends the one that goes on.
+    module = tmp_path / "my_reward_module.py"
+    module.write_text(module.read_text() + f"        trainer.should_stop = step >= {saved + 2}\n")
+    again = command_line("job.yaml")
+    assert again.exit_code == 0, again.stderr
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, saved + 3))
