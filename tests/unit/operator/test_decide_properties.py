@@ -31,7 +31,7 @@ FIELDS = st.sampled_from(
 )
 Start = tuple[int, bool, dict[str, Any]]
 WORLDS: st.SearchStrategy[Start] = st.tuples(st.sampled_from([1, 2]), st.booleans(), FIELDS)
-MANY = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+MANY = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def play(world: World, step: tuple[Any, ...]) -> None:
@@ -66,11 +66,22 @@ def play(world: World, step: tuple[Any, ...]) -> None:
 
 TICK = ("tick",)
 OUTLIVED: list[tuple[Any, ...]] = [TICK, TICK, ("end", 0, 75), TICK, TICK, TICK]
+LATE = ("reconcile", None)
+DEAF_TO_PODS: list[tuple[Any, ...]] = [
+    LATE,
+    ("controller",),
+    ("run",),
+    ("end", 0, 75),
+    ("controller",),
+    ("hear", "jobs"),
+]
+DEAF_TO_PODS += [("time", 12.0), LATE, ("time", 12.0), LATE, ("controller",)]
 UNHEARD: list[tuple[Any, ...]] = [("reconcile", None), ("controller",), ("run",), ("delete job",), ("reconcile", None)]
 
 
 @MANY
 @example((2, True, {}), OUTLIVED)  # the Job is called failed while one of its pods still saves
+@example((2, True, {}), DEAF_TO_PODS)  # the operator hears of the failed Job, but not of its pods
 @example((1, False, {}), [*UNHEARD, ("controller",)])  # the operator never heard of the pod that outlives its Job
 @given(WORLDS, SCRIPTS)
 def test_there_are_never_two_live_attempts(start: Start, script: list[tuple[Any, ...]]) -> None:
