@@ -210,7 +210,7 @@ class GRPOTrainer(Trainer):
         self.reference: Policy | None = None
         if settings.beta > 0 and self.training.lora_rank is None:
             self.reference = self.initial_policy()
-        self.runner.should_stop = lambda: self.signals.requested is not None
+        self.runner.should_stop = lambda: self.signals.requested
         self.runner.start()
         rows = data.examples[:PREFLIGHT_ROWS]
         for warning in preflight(
