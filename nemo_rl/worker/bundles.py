@@ -40,11 +40,11 @@ class BundleError(RuntimeError):
     """A shipped bundle cannot be used: incomplete, unsafe, or not loadable in this image."""
 
 
-class BundleDigestMismatch(BundleError):  # noqa: N818
+class BundleDigestMismatch(BundleError):
     """What arrived is not what the job names by its sha256; nothing of it was unpacked."""
 
 
-class PythonMismatch(BundleError):  # noqa: N818
+class PythonMismatch(BundleError):
     """The bundle holds pickles of another Python version; reading them could end the interpreter."""
 
 
@@ -97,6 +97,8 @@ def check_digest(data: bytes, sha256: str, name: str) -> None:
 def check_python(python: str | None, name: str) -> None:
     """Raises PythonMismatch if a bundle that needs the minor version `python` cannot be read by this interpreter."""
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if sys.version_info < (3, 11):  # noqa: UP036 (the image is not ours to choose)
+        raise PythonMismatch(f"bundle {name!r}: found Python {here} in this image, expected 3.11 or newer")
     if python is not None and python != here:
         raise PythonMismatch(
             f"bundle {name!r} holds pickles of Python {python}, found Python {here} in this image; pickled code works "
@@ -178,6 +180,7 @@ def load_entry(bundle_dir: Path, entrypoint: str | None = None) -> Any:
     and its line. BundleError says what the image lacks; PythonMismatch comes before any pickle is read.
     """
     folder = Path(bundle_dir).resolve()
+    check_python(None, folder.name)
     manifest = read_manifest(folder)
     entries: dict[str, str] = manifest["entries"]
     if entrypoint is None and len(entries) == 1:
@@ -270,10 +273,9 @@ def compile_chunk(tree: ast.Module, label: str, future: bool, imported: Sequence
     a branch that is never run.
     """
     if imported:
-        branch = ast.parse("if False:\n    import " + ", ".join(imported)).body
-        for node in [n for statement in branch for n in ast.walk(statement) if hasattr(n, "lineno")]:
-            node.lineno = node.end_lineno = tree.body[-1].end_lineno
-        tree = ast.Module(tree.body + branch, [])
+        branch = ast.parse("if False:\n    import " + ", ".join(imported))
+        ast.increment_lineno(branch, tree.body[-1].lineno)
+        tree = ast.Module(tree.body + branch.body, [])
     flags = __future__.annotations.compiler_flag if future else 0
     code: types.CodeType = compile(tree, label, "exec", flags=flags, dont_inherit=True)
     return code
@@ -398,7 +400,7 @@ def shipped_modules() -> set[str]:
 def _pickle_by_value(module: types.ModuleType) -> None:
     """Lets cloudpickle carry objects of shipped modules to worker processes, which could not import them."""
     try:
-        import cloudpickle
+        import cloudpickle  # type: ignore[import-untyped]
     except ImportError:
         return
     cloudpickle.register_pickle_by_value(module)

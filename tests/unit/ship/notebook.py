@@ -18,7 +18,7 @@ PROGRAM = "import sys; sys.path += sys.argv.pop(), sys.argv.pop(); import notebo
 
 def command(python, *arguments):
     """Command line of `client DIR` or `pod DIR NEW_DIR` for an interpreter."""
-    return [str(python), "-P", "-c", PROGRAM, *map(str, arguments), str(HERE.parent), str(HERE.parents[3])]
+    return [str(python), "-c", PROGRAM, *map(str, arguments), str(HERE.parent), str(HERE.parents[3])]
 
 
 def run_cell(text, number):

@@ -77,7 +77,7 @@ class _Limited(io.RawIOBase):
         return len(block)
 
 
-class _TooLarge(Exception):  # noqa: N818 (it ends the reading, nobody sees it)
+class _TooLarge(Exception):
     pass
 
 

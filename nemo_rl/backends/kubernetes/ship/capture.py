@@ -16,7 +16,7 @@ from nemo_rl.backends.kubernetes.ship.check import load_anew
 from nemo_rl.backends.kubernetes.ship.chunks import render
 from nemo_rl.backends.kubernetes.ship.describe import describe, difference, shares_variables
 from nemo_rl.backends.kubernetes.ship.emit import Emitter, NameIt
-from nemo_rl.backends.kubernetes.ship.errors import NotSource, ShipError
+from nemo_rl.backends.kubernetes.ship.errors import MissingModule, NotSource, ShipError
 from nemo_rl.backends.kubernetes.ship.modules import home_of, is_installed, version_of
 from nemo_rl.backends.kubernetes.ship.pickles import pickled
 from nemo_rl.backends.kubernetes.ship.sources import cell_name, is_cell
@@ -130,15 +130,19 @@ def _proven(obj: Any, name: str, here: Any, emitter: Emitter, variable: str) -> 
     while True:
         found = _bundle(name, emitter, variable)
         assert found.entrypoint is not None
-        loaded = load_anew(found.files, found.entrypoint, compare=True)
-        new = {stray for stray in loaded.strays if stray not in emitter.modules.entries} - strays
+        try:
+            loaded = load_anew(found.files, found.entrypoint, compare=True)
+            new = set(loaded.strays) - emitter.modules.entries.keys() - strays
+        except MissingModule as error:
+            new = {error.name} - emitter.modules.entries.keys()
+            if not new:
+                raise NotSource(str(error)) from error
         if not new:
             break
         strays |= new
         for stray in sorted(new):
             emitter.modules.add(stray)
-    there = loaded.description
-    differs = difference(json.loads(json.dumps(here)), there)
+    differs = difference(here, loaded.description)
     if differs:
         raise NotSource(f"made anew it is not the same: {differs}")
     return found
@@ -182,7 +186,7 @@ def _as_pickle(obj: Any, name: str, reason: str, image_python: str | None) -> Ca
     try:
         files, imports = pickled(obj, name)
         load_anew(files, name, compare=False)
-    except NotSource as error:
-        raise ShipError(f"cannot ship {name}: {reason}; nor can it be pickled: {error.what}. Cure: {cure}") from error
+    except (NotSource, MissingModule) as error:
+        raise ShipError(f"cannot ship {name}: {reason}; nor can it be pickled: {error}. Cure: {cure}") from error
     note = f"{name} travels as a pickle for Python {HERE}, because {reason}"
     return Capture("pickle", name, files=files, python=HERE, imports=imports, notes=(note,))

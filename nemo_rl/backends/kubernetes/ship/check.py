@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_rl.backends.kubernetes.ship.errors import NotSource
+from nemo_rl.backends.kubernetes.ship.errors import MissingModule, NotSource
 
 TIMEOUT_SECONDS = 300
 _PROGRAM = """
@@ -34,7 +34,8 @@ class Loaded:
 def load_anew(files: Mapping[str, bytes], entrypoint: str, *, compare: bool) -> Loaded:
     """Writes the files of a bundle into a folder and loads the entry there by another process of this Python.
 
-    `compare` asks for the description. NotSource with the error's text if it does not load.
+    `compare` asks for the description. NotSource with the error's text if it does not load, MissingModule
+    where that is for want of a module.
     """
     with tempfile.TemporaryDirectory(prefix="nemo-rl-check-") as folder:
         bundle = Path(folder, "bundle")
@@ -58,6 +59,8 @@ def load_anew(files: Mapping[str, bytes], entrypoint: str, *, compare: bool) -> 
             last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
             raise NotSource(f"loading it anew ended the process with {done.returncode} ({' '.join(last)})")
         found = json.loads(answer_file.read_text(encoding="utf-8"))
+    if found.get("missing"):
+        raise MissingModule(found["missing"], found["error"])
     if "error" in found:
         raise NotSource(f"loading it anew fails with {found['error']}")
     return Loaded(found["description"], found["strays"])
@@ -85,5 +88,7 @@ def answer(folder: str, entrypoint: str, answer_file: str, compare: str) -> None
             "strays": sorted(m.__name__ for m in local_modules() if m.__name__ not in shipped),
         }
     except Exception as error:
-        found = {"error": f"{type(error).__name__}: {error}"}
+        cause = error.__cause__
+        missing = cause.name if isinstance(cause, ModuleNotFoundError) else None
+        found = {"error": f"{type(error).__name__}: {error}", "missing": missing}
     Path(answer_file).write_text(json.dumps(found), encoding="utf-8")

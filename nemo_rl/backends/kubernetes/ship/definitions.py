@@ -104,16 +104,15 @@ def scope_chunk(
         inner[id(function)] = held
     clash = set(inner.values()) & (set(parameters) | {n for n, f in own.items() if inner[id(f)] != n})
     if clash or len(set(inner.values())) < len(inner):
-        raise NotSource(
-            f"{found[0][0].__qualname__}: the name {min(clash or inner.values())} stands for several things"
-        )
+        double = min(clash or set(inner.values()))
+        raise NotSource(f"{found[0][0].__qualname__}: the name {double} stands for several things")
     base = min((indent for indent, _, _ in blocks if indent is not None), key=len, default="    ") or "    "
     lines, segments = [f"def {scope}({', '.join(parameters)}):"], []
-    for indent, text, start in blocks:
-        if indent is not None and indent != base:
+    for own_indent, text, start in blocks:
+        if own_indent is not None and own_indent != base:
             lines.append(f"{base}if True:")
         segments.append((len(lines) + 1, start))
-        lines += [base + text[0], *text[1:]] if indent is None else text
+        lines += [base + text[0], *text[1:]] if own_indent is None else text
     lines += [f"{base}{name} = {inner[id(f)]}" for name, f in own.items() if inner[id(f)] != name]
     lines.append(f"{base}return ({', '.join(inner[id(f)] for f, _, _ in found)},)")
     chunk = Chunk(lines, segments=segments)

@@ -50,7 +50,7 @@ _MUTABLE = (list, dict, set)
 _OWN = __name__.split(".")[0]
 
 
-class NameIt(Exception):  # noqa: N818 (a request to start again)
+class NameIt(Exception):
     """A container is reached twice: start again, giving it a name."""
 
     def __init__(self, identity: int) -> None:
@@ -93,7 +93,7 @@ class Emitter:
             self._enter(function.__globals__)
         free = all(name not in space or space[name] is obj for space in self._spaces)
         expression = self.ref(obj, want=name if free else None)
-        if expression.isidentifier():
+        if expression in self.globals or expression in self._temporary:
             return expression
         target = name if free and name not in self.globals else self._unique(name)
         self.globals[target] = obj
@@ -269,13 +269,16 @@ class Emitter:
             if name == besides or (name not in space and hasattr(builtins, name)):
                 continue
             self.ensure_global(name, space)
-            if isinstance(space.get(name), types.ModuleType):
-                self._submodules(space[name], attributes, {id(space[name])})
+            value = space.get(name)
+            if isinstance(value, types.ModuleType):
+                self._submodules(value, attributes, {id(value)})
 
     def _submodules(self, module: types.ModuleType, attributes: set[str], visited: set[int]) -> None:
         for name in sorted(attributes):
-            inner = sys.modules.get(f"{module.__name__}.{name}")
-            if inner is None or vars(module).get(name) is not inner or id(inner) in visited:
+            inner = vars(module).get(name)
+            if not isinstance(inner, types.ModuleType) or id(inner) in visited:
+                continue
+            if sys.modules.get(f"{module.__name__}.{name}") is not inner:
                 continue
             if id(inner) not in self._known:
                 self._module(inner, None)
@@ -331,7 +334,7 @@ class Emitter:
         if function.__closure__:
             return self._scope(function, want)
         source, node = find_function(function)
-        natural = getattr(node, "name", None)
+        natural: str | None = getattr(node, "name", None)
         if natural and space.get(natural) is function and self.globals.get(natural, function) is function:
             target = natural
         elif want and want not in self._temporary and self.globals.get(want, function) is function:

@@ -14,7 +14,7 @@ from nemo_rl.worker.bundles import FORMAT, MANIFEST
 def pickled(obj: Any, name: str) -> tuple[dict[str, bytes], dict[str, str]]:
     """(files of the bundle, packages that the image needs). NotSource if it cannot be pickled."""
     try:
-        import cloudpickle
+        import cloudpickle  # type: ignore[import-untyped]
     except ImportError:
         raise NotSource("the package cloudpickle is not installed here (pip install 'nemo-rl[kubernetes]')") from None
     already = set(cloudpickle.list_registry_pickle_by_value())

@@ -133,10 +133,13 @@ class SourceText:
             warnings.simplefilter("ignore")
             marked = ast.parse(self.text)
             nodes = [node for node in ast.walk(self.tree) if isinstance(node, FunctionNode)]
-            for i, node in enumerate(n for n in ast.walk(marked) if isinstance(n, FunctionNode)):
-                for place in [node, *getattr(node, "decorator_list", [])[:1]]:
-                    place.lineno = place.end_lineno = _FIRST_ID + i
-                    place.col_offset = place.end_col_offset = 0
+            found: list[Any] = [node for node in ast.walk(marked) if isinstance(node, FunctionNode)]
+            places = list(enumerate(found))
+            # The line of a decorated function is that of its first decorator, which may be a lambda marked already.
+            places += [(i, node.decorator_list[0]) for i, node in places if getattr(node, "decorator_list", None)]
+            for i, place in places:
+                place.lineno = place.end_lineno = _FIRST_ID + i
+                place.col_offset = place.end_col_offset = 0
             flags = self.futures | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
             try:
                 module = compile(marked, self.filename, "exec", flags=flags, dont_inherit=True)
@@ -176,7 +179,8 @@ def first_line(node: ast.AST) -> int:
     """Line on which a definition begins, decorators included."""
     decorators = getattr(node, "decorator_list", [])
     line: int = node.lineno  # type: ignore[attr-defined]
-    return min([line, *(d.lineno for d in decorators)])
+    starts: list[int] = [decorator.lineno for decorator in decorators]
+    return min([line, *starts])
 
 
 _texts: dict[tuple[str, str, int], SourceText | None] = {}
