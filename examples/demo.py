@@ -27,17 +27,15 @@ DIGITS = "0123456789"
 def make_model(folder: Path, seed: int) -> str:
     """Writes a randomly initialised Qwen2 model (0.8 M parameters) and a tokenizer of single characters."""
     import torch
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *DIGITS, "="])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
-    )
-    fast.save_pretrained(folder)
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<|endoftext|>", *DIGITS, "="])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"pad_token": "<pad>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **special).save_pretrained(folder)
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(vocabulary),

@@ -6,20 +6,22 @@ from pathlib import Path
 
 import pytest
 
-CHARACTERS = "0123456789=abc "
+CHARACTERS = "0123456789=abcĠ"
 
 
 def write_model(folder: Path, *, hidden_size: int = 32, layers: int = 2, seed: int = 0) -> str:
     """Writes a randomly initialised Qwen2 model and a tokenizer of single characters; returns the folder."""
     import torch
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *CHARACTERS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    # byte-level, as transformers rebuilds the tokenizer of a Qwen2 model; "Ġ" is its space
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<|endoftext|>", *CHARACTERS])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"pad_token": "<pad>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(

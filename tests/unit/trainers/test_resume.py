@@ -21,7 +21,8 @@ STEPS = 12
 # The server imports the engine once and forks a child for each run: a kill costs no import.
 SERVER = """
 import os, sys, json
-import torch, transformers
+import torch, torch.distributed.checkpoint, datasets
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, Qwen2TokenizerFast
 import nemo_rl.trainers.grpo, nemo_rl.trainers.sft, nemo_rl.trainers.dpo, nemo_rl.api.training
 from nemo_rl.errors import TrainingInterrupted
 
@@ -43,6 +44,7 @@ def run(algorithm, model, output):
         os._exit(75)
     os._exit(0)
 
+print("ready", flush=True)
 for line in sys.stdin:
     algorithm, model, output = json.loads(line)
     pid = os.fork()
@@ -68,6 +70,8 @@ class Runs:
         self.server = subprocess.Popen(
             [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
+        assert self.server.stdout
+        assert self.server.stdout.readline() == "ready\n"
 
     def run(self, algorithm: str, output: Path, kill_after: float | None = None, number: int = signal.SIGKILL) -> int:
         assert self.server.stdin and self.server.stdout
