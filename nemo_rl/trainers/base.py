@@ -137,6 +137,7 @@ class Trainer(ABC):
         metrics_log = MetricsLog(run.dir, resume_step=self.current_step, tensorboard=self.training.tensorboard)
         self.display.start(self.total_steps, self._header(data))
         last_saved, metrics = self.current_step, dict(state.get("metrics", {}))
+        order: list[list[int]] | None = None
         try:
             self._announce(run, data, checkpoint)
             self._start(data, validation)
@@ -144,11 +145,11 @@ class Trainer(ABC):
             while self.current_step < self.total_steps and not self.should_stop:
                 epoch, position = divmod(self.current_step, steps_per_epoch)
                 if position == 0:
-                    order = None
                     self.callbacks.on_epoch_begin(self, epoch)
-                order = order or batches(
-                    len(data.examples), self.training.batch_size, self.training.seed, self.training.shuffle, epoch
-                )
+                if position == 0 or order is None:
+                    order = batches(
+                        len(data.examples), self.training.batch_size, self.training.seed, self.training.shuffle, epoch
+                    )
                 step = self.current_step + 1
                 self.callbacks.on_step_begin(self, step)
                 self.signals.check()

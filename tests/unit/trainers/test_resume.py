@@ -45,7 +45,7 @@ def run(algorithm, model, output):
     os._exit(0)
 
 print("ready", flush=True)
-for line in sys.stdin:
+while line := sys.stdin.readline():
     algorithm, model, output = json.loads(line)
     pid = os.fork()
     if pid == 0:
@@ -56,6 +56,7 @@ for line in sys.stdin:
             traceback.print_exc()
             os._exit(1)
     print(pid, flush=True)
+    sys.stdin.readline()  # until then an ended child stays a zombie, so that its number is not given to another
     _, status = os.waitpid(pid, 0)
     print(os.waitstatus_to_exitcode(status), flush=True)
 """.replace("STEPS", str(STEPS))
@@ -79,7 +80,8 @@ class Runs:
         pid = int(self.server.stdout.readline())
         if kill_after is not None:
             time.sleep(kill_after)  # the moment of the kill is what the test varies
-            os.kill(pid, number)  # a child that has ended is a zombie until the server has read its status
+            os.kill(pid, number)
+        print("reap", file=self.server.stdin, flush=True)
         return int(self.server.stdout.readline())
 
     def close(self) -> None:
