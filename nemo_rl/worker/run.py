@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -100,6 +101,7 @@ def _attempt(job: Job, pod: Pod, report: Report) -> TerminationMessage:
     from nemo_rl.worker.observe import Observer, observed
 
     trainer_class = get_algorithm(spec.algorithm)
+    importlib.import_module("transformers.models.auto.modeling_auto")  # loads lazily else, within another phase
     with ending.user_code("loading the reward"):
         reward = inputs.load_reward(spec, bundles)
     with ending.user_code("loading the callbacks"):
