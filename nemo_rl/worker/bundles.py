@@ -7,6 +7,7 @@ from __future__ import annotations
 import __future__
 
 import ast
+import base64
 import gzip
 import hashlib
 import importlib
@@ -27,6 +28,9 @@ from typing import Any, BinaryIO
 
 from nemo_rl.job import names
 
+__path__: list[str] = []
+"""Makes this module the parent of those that hold generated code; they lie in no folder of the package."""
+SHIPPED = f"{__name__}.at_"
 MANIFEST = "bundle.json"
 FORMAT = 1
 MAX_UNPACKED_BYTES = 8 * names.MAX_BUNDLE_BYTES
@@ -207,7 +211,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 _objects: dict[tuple[Path, str], Any] = {}
-_modules: dict[Path, types.ModuleType] = {}
 
 
 def _load_pickle(folder: Path, manifest: Mapping[str, Any], file: str) -> Any:
@@ -221,28 +224,40 @@ def _load_pickle(folder: Path, manifest: Mapping[str, Any], file: str) -> Any:
 
 
 def _load_source(folder: Path, manifest: Mapping[str, Any]) -> types.ModuleType:
-    """Runs the chunks of the generated file in a module of their own."""
-    if folder in _modules:
-        return _modules[folder]
-    _serve_modules(folder, manifest["modules"])
-    path = folder / manifest["file"]
-    name = base = f"shipped_{path.stem}"
-    while name in sys.modules:
-        name = f"{base}_{len(_modules)}_{len(name)}"
-    module = types.ModuleType(name, manifest.get("title"))
-    module.__file__ = str(path)
-    sys.modules[name] = module
-    lines = path.read_text(encoding="utf-8").split("\n")
-    try:
+    """The module of the generated file: named by its place, so that worker processes of this pod can import it too."""
+    return importlib.import_module(SHIPPED + base64.b32encode(str(folder).encode()).decode().rstrip("=").lower())
+
+
+class _GeneratedFile(importlib.abc.Loader):
+    """Runs the chunks of a bundle's generated file."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        manifest = read_manifest(self._folder)
+        path = self._folder / manifest["file"]
+        module.__doc__, module.__file__ = manifest.get("title"), str(path)
+        _serve_modules(self._folder, manifest["modules"])
+        lines = path.read_text(encoding="utf-8").split("\n")
         with _missing_modules_named(manifest):
             for chunk in manifest["chunks"]:
                 _run_chunk(module, lines, chunk, str(path))
-    except BaseException:
-        del sys.modules[name]
-        raise
-    _modules[folder] = module
-    _pickle_by_value(module)
-    return module
+        _name_by_place(module)
+
+
+def _name_by_place(module: types.ModuleType) -> None:
+    """Lets pickle find what has another name here than where it was defined: lambdas, closures, hidden originals."""
+    for name, value in list(vars(module).items()):
+        if isinstance(value, types.FunctionType | type) and value.__module__ == module.__name__:
+            found: Any = module
+            for part in value.__qualname__.split("."):
+                found = getattr(found, part, None)
+            if found is not value:
+                value.__qualname__ = name
 
 
 def _run_chunk(module: types.ModuleType, lines: Sequence[str], chunk: Mapping[str, Any], path: str) -> None:
@@ -354,12 +369,16 @@ class _UserModule(importlib.machinery.SourceFileLoader):
 
 
 class _UserModules(importlib.abc.MetaPathFinder):
-    """Finds shipped modules by their own names, before everything that is installed."""
+    """Finds generated files by their place, and local modules by their own names, before what is installed."""
 
     def __init__(self) -> None:
         self.files: dict[str, tuple[Path, Mapping[str, Any]]] = {}
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname.startswith(SHIPPED):
+            code = fullname.removeprefix(SHIPPED).upper()
+            folder = Path(base64.b32decode(code + "=" * (-len(code) % 8)).decode())
+            return importlib.machinery.ModuleSpec(fullname, _GeneratedFile(folder))
         if fullname not in self.files:
             return None
         file, entry = self.files[fullname]
@@ -373,6 +392,7 @@ class _UserModules(importlib.abc.MetaPathFinder):
 
 
 _finder = _UserModules()
+sys.meta_path.insert(0, _finder)
 
 
 def _serve_modules(folder: Path, modules: Mapping[str, Mapping[str, Any]]) -> None:
@@ -388,8 +408,6 @@ def _serve_modules(folder: Path, modules: Mapping[str, Mapping[str, Any]]) -> No
             taken = getattr(sys.modules[name], "__file__", None) or "the interpreter"
             raise BundleError(f"the shipped module {name!r} has the name of one in this image ({taken}); rename it")
         _finder.files[name] = (file, entry)
-    if modules and _finder not in sys.meta_path:
-        sys.meta_path.insert(0, _finder)
 
 
 def shipped_modules() -> set[str]:

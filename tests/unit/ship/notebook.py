@@ -17,7 +17,7 @@ PROGRAM = "import sys; sys.path += sys.argv.pop(), sys.argv.pop(); import notebo
 
 
 def command(python, *arguments):
-    """Command line of `client DIR` or `pod DIR NEW_DIR` for an interpreter."""
+    """Command line of `client DIR`, `pod DIR NEW_DIR` or `worker FILE` for an interpreter."""
     return [str(python), "-c", PROGRAM, *map(str, arguments), str(HERE.parent), str(HERE.parents[3])]
 
 
@@ -87,9 +87,29 @@ def pod(folder, target):
         try:
             unpacked = open_bundle(name, told["sha256"], target, root=folder / "parts", python=told["python"])
             reward = load_entry(unpacked, told["entrypoint"])
-            say(name=told["name"], scores=score(reward, shapes().INPUTS))
+            say(name=told["name"], scores=score(reward, shapes().INPUTS), pickle=pickled(reward))
         except Exception as error:
             say(name=told["name"], error=f"{type(error).__name__}: {error}")
+
+
+def worker(pickles):
+    """A process that the pod hands its rewards to."""
+    import pickle
+
+    for name, data in json.loads(pickles.read_text()).items():
+        try:
+            say(name=name, scores=score(pickle.loads(bytes.fromhex(data)), shapes().INPUTS))
+        except Exception as error:
+            say(name=name, error=f"{type(error).__name__}: {error}")
+
+
+def pickled(reward):
+    try:
+        import cloudpickle
+
+        return cloudpickle.dumps(reward).hex()
+    except Exception:
+        return None
 
 
 def slug(name):
@@ -107,7 +127,5 @@ def shapes():
 
 
 def main():
-    if sys.argv[1] == "client":
-        client(Path(sys.argv[2]))
-    else:
-        pod(Path(sys.argv[2]), Path(sys.argv[3]))
+    role, *folders = sys.argv[1:]
+    {"client": client, "pod": pod, "worker": worker}[role](*map(Path, folders))

@@ -365,20 +365,26 @@ VALUES = st.recursive(
 )
 
 
-@given(VALUES)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_a_constant_is_exactly_itself_after_the_round_trip_or_refused(value: Any) -> None:
+def emitted(value: Any) -> tuple[Emitter | None, str]:
+    """The value as text; None where it holds a NaN with a payload, which text cannot."""
     named: set[int] = set()
     while True:
         emitter = Emitter(True, named, [])
         try:
-            name = emitter.entry(value, "value")
-            break
+            return emitter, emitter.entry(value, "value")
         except NameIt as shared:
             named.add(shared.identity)
-        except NotSource as refused:
-            assert "NaN with a payload" in refused.what
-            return
+        except NotSource:
+            return None, ""
+
+
+@given(VALUES)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_a_constant_is_exactly_itself_after_the_round_trip_or_refused(value: Any) -> None:
+    emitter, name = emitted(value)
+    if emitter is None:
+        assert "nan" in repr(value)
+        return
     text, chunks = render("a value", emitter.imports, emitter.chunks)
     module: dict[str, Any] = {}
     text.encode("utf-8")

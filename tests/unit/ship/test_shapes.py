@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from unit.ship.conftest import Answers
+from unit.ship import notebook
+from unit.ship.conftest import Answers, play
 from unit.ship.shapes import NINE, SHAPES
 
 HERE = "{}.{}".format(*sys.version_info)
@@ -58,6 +60,19 @@ def test_a_pickle_is_refused_by_another_python_before_it_is_read(version: str, s
     for name in pickles:
         assert there[name]["error"].startswith("PythonMismatch"), there[name]
         assert f"found Python {version}" in there[name]["error"]
+
+
+def test_a_loaded_reward_goes_on_to_worker_processes(shipped: Shipped, pods: Pods, tmp_path: Path) -> None:
+    pickles = {name: answer["pickle"] for name, answer in pods(HERE).items() if answer["pickle"]}
+    # What no pickle can hold (the result of lru_cache inside an object) is scored in the process that loaded it.
+    assert set(SHAPES) - set(pickles) <= {"stacked decorators"}
+    file = tmp_path / "pickles.json"
+    file.write_text(json.dumps(pickles))
+    status, answers = play(notebook.command(sys.executable, "worker", file))
+    assert status == 0
+    assert {n: a.get("scores", a.get("error")) for n, a in answers.items()} == {
+        name: shipped[1][name]["scores"] for name in pickles
+    }
 
 
 def test_a_python_too_old_for_the_worker_is_named_and_runs_nothing(shipped: Shipped, pods: Pods) -> None:

@@ -31,6 +31,19 @@ from nemo_rl.backends.kubernetes.ship.modules import (
     is_local,
     local_home,
 )
+from nemo_rl.backends.kubernetes.ship.objects import (
+    closure_group,
+    content,
+    inner_functions,
+    is_bound,
+    is_namedtuple,
+    is_ours,
+    kind_of,
+    owner_of,
+    public_home,
+    space_of_class,
+    type_name,
+)
 from nemo_rl.backends.kubernetes.ship.sources import (
     SourceText,
     attribute_names,
@@ -47,7 +60,6 @@ _OF_THE_MODULE = {"__name__", "__doc__", "__builtins__", "__package__", "__spec_
 _LOCKS = {type(threading.Lock()): "Lock", type(threading.RLock()): "RLock"}
 _NUMPY_TYPES = {*(f"{kind}{size}" for kind in "iuf" for size in (1, 2, 4, 8)), "b1", "c8", "c16"}
 _MUTABLE = (list, dict, set)
-_OWN = __name__.split(".")[0]
 
 
 class NameIt(Exception):
@@ -88,7 +100,7 @@ class Emitter:
 
     def entry(self, obj: Any, name: str) -> str:
         """Writes `obj` and returns the name it has in the module: its own, else `name`."""
-        functions = [f for f in (obj, *_inner_functions(obj)) if isinstance(f, types.FunctionType)]
+        functions = [f for f in (obj, *inner_functions(obj)) if isinstance(f, types.FunctionType)]
         for function in functions:
             self._enter(function.__globals__)
         free = all(name not in space or space[name] is obj for space in self._spaces)
@@ -136,7 +148,7 @@ class Emitter:
         if id(obj) in self._building:
             if type(obj) in _MUTABLE:
                 raise NameIt(id(obj))
-            raise NotSource(f"{_kind(obj)} that contains itself")
+            raise NotSource(f"{kind_of(obj)} that contains itself")
         self.alive.append(obj)
         self._building.add(id(obj))
         try:
@@ -158,7 +170,7 @@ class Emitter:
             return self._named_value(_LOCKS[type(obj)], f"{self._from('threading', _LOCKS[type(obj)])}()", obj)
         if isinstance(obj, types.FunctionType | type | types.BuiltinFunctionType):
             home = home_of(obj)
-            if home and not (isinstance(obj, types.BuiltinFunctionType) and _is_bound(obj)):
+            if home and not (isinstance(obj, types.BuiltinFunctionType) and is_bound(obj)):
                 return self._remember(obj, self._from(*home))
         if self.rerun_decorators and (found := self._decorated(obj)):
             return found
@@ -174,7 +186,7 @@ class Emitter:
             settings = ", ".join(f"{k}={v!r}" for k, v in obj.cache_parameters().items())
             text = f"{self._from('functools', 'lru_cache')}({settings})({self.ref(obj.__wrapped__)})"
             return self._named_value(obj.__wrapped__.__name__, text, obj)
-        if isinstance(obj, types.BuiltinMethodType) and _is_bound(obj):
+        if isinstance(obj, types.BuiltinMethodType) and is_bound(obj):
             return f"{self.ref(obj.__self__)}.{obj.__name__}"
         if isinstance(obj, pathlib.PurePath):
             return f"{self._from('pathlib', type(obj).__name__)}({str(obj)!r})"
@@ -211,7 +223,7 @@ class Emitter:
 
     def _from(self, home: str, qualname: str, name: str | None = None) -> str:
         """Expression for a name in a module, imported as `name` if given."""
-        home = _public_home(home, qualname)
+        home = public_home(home, qualname)
         first, _, rest = qualname.partition(".")
         if home == "builtins" and name is None and not any(first in space for space in self._spaces):
             return qualname
@@ -252,7 +264,7 @@ class Emitter:
             home = home_of(value)
         else:
             home = None if is_atom(value) else local_home(value)
-        if home and "." not in home[1] and not _is_bound(value):
+        if home and "." not in home[1] and not is_bound(value):
             self._remember(value, self._from(*home, name=name))
             return
         expression = self.ref(value, want=name)
@@ -303,7 +315,7 @@ class Emitter:
 
     def _decorated(self, obj: Any) -> str | None:
         """Writes the whole decorated definition whose result `obj` is, if there is one at the top of the module."""
-        for function in _inner_functions(obj):
+        for function in inner_functions(obj):
             name = function.__code__.co_name
             if function is obj or function.__closure__ or function.__globals__.get(name) is not obj:
                 continue
@@ -324,7 +336,7 @@ class Emitter:
 
     def _function(self, function: types.FunctionType, want: str | None) -> str:
         space = function.__globals__
-        if owner := _owner(function):
+        if owner := owner_of(function):
             return f"{self.ref(owner[0])}.{owner[1]}"
         home = sys.modules.get(space.get("__name__", ""))
         if home is not None and vars(home) is space and is_installed(home):
@@ -368,7 +380,7 @@ class Emitter:
 
     def _scope(self, function: types.FunctionType, want: str | None) -> str:
         """Writes a closure, with the functions that share its variables, inside a function that has these variables."""
-        members, cells = _group(function)
+        members, cells = closure_group(function)
         written = {name for member in members for name in written_cells(member.__code__)}
         for name, cell in cells.items():
             if id(cell) in self._cells and (self._cells[id(cell)] or name in written):
@@ -376,13 +388,13 @@ class Emitter:
             self._cells[id(cell)] = name in written
         found = [(member, *find_function(member)) for member in members]
         found.sort(key=lambda item: item[2].lineno)
-        own = {name: m for name, cell in cells.items() for m, _, _ in found if _content(cell, name) is m}
+        own = {name: m for name, cell in cells.items() for m, _, _ in found if content(cell, name) is m}
         self._building.update(id(member) for member in members)
         arguments = []
         for name, cell in cells.items():
             if name not in own:
                 with self._within(f"variable {name} around {function.__name__}"):
-                    arguments.append(f"{name}={self.ref(_content(cell, name))}")
+                    arguments.append(f"{name}={self.ref(content(cell, name))}")
         parameters = [name for name in cells if name not in own]
         scope = self._unique(f"scope_of_{function.__code__.co_name.strip('<>')}")
         chunk, inner, by_value = scope_chunk(scope, parameters, own, found)
@@ -408,7 +420,7 @@ class Emitter:
             made = f"{make}({cls.__name__!r}, {fields!r}, defaults={self.ref(defaults)})"
             return self._named_value(cls.__name__, made, cls)
         source, node = find_class(cls)
-        space = _space_of_class(cls)
+        space = space_of_class(cls)
         self._enter(space)
         natural = space.get(node.name) is cls and self.globals.get(node.name, cls) is cls
         target = node.name if natural else self._unique(node.name)
@@ -455,11 +467,11 @@ class Emitter:
     def _numpy(self, obj: Any) -> str:
         dtype = getattr(obj, "dtype", None)
         if dtype is None or dtype.str[1:] not in _NUMPY_TYPES:
-            raise NotSource(f"an object of {_type_name(obj)}")
+            raise NotSource(f"an object of {type_name(obj)}")
         exact = f"{self._from('numpy', 'dtype')}({dtype.str!r})"
         if not hasattr(obj, "tolist") or type(obj).__name__ == "ndarray":
             if type(obj).__qualname__ != "ndarray":
-                raise NotSource(f"an object of {_type_name(obj)}")
+                raise NotSource(f"an object of {type_name(obj)}")
             data = self.ref(obj.tobytes())
             text = f"{self._from('numpy', 'frombuffer')}({data}, {exact}).reshape({obj.shape!r}).copy()"
             return self._named_value("array", text, obj)
@@ -468,14 +480,14 @@ class Emitter:
     def _instance(self, obj: Any) -> str:
         cls = type(obj)
         home = sys.modules.get(cls.__module__)
-        if isinstance(home, types.ModuleType) and is_installed(home) and not _is_ours(cls.__module__):
+        if isinstance(home, types.ModuleType) and is_installed(home) and not is_ours(cls.__module__):
             if found := home_of(obj):
                 return self._remember(obj, self._from(*found))
-            raise NotSource(f"an object of {_type_name(obj)}")
+            raise NotSource(f"an object of {type_name(obj)}")
         try:
             reduced = obj.__reduce_ex__(2)
         except Exception as error:
-            raise NotSource(f"an object of {_type_name(obj)} ({error})") from error
+            raise NotSource(f"an object of {type_name(obj)} ({error})") from error
         if isinstance(reduced, str):
             return self._remember(obj, self._from(cls.__module__, reduced))
         self.alive.append(reduced)
@@ -485,7 +497,7 @@ class Emitter:
     def _rebuilt(self, obj: Any, make: Any, args: Any, state: Any, items: list[Any], pairs: list[Any]) -> str:
         """Makes an instance by the rules of pickle: first without state, so that its state may refer to it."""
         self.alive += [items, pairs]
-        name = _type_name(obj)
+        name = type_name(obj)
         with self._within(f"an object of {name}"):
             if getattr(make, "__name__", "") == "__newobj__":
                 text = f"_nemo_rl.blank({', '.join(self.ref(arg) for arg in args)})"
@@ -511,124 +523,3 @@ class Emitter:
                 contents.append(f"pairs={container(pairs, self.ref)}")
         self._line(f"_nemo_rl.fill({target}, {', '.join(contents)})")
         return target
-
-
-def _is_ours(module: str) -> bool:
-    """Classes whose way of being pickled we rely on across versions: the standard library's and this package's."""
-    top = module.split(".")[0]
-    return top in sys.stdlib_module_names or top == _OWN
-
-
-def _is_bound(obj: Any) -> bool:
-    owner = getattr(obj, "__self__", None)
-    return owner is not None and not isinstance(owner, types.ModuleType)
-
-
-def _public_home(home: str, qualname: str) -> str:
-    """The shortest parent of a module that offers the same thing: private homes differ between versions."""
-    parts = home.split(".")
-    for i in range(1, len(parts)):
-        outer, inner = sys.modules.get(".".join(parts[:i])), sys.modules[home]
-        first = qualname.split(".")[0]
-        if outer is not None and vars(outer).get(first) is vars(inner).get(first, object()):
-            return ".".join(parts[:i])
-    return home
-
-
-def _kind(obj: Any) -> str:
-    return getattr(obj, "__qualname__", None) or f"an object of {_type_name(obj)}"
-
-
-def _type_name(obj: Any) -> str:
-    cls = type(obj)
-    return cls.__qualname__ if cls.__module__ in ("builtins", "__main__") else f"{cls.__module__}.{cls.__qualname__}"
-
-
-def is_namedtuple(cls: type) -> bool:
-    """Whether a class was made by collections.namedtuple, and so has no text of its own."""
-    return cls.__bases__ == (tuple,) and hasattr(cls, "_field_defaults") and not hasattr(cls, "__orig_bases__")
-
-
-def _content(cell: Any, name: str) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        raise NotSource(f"the variable {name}, which has no value yet") from None
-
-
-def _owner(function: types.FunctionType) -> tuple[type, str] | None:
-    """(class, name) of a function that is an attribute of a class at the top of its module."""
-    outer, _, name = function.__qualname__.rpartition(".")
-    if not outer or "<locals>" in outer:
-        return None
-    found: Any = function.__globals__
-    for i, part in enumerate(outer.split(".")):
-        found = found.get(part) if i == 0 else vars(found).get(part) if isinstance(found, type) else None
-    return (found, name) if isinstance(found, type) and getattr(found, name, None) is function else None
-
-
-def _group(function: types.FunctionType) -> tuple[list[types.FunctionType], dict[str, Any]]:
-    """The closure and the functions it reaches that share variables with it; and all their variables."""
-    members = [function]
-    cells: dict[str, Any] = {}
-    outer = function.__qualname__.rpartition(".")[0]
-    for member in members:
-        for name, cell in zip(member.__code__.co_freevars, member.__closure__ or (), strict=True):
-            if name == "__class__":
-                raise NotSource(f"{function.__qualname__}, a method outside its class")
-            if cells.setdefault(name, cell) is not cell:
-                raise NotSource(f"{function.__qualname__}: its variable {name} stands for several things")
-    i = 0
-    while i < len(members):
-        held = {id(cell) for cell in cells.values()}
-        for cell in list(cells.values()):
-            value = _content(cell, "")
-            if not isinstance(value, types.FunctionType) or value in members or not value.__closure__:
-                continue
-            mine = dict(zip(value.__code__.co_freevars, value.__closure__, strict=True))
-            joins = any(id(c) in held for c in mine.values()) and value.__qualname__.rpartition(".")[0] == outer
-            if joins and all(cells.get(n, c) is c for n, c in mine.items()):
-                members.append(value)
-                cells.update(mine)
-        i += 1
-    return members, cells
-
-
-def _space_of_class(cls: type) -> dict[str, Any]:
-    for value in vars(cls).values():
-        method = getattr(value, "__func__", None) or getattr(value, "fget", None) or value
-        if isinstance(method, types.FunctionType) and method.__qualname__.startswith(cls.__qualname__ + "."):
-            return method.__globals__
-    home = sys.modules.get(cls.__module__)
-    if home is None:
-        raise NotSource(f"class {cls.__name__}: its module {cls.__module__} is not loaded")
-    return vars(home)
-
-
-def _inner_functions(obj: Any) -> list[types.FunctionType]:
-    """Functions that a decorator may have wrapped into `obj`, outermost first."""
-    found: list[types.FunctionType] = []
-    todo, seen = [(obj, 0)], set()
-    while todo:
-        each, depth = todo.pop(0)
-        if id(each) in seen or depth > 6:
-            continue
-        seen.add(id(each))
-        inside: list[Any] = [getattr(each, "__wrapped__", None)] if not isinstance(each, type) else []
-        if isinstance(each, types.FunctionType):
-            found.append(each)
-            inside += [cell.cell_contents for cell in each.__closure__ or () if _has_content(cell)]
-        elif isinstance(each, functools.partial):
-            inside.append(each.func)
-        elif not isinstance(each, type | types.ModuleType | types.MethodType) and hasattr(each, "__dict__"):
-            inside += list(vars(each).values())
-        todo += [(value, depth + 1) for value in inside if callable(value)]
-    return found
-
-
-def _has_content(cell: Any) -> bool:
-    try:
-        _ = cell.cell_contents
-    except ValueError:
-        return False
-    return True

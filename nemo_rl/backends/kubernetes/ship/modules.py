@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rl.backends.kubernetes.ship.errors import NotSource, ShipError
+from nemo_rl.worker.bundles import SHIPPED
 
 _OWN = __name__.split(".")[0]
 """This package is in every trainer image, also where it is installed in editable mode here."""
@@ -42,6 +43,8 @@ def is_installed_file(file: str) -> bool:
 def is_installed(module: types.ModuleType) -> bool:
     """Whether the trainer image can be expected to have this module: standard library, site-packages, nemo_rl."""
     name = module.__name__
+    if name.startswith(SHIPPED):
+        return False
     if name.split(".")[0] == _OWN:
         return True
     if name in _PRIVATE_NAMES:
@@ -61,6 +64,7 @@ def is_local(module: types.ModuleType) -> bool:
     name = module.__name__
     return (
         name not in _PRIVATE_NAMES
+        and not name.startswith(SHIPPED)
         and spec is not None
         and spec.name == name
         and sys.modules.get(name) is module
@@ -128,6 +132,8 @@ def _distributions() -> dict[str, list[str]]:
 
 def shown_path(file: str) -> str:
     """A file as its owner would name it: relative to the working directory where it lies below, else in full."""
+    if file.startswith("<"):
+        return file
     path = Path(os.path.abspath(file))
     try:
         return path.relative_to(Path.cwd()).as_posix()

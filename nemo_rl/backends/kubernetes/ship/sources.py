@@ -26,7 +26,9 @@ for _name in __future__.all_feature_names:
     _FUTURES |= getattr(__future__, _name).compiler_flag
 _KEPT_FLAGS = 0x1 | 0x2 | 0x4 | 0x8 | 0x20 | 0x80 | 0x100 | 0x200
 """What a function is (optimised, *args, generator, coroutine, …); not where it was nested, nor its futures."""
-_CELL_FILE = re.compile(r"<ipython-input-|[/\\]ipykernel_\d+[/\\]|^<stdin|^<python-input|^<cell")
+_CELL_FILE = re.compile(
+    r"<ipython-input-|[/\\]ipykernel_\d+[/\\]|[/\\]marimo_\d+[/\\]|^<(stdin|python-input|command-|cell)"
+)
 _FIRST_ID = 1_000_000
 
 
