@@ -51,9 +51,7 @@ def scene(new_scene: Callable[[str], Scene], request: pytest.FixtureRequest) -> 
 def operators(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operators]:
     made = Operators(cluster.kubeconfig, tmp_path_factory.mktemp("operators"))
     yield made
-    made.end()
-    if made.shared:
-        made.shared.stop()
+    made.close()
 
 
 @pytest.fixture

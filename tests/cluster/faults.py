@@ -58,6 +58,7 @@ class FaultyProxy:
         self.cut_after: int | None = None
         self.on_cut: Callable[[], None] = lambda: None
         self.was_cut = threading.Event()
+        self._cutting = False
         self._streams: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
@@ -84,6 +85,11 @@ class FaultyProxy:
     @property
     def mutations(self) -> list[Call]:
         return [call for call in list(self.calls) if call.mutating]
+
+    @property
+    def state_changes(self) -> list[Call]:
+        """The mutations but for Events, which nobody decides by."""
+        return [call for call in self.mutations if not call.path.partition("?")[0].endswith("/events")]
 
     def refuse(self, code: int, count: int, matches: Callable[[Call], bool] = lambda _: True) -> None:
         self.refusals.append(Refusal(code, count, matches))
@@ -130,16 +136,24 @@ class FaultyProxy:
                 body = await answer.read()
         except ClientError:
             return self._drop(request)
-        if call.mutating and self._time_to_cut():
+        if call in self.state_changes and self._time_to_cut():
             # the server has done it, and the operator will never know
-            self.was_cut.set()
-            self.on_cut()
+            await asyncio.to_thread(self._cut)
             return self._drop(request)
         call.code = answer.status
         return web.Response(status=answer.status, body=body, headers=_passed(answer.headers))
 
     def _time_to_cut(self) -> bool:
-        return self.cut_after is not None and len(self.mutations) >= self.cut_after and not self.was_cut.is_set()
+        """Once, at the call that was asked for."""
+        if self.cut_after is None or self._cutting or len(self.state_changes) < self.cut_after:
+            return False
+        self._cutting = True
+        return True
+
+    def _cut(self) -> None:
+        """In a thread: what is done here cuts the request that waits for it."""
+        self.on_cut()
+        self.was_cut.set()
 
     async def _watch(self, request: web.Request, session: ClientSession) -> web.StreamResponse:
         if not self.watching:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Sequence
@@ -21,35 +23,65 @@ IMAGE = "localhost/trainer:test"
 SETTINGS = {names.IMAGE_VARIABLE: IMAGE, "NEMO_RL_OPERATOR_RESYNC_SECONDS": "5"}
 
 
+class Nursery:
+    """Starts operator processes quickly; see quick_operator."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+        self.lock = threading.Lock()
+
+    def start(self, arguments: list[str], environment: dict[str, str], log: Path) -> int:
+        with self.lock:
+            if self.process is None:
+                paths = os.pathsep.join(str(ROOT / part) for part in (".", "operator", "tests"))
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "cluster.quick_operator"],
+                    env=os.environ | {"PYTHONPATH": paths},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            assert self.process.stdin
+            assert self.process.stdout
+            wish = {"arguments": arguments, "environment": environment, "log": str(log)}
+            self.process.stdin.write(json.dumps(wish) + "\n")
+            self.process.stdin.flush()
+            return int(self.process.stdout.readline())
+
+    def close(self) -> None:
+        if self.process and self.process.stdin:
+            self.process.stdin.close()
+            self.process.wait(10)
+
+
 class Operator:
     """One operator process. kill() is kill -9; start() after it is a restart."""
 
     def __init__(
-        self, kubeconfig: Path, log: Path, namespaces: Sequence[str] = (), settings: dict[str, str] | None = None
+        self,
+        nursery: Nursery,
+        kubeconfig: Path,
+        log: Path,
+        namespaces: Sequence[str] = (),
+        settings: dict[str, str] | None = None,
     ) -> None:
-        self.kubeconfig, self.log, self.namespaces = kubeconfig, log, list(namespaces)
+        self.nursery, self.kubeconfig, self.log, self.namespaces = nursery, kubeconfig, log, list(namespaces)
         self.settings = SETTINGS | (settings or {})
-        self.process: subprocess.Popen[bytes] | None = None
+        self.pid = 0
         self.health_port, self.metrics_port = 0, 0
 
     def start(self) -> Operator:
         self.health_port, self.metrics_port = free_ports(2)
-        command = [sys.executable, "-m", "cluster.quick_operator", "run"]
+        arguments = ["run", "--health-port", str(self.health_port), "--metrics-port", str(self.metrics_port)]
         for namespace in self.namespaces:
-            command += ["--namespace", namespace]
-        command += ["--health-port", str(self.health_port), "--metrics-port", str(self.metrics_port)]
-        environment = os.environ | self.settings
-        environment |= {"KUBECONFIG": str(self.kubeconfig), "PYTHONUNBUFFERED": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in (".", "operator", "tests"))
-        with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
+            arguments += ["--namespace", namespace]
+        environment = self.settings | {"KUBECONFIG": str(self.kubeconfig)}
+        self.pid = self.nursery.start(arguments, environment, self.log)
         return self
 
     @property
     def running(self) -> bool:
-        return self.process is not None and self.process.poll() is None
+        return alive(self.pid)
 
     def wait_ready(self) -> Operator:
         def ready() -> bool:
@@ -77,21 +109,21 @@ class Operator:
         return {name: float(value) for name, value in found}
 
     def kill(self) -> None:
-        if self.process and self.process.poll() is None:
-            self.process.send_signal(signal.SIGKILL)
-            self.process.wait()
+        pid = self.pid
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
+            eventually(lambda: not alive(pid), "the operator is gone", 10)
 
     def stop(self) -> float:
         """SIGTERM; the seconds until the process ended."""
-        if not self.running or self.process is None:
+        if not self.running:
             return 0.0
         begin = time.monotonic()
-        self.process.terminate()
+        os.kill(self.pid, signal.SIGTERM)
         try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
+            eventually(lambda: not self.running, f"the operator ended after SIGTERM: {self.tail()}", 20)
+        finally:
             self.kill()
-            raise AssertionError(f"the operator did not end within 20 s of SIGTERM: {self.tail()}") from None
         return time.monotonic() - begin
 
     def tail(self, count: int = 40) -> str:
@@ -108,12 +140,13 @@ class Operators:
 
     def __init__(self, kubeconfig: Path, folder: Path) -> None:
         self.kubeconfig, self.folder = kubeconfig, folder
+        self.nursery = Nursery()
         self.shared: Operator | None = None
         self.own: list[Operator] = []
 
     def share(self) -> Operator:
         if self.shared is None:
-            self.shared = Operator(self.kubeconfig, self.folder / "shared.log")
+            self.shared = Operator(self.nursery, self.kubeconfig, self.folder / "shared.log")
         if not self.shared.running:
             self.shared.start().wait_ready()
         return self.shared
@@ -123,11 +156,27 @@ class Operators:
         if self.shared and self.shared.running:
             self.shared.stop()
         log = self.folder / f"{namespace}-{len(self.own)}.log"
-        operator = Operator(kubeconfig or self.kubeconfig, log, [namespace], settings)
+        operator = Operator(self.nursery, kubeconfig or self.kubeconfig, log, [namespace], settings)
         self.own.append(operator)
         return operator
+
+    def close(self) -> None:
+        self.end()
+        if self.shared:
+            self.shared.stop()
+        self.nursery.close()
 
     def end(self) -> None:
         for operator in self.own:
             operator.kill()
         self.own.clear()
+
+
+def alive(pid: int) -> bool:
+    if not pid:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -34,20 +34,21 @@ def proxy(cluster: Cluster, tmp_path: Path) -> Iterator[FaultyProxy]:
         yield made
 
 
-def eventful_life(scene: Scene) -> Object:
-    """Free retry, counted retry, suspension and success, in one job of two nodes; the final status."""
-    scene.submit(resources={"nodes": 2}, backoffLimit=1)
-    for number, end in ((1, lambda p: p.exit(ExitCode.PREEMPTED)), (2, PlayedPod.oom)):
-        pods = [scene.attempt(number, index=i).run() for i in (0, 1)]
-        end(pods[0])
-    for i in (0, 1):
-        scene.attempt(3, index=i).run()
+def eventful_life(scene: Scene, nodes: int = 1) -> Object:
+    """Free retry, counted retry, suspension and success in one job; the final status."""
+    scene.submit(resources={"nodes": nodes}, backoffLimit=1)
+
+    def run(number: int) -> list[PlayedPod]:
+        return [scene.attempt(number, index=i).run() for i in range(nodes)]
+
+    run(1)[0].exit(ExitCode.PREEMPTED)
+    run(2)[0].oom()
+    run(3)
     scene.phase("Running")
     scene.change(suspend=True)
     scene.phase("Suspended")
     scene.change(suspend=False)
-    pods = [scene.attempt(4, index=i).run() for i in (0, 1)]
-    for pod in reversed(pods):
+    for pod in reversed(run(4)):
         pod.exit(0, result(10))
     return scene.phase("Succeeded")
 
@@ -68,39 +69,45 @@ def essence(status: Object) -> Object:
 def assert_one_job_for_each_attempt(scene: Scene, attempts: int) -> None:
     made = {j["metadata"]["name"] for j in scene.jobs()}
     assert made <= {names.attempt_job("x", n) for n in range(1, attempts + 1)}
-    live = [j for j in scene.jobs() if not j.get("status", {}).get("conditions")]
-    assert live == []
+
+    def live() -> list[Object]:
+        return [j for j in scene.jobs() if not j.get("status", {}).get("conditions")]
+
+    eventually(lambda: not live(), "no Job is live")
 
 
 def test_kill_9_between_any_two_calls_changes_nothing(
     cluster: Cluster, new_scene: Callable[[str], Scene], own_operator: MakeOperator, tmp_path: Path
 ) -> None:
     def life(cut_after: int | None) -> tuple[int, Object | str]:
-        """Calls made and the final status; the operator is killed at that call, and started again."""
+        """State changes asked for and the final status; the operator is killed at that call, and started again."""
         scene = new_scene(f"kill-{cut_after}")
         folder = tmp_path / f"kill-{cut_after}"
         with FaultyProxy(cluster.api, folder) as proxy:
             operator = own_operator(scene.namespace, proxy.kubeconfig)
             proxy.cut_after, proxy.on_cut = cut_after, operator.kill
 
+            ended = threading.Event()
+
             def restart() -> None:
-                if proxy.was_cut.wait(120):
+                if proxy.was_cut.wait(120) and not ended.is_set():
                     operator.start()
 
             threading.Thread(target=restart, daemon=True).start()
             try:
                 operator.start()
-                status = eventful_life(scene)
+                status = eventful_life(scene, nodes=2)
                 eventually(lambda: operator.running, "the operator runs")
                 assert_one_job_for_each_attempt(scene, 4)
-                assert cut_after is None or proxy.was_cut.is_set() or len(proxy.mutations) < cut_after
+                assert cut_after is None or proxy.was_cut.is_set() or len(proxy.state_changes) < cut_after
                 scene.close()
-                return len(proxy.mutations), essence(status)
+                return len(proxy.state_changes), essence(status)
             except AssertionError as error:
                 return 0, f"killed after call {cut_after}: {error}\n{operator.tail(15)}"
             finally:
-                operator.kill()
+                ended.set()
                 proxy.was_cut.set()
+                operator.kill()
 
     calls, undisturbed = life(None)
     assert isinstance(undisturbed, dict), undisturbed
@@ -139,7 +146,7 @@ def test_refusals_while_it_starts_are_overcome(proxy: FaultyProxy, scene: Scene,
 
 
 def test_slow_api_server_is_only_slow(proxy: FaultyProxy, scene: Scene, own_operator: MakeOperator) -> None:
-    proxy.latency = 0.4
+    proxy.latency = 0.3
     own_operator(scene.namespace, proxy.kubeconfig).start()
     assert eventful_life(scene)["attempt"] == 4
 
@@ -150,7 +157,7 @@ def test_writes_of_others_do_not_disturb(scene: Scene, own_operator: MakeOperato
 
     def meddle() -> None:
         count = 0
-        while not ended.wait(0.01):
+        while not ended.wait(0.03):
             count += 1
             note = {"metadata": {"annotations": {"example.com/note": str(count)}}}
             with contextlib.suppress(ApiError, OSError):

@@ -108,6 +108,14 @@ class ControlPlane:
         self.launch(name)
         self.wait_ready()
 
+    def resume(self) -> None:
+        """Starts the API server again after it was killed.
+
+        The controller manager is started anew too: of itself it would come back up to half a minute later.
+        """
+        self.restart("kube-apiserver")
+        self.restart("kube-controller-manager")
+
     def compact(self) -> None:
         """Forgets all old revisions: a watch that asks for one of them is told to list again."""
         current = self._etcd("/v3/kv/range", {"key": "AA=="})["header"]["revision"]
