@@ -39,7 +39,7 @@ def slow(rewards: list[float], valid: list[bool], leave_one_out: bool, normalize
         std = 0.0
         if m > 1:
             std = math.sqrt(sum((r - baseline) ** 2 for r in others) / (m - 1))
-        if 0 < std and abs(std / (RELATIVE_ZERO * largest) - 1) < 0.1:
+        if std > 0 and abs(std / (RELATIVE_ZERO * largest) - 1) < 0.1:
             return None
         if normalize and std > RELATIVE_ZERO * largest:
             found.append(float(advantage) / (std + EPSILON))

@@ -41,7 +41,7 @@ def grouped_sequences(draw: st.DrawFn, size: int | None = None) -> list[TokenSeq
             ids = prompt + completion
             mask = None
             if not size and draw(st.booleans()):
-                mask = [False] + draw(st.lists(st.booleans(), min_size=len(ids) - 1, max_size=len(ids) - 1))
+                mask = [False, *draw(st.lists(st.booleans(), min_size=len(ids) - 1, max_size=len(ids) - 1))]
             found.append(TokenSequence(ids, len(prompt), mask=mask, group=group, shared=len(prompt)))
     return found if size else draw(st.permutations(found))
 
@@ -113,7 +113,10 @@ def test_views_hold_each_sequence_once_padded_on_the_right(sequences: list[Token
 def test_tokens_of_one_sequence_lie_together_in_the_given_order(sequences: list[TokenSequence]):
     batch = pack(sequences)
     expected = [(i, p) for i in batch.order for p in trained_positions(sequences[i])]
-    found = [(row, len(context_of(batch, flat))) for flat, row in zip(batch.select_S.tolist(), batch.rows_S.tolist())]
+    found = [
+        (row, len(context_of(batch, flat)))
+        for flat, row in zip(batch.select_S.tolist(), batch.rows_S.tolist(), strict=True)
+    ]
     assert found == expected
 
 

@@ -91,6 +91,16 @@ def make_model(family: str, seed: int = 0, **changes: object) -> nn.Module:
     return model.eval()
 
 
+def neighbour_of(family: str) -> nn.Module:
+    """Returns a model whose log-probabilities differ a little from those of `make_model(family)`, as after some training."""
+    model = make_model(family)
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
+    return model.requires_grad_(False)
+
+
 def random_ids(length: int, seed: int) -> list[int]:
     """Returns tokens without the end token and the padding token."""
     generator = torch.Generator().manual_seed(1000 + seed)
