@@ -1,0 +1,239 @@
+"""The objects that the operator makes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from nemo_rl.job import names
+from nemo_rl.job.spec import RLTrainingJobSpec
+from nemo_rl_operator import build
+from unit.operator import make
+
+
+def job(number: int = 1, queue: str = "", priority: str = "", **spec: Any) -> dict[str, Any]:
+    found = make.resource(queue=queue, priority=priority)
+    return build.attempt_job(found, make.parsed(**spec), number, make.IMAGE)
+
+
+def pod(**spec: Any) -> dict[str, Any]:
+    return job(**spec)["spec"]["template"]["spec"]  # type: ignore[no-any-return]
+
+
+def container(**spec: Any) -> dict[str, Any]:
+    return pod(**spec)["containers"][0]  # type: ignore[no-any-return]
+
+
+def mounts(**spec: Any) -> dict[str, str]:
+    return {mount["mountPath"]: mount["name"] for mount in container(**spec)["volumeMounts"]}
+
+
+def test_a_job_never_retries_by_itself() -> None:
+    spec = job(resources={"nodes": 3})["spec"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"], spec["backoffLimit"]) == (
+        "Indexed",
+        3,
+        3,
+        0,
+    )
+    rules = spec["podFailurePolicy"]["rules"]
+    assert {rule["action"] for rule in rules} == {"FailJob"}
+    assert rules[0]["onExitCodes"]["values"] == [40, 41, 42, 75]
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"
+
+
+def test_children_belong_to_the_job_and_carry_its_labels() -> None:
+    made = job()
+    assert made["metadata"]["ownerReferences"][0]["uid"] == make.UID
+    labels = made["spec"]["template"]["metadata"]["labels"]
+    expected = {
+        names.LABEL_JOB: "x",
+        names.LABEL_JOB_UID: make.UID,
+        names.LABEL_ATTEMPT: "1",
+        names.LABEL_ALGORITHM: "grpo",
+    }
+    assert expected.items() <= labels.items()
+    assert expected.items() <= made["metadata"]["labels"].items()
+
+
+def test_users_labels_reach_the_pods_but_never_replace_ours() -> None:
+    labels = job(labels={"team": "a", names.LABEL_JOB: "y"})["spec"]["template"]["metadata"]["labels"]
+    assert (labels["team"], labels[names.LABEL_JOB]) == ("a", "x")
+
+
+@pytest.mark.parametrize(
+    ("resources", "expected"),
+    [
+        ({"gpusPerNode": 0}, ["python", "-m", "nemo_rl.worker"]),
+        ({"gpusPerNode": 1}, ["python", "-m", "nemo_rl.worker"]),
+    ],
+)
+def test_one_process_needs_no_torchrun(resources: dict[str, Any], expected: list[str]) -> None:
+    assert container(resources=resources)["command"] == expected
+
+
+def test_several_gpus_run_under_torchrun() -> None:
+    command = container(resources={"gpusPerNode": 8}, terminationGracePeriodSeconds=60)["command"]
+    assert command[:3] == ["python", "-m", "torch.distributed.run"]
+    assert {"--nproc-per-node=8", "--standalone", "--shutdown-timeout=45", "--max-restarts=0"} <= set(command)
+    assert command[-2:] == ["-m", "nemo_rl.worker"]
+
+
+def test_several_nodes_meet_at_index_0() -> None:
+    made = pod(resources={"nodes": 2, "gpusPerNode": 0})
+    command = made["containers"][0]["command"]
+    assert {"--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=static"} <= set(command)
+    assert "--node-rank=$(JOB_COMPLETION_INDEX)" in command
+    assert "--master-addr=x-1-0.x" in command
+    assert made["subdomain"] == "x"
+    service = build.service(make.resource(), make.parsed(resources={"nodes": 2}))
+    assert service is not None
+    assert (service["metadata"]["name"], service["spec"]["clusterIP"]) == ("x", "None")
+    assert service["spec"]["publishNotReadyAddresses"]
+
+
+def test_pods_are_restricted() -> None:
+    made = pod()
+    assert made["automountServiceAccountToken"] is False
+    assert made["securityContext"]["runAsNonRoot"] is True
+    assert made["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert made["containers"][0]["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert not any("hostPath" in volume for volume in made["volumes"])
+
+
+def test_what_a_trainer_writes_has_a_place() -> None:
+    found = mounts()
+    assert {"/output", "/tmp", "/cache", "/dev/shm", names.HOME_DIR, names.JOB_DIR} <= set(found)
+    shm = next(v for v in pod(resources={"sharedMemory": "2Gi"})["volumes"] if v["name"] == "shm")
+    assert shm["emptyDir"] == {"medium": "Memory", "sizeLimit": "2Gi"}
+    made = container()
+    assert (made["terminationMessagePath"], made["terminationMessagePolicy"]) == (names.TERMINATION_LOG, "File")
+
+
+def test_resources_are_requests_and_limits() -> None:
+    made = container(resources={"gpusPerNode": 2, "cpu": "4", "memory": "8Gi"})["resources"]
+    assert made["requests"] == made["limits"] == {"cpu": "4", "memory": "8Gi", "nvidia.com/gpu": "2"}
+    assert container(resources={"gpusPerNode": 0})["resources"] == {}
+
+
+def test_what_is_not_given_is_not_written() -> None:
+    allowed = {
+        *("imagePullSecrets", "serviceAccountName", "nodeSelector", "tolerations", "affinity"),
+        *("priorityClassName", "schedulerName"),
+    }
+    assert not allowed & set(pod())
+    given = pod(
+        imagePullSecrets=[{"name": "r"}],
+        serviceAccountName="s",
+        nodeSelector={"a": "b"},
+        tolerations=[{"key": "k", "operator": "Exists", "effect": "NoSchedule"}],
+        affinity={"nodeAffinity": {}},
+        priorityClassName="high",
+        schedulerName="mine",
+    )
+    assert allowed <= set(given)
+    assert given["tolerations"] == [{"key": "k", "operator": "Exists", "effect": "NoSchedule"}]
+
+
+def test_secrets_are_only_referred_to() -> None:
+    made = container(
+        env=[
+            {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf", "key": "token"}}},
+            {"name": "A", "value": "1"},
+        ],
+        envFrom=[{"secretRef": {"name": "all"}}],
+    )
+    by_name = {e["name"]: e for e in made["env"]}
+    assert by_name["HF_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": "hf", "key": "token", "optional": False}
+    assert by_name["A"]["value"] == "1"
+    assert made["envFrom"] == [{"secretRef": {"name": "all"}}]
+
+
+def test_a_variable_that_the_user_sets_replaces_ours() -> None:
+    env = container(env=[{"name": "HF_HOME", "value": "/cache/mine"}])["env"]
+    assert [e["value"] for e in env if e["name"] == "HF_HOME"] == ["/cache/mine"]
+
+
+def test_bundles_are_mounted_part_by_part_in_order() -> None:
+    made = pod(bundles=[{"name": "code", "sha256": "0" * 64, "configMaps": ["b-0", "b-1"]}])
+    volume = next(v for v in made["volumes"] if v["name"] == "bundle-0")
+    assert volume["projected"]["sources"] == [
+        {"configMap": {"name": "b-0", "items": [{"key": names.BUNDLE_KEY, "path": "000"}]}},
+        {"configMap": {"name": "b-1", "items": [{"key": names.BUNDLE_KEY, "path": "001"}]}},
+    ]
+    assert f"{names.BUNDLE_DIR}/code" in mounts(bundles=[{"name": "code", "sha256": "0" * 64, "configMaps": ["b-0"]}])
+
+
+def test_claims_of_model_and_data_are_mounted_once_and_read_only() -> None:
+    made = container(model="pvc://data/model", dataset={"path": "pvc://data/rows.jsonl"})
+    found = [m for m in made["volumeMounts"] if m["mountPath"].startswith(names.CLAIMS_DIR)]
+    assert found == [{"name": "claim-0", "mountPath": f"{names.CLAIMS_DIR}/data", "readOnly": True}]
+
+
+@pytest.mark.parametrize(
+    ("output", "resources", "mode"),
+    [
+        ({}, {}, "ReadWriteOnce"),
+        ({}, {"nodes": 2}, "ReadWriteMany"),
+        ({"accessMode": "ReadWriteOncePod"}, {"nodes": 2}, "ReadWriteOncePod"),
+    ],
+)
+def test_the_access_mode_follows_the_nodes(output: dict[str, Any], resources: dict[str, Any], mode: str) -> None:
+    claim = build.output_claim(make.resource(), make.parsed(output=output, resources=resources))
+    assert claim is not None
+    assert claim["spec"]["accessModes"] == [mode]
+
+
+def test_a_claim_that_is_kept_has_no_owner() -> None:
+    kept = build.output_claim(make.resource(), make.parsed())
+    dropped = build.output_claim(make.resource(), make.parsed(output={"retain": False}))
+    assert kept is not None
+    assert dropped is not None
+    assert "ownerReferences" not in kept["metadata"]
+    assert dropped["metadata"]["ownerReferences"][0]["uid"] == make.UID
+
+
+def test_no_claim_is_made_beside_the_users() -> None:
+    assert build.output_claim(make.resource(), make.parsed(output={"claim": "mine"})) is None
+    volume = next(v for v in pod(output={"claim": "mine"})["volumes"] if v["name"] == "output")
+    assert volume["persistentVolumeClaim"] == {"claimName": "mine"}
+
+
+def test_the_frozen_job_says_everything_the_trainer_needs() -> None:
+    spec = make.parsed(training={"maxSteps": 7})
+    made = build.frozen_job(make.resource(), spec)
+    found = json.loads(made["data"]["job.json"])
+    assert made["immutable"] is True
+    assert found["metadata"] == {"name": "x", "namespace": "ns", "uid": make.UID}
+    assert RLTrainingJobSpec.model_validate(found["spec"]) == spec
+    assert found["spec"]["training"]["batchSize"] == 32, "defaults are written out"
+
+
+def test_kueue_gets_a_suspended_job_with_its_labels() -> None:
+    made = job(queue="team", priority="high")
+    assert made["spec"]["suspend"] is True
+    assert made["metadata"]["labels"][names.LABEL_QUEUE] == "team"
+    assert made["metadata"]["labels"][names.LABEL_PRIORITY] == "high"
+    assert "suspend" not in job()["spec"]
+
+
+def test_the_file_server_reads_the_output_near_the_trainer() -> None:
+    made = build.files_pod(make.resource(), make.parsed(), make.IMAGE)
+    output = next(m for m in made["spec"]["containers"][0]["volumeMounts"] if m["mountPath"] == names.OUTPUT_DIR)
+    assert output["readOnly"] is True
+    assert made["metadata"]["name"] == "x-files"
+    assert "ports" not in made["spec"]["containers"][0]
+    assert "podAffinity" in made["spec"]["affinity"]
+    assert names.LABEL_ATTEMPT not in made["metadata"]["labels"]
+
+
+def test_no_name_of_a_child_is_too_long() -> None:
+    longest = "x" * names.MAX_NAME_LENGTH
+    children = (names.output_claim, names.files_pod, names.frozen_job, lambda job: names.attempt_job(job, 9999))
+    assert max(len(name(longest)) for name in children) <= 63

@@ -1,0 +1,74 @@
+"""The cache: what counts as a change, and what late news may not do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_rl.job import names
+from nemo_rl_operator.cache import Cache
+from unit.operator import make
+
+KEY = ("ns", "x")
+
+
+def raw_pod(version: int, phase: str = "Running", uid: str = "u1", **meta: Any) -> dict[str, Any]:
+    labels = {names.LABEL_JOB: "x", names.LABEL_JOB_UID: make.UID, names.LABEL_ATTEMPT: "1"}
+    metadata = {"namespace": "ns", "name": "p", "uid": uid, "resourceVersion": str(version), "labels": labels}
+    return {"metadata": metadata | meta, "status": {"phase": phase}}
+
+
+def raw_resource(version: int, **fields: Any) -> dict[str, Any]:
+    metadata = {"namespace": "ns", "name": "x", "uid": make.UID, "resourceVersion": str(version), "generation": 1}
+    return {"metadata": metadata, "spec": make.spec()} | fields
+
+
+def test_what_changes_a_decision_is_told_and_bookkeeping_is_not() -> None:
+    cache = Cache()
+    assert cache.put("resource", raw_resource(1)) == KEY
+    assert cache.put("resource", raw_resource(2)) is None
+    assert cache.put("resource", raw_resource(3, status={"phase": "Running"})) == KEY
+    resource = cache.get(KEY).resource
+    assert resource is not None
+    assert resource.version == "3", "the newest version is kept: status writes need it"
+
+
+def test_an_object_without_our_label_is_not_taken_in() -> None:
+    cache = Cache()
+    assert cache.put("pod", raw_pod(1, labels={})) is None
+    assert len(cache) == 0
+
+
+def test_an_older_version_is_ignored() -> None:
+    cache = Cache()
+    cache.put("pod", raw_pod(5, "Succeeded"))
+    assert cache.put("pod", raw_pod(4, "Running")) is None
+    assert cache.get(KEY).pods["p"].phase == "Succeeded"
+
+
+def test_a_new_object_of_the_same_name_takes_the_place() -> None:
+    cache = Cache()
+    cache.put("pod", raw_pod(5, uid="u1"))
+    assert cache.put("pod", raw_pod(9, "Pending", uid="u2")) == KEY
+    assert cache.drop("pod", KEY, "p", "u1") is None, "the old one's end is no news"
+    assert cache.drop("pod", KEY, "p", "u2") == KEY
+    assert len(cache) == 0
+
+
+@given(st.permutations(range(1, 7)))
+def test_news_in_any_order_give_the_newest_picture(order: list[int]) -> None:
+    cache = Cache()
+    for version in order:
+        cache.put("pod", raw_pod(version, phase=f"phase {version}"))
+    assert cache.get(KEY).pods["p"].phase == "phase 6"
+
+
+def test_it_counts_and_names_what_it_holds() -> None:
+    cache = Cache()
+    cache.put("resource", raw_resource(1))
+    cache.put("pod", raw_pod(2))
+    assert cache.sizes() == {"resource": 1, "job": 0, "pod": 1}
+    assert cache.names("pod") == {("ns", "p"): (KEY, "u1")}
+    assert cache.version("pod", "ns", "p") == 2

@@ -1,0 +1,133 @@
+"""Why an attempt ended: from exit codes, what the cluster did to the pods, or the Job's own condition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nemo_rl.job.status import Cause, TerminationMessage
+from nemo_rl_operator.classify import outcome, verdict
+from nemo_rl_operator.observe import PodView
+from unit.operator import make
+
+FAILED = make.failed_attempt()
+
+
+def cause(*pods: PodView, **attempt: Any) -> Cause | None:
+    found = outcome(make.attempt(**({"failed": True, "ended": make.at(-9)} | attempt)), pods, max(1, len(pods)), True)
+    assert found is not None
+    return found.cause
+
+
+@pytest.mark.parametrize(
+    ("pod", "expected", "judged"),
+    [
+        (make.ended_pod(40), Cause.USER_ERROR, "fatal"),
+        (make.ended_pod(41), Cause.BAD_DATA, "fatal"),
+        (make.ended_pod(42), Cause.NON_FINITE, "fatal"),
+        (make.ended_pod(75), Cause.PREEMPTED, "free"),
+        (make.ended_pod(1), Cause.ERROR, "counted"),
+        (make.ended_pod(139), Cause.ERROR, "counted"),
+        (make.ended_pod(137, end_reason="OOMKilled"), Cause.OUT_OF_MEMORY, "counted"),
+        (make.ended_pod(143, disruption="PreemptionByScheduler: preempted"), Cause.DISRUPTED, "free"),
+        (make.ended_pod(137, disruption="DeletionByTaintManager: node is gone"), Cause.DISRUPTED, "free"),
+        (
+            make.ended_pod(137, exit_code=None, reason="Evicted", message="low on resource: memory"),
+            Cause.DISRUPTED,
+            "free",
+        ),
+        (
+            make.ended_pod(
+                137,
+                exit_code=None,
+                reason="Evicted",
+                message="Pod ephemeral local storage usage exceeds the total limit",
+            ),
+            Cause.STORAGE_EXCEEDED,
+            "counted",
+        ),
+        (make.ended_pod(143, reason="Terminated", message="shut down"), Cause.DISRUPTED, "free"),
+        (make.ended_pod(1, exit_code=None, reason="NodeLost"), Cause.DISRUPTED, "free"),
+        (
+            make.ended_pod(1, exit_code=None, reason="UnexpectedAdmissionError", message="no gpu"),
+            Cause.NODE_REJECTED,
+            "counted",
+        ),
+        (make.ended_pod(128, end_reason="StartError"), Cause.START_FAILED, "counted"),
+        (make.ended_pod(137, end_reason="ContainerStatusUnknown"), Cause.DISRUPTED, "free"),
+        (make.ended_pod(143, deleting=True), Cause.DISRUPTED, "free"),
+        (make.ended_pod(1, exit_code=None), Cause.UNKNOWN, "counted"),
+        (make.ended_pod(0, word=None), Cause.NO_RESULT, "counted"),
+    ],
+    ids=str,
+)
+def test_one_pod(pod: PodView, expected: Cause, judged: str) -> None:
+    assert cause(pod) is expected
+    assert verdict(expected) == judged
+
+
+def test_the_code_that_the_trainer_chose_survives_torchrun() -> None:
+    word = TerminationMessage(kind="failure", exit_code=40, message="reward raised")
+    found = outcome(FAILED, (make.ended_pod(1, word=word),), 1, True)
+    assert found is not None
+    assert (found.cause, found.exit_code, found.message) == (Cause.USER_ERROR, 40, "reward raised")
+
+
+def test_a_drained_node_is_the_cause_not_the_peers_that_lost_it() -> None:
+    drained = make.ended_pod(143, index=1, ended=make.at(-10), disruption="EvictionByEvictionAPI: drained")
+    assert cause(make.ended_pod(1, ended=make.at(-15)), drained) is Cause.DISRUPTED
+
+
+def test_a_user_error_beats_everything() -> None:
+    peer = make.ended_pod(143, index=1, disruption="EvictionByEvictionAPI: drained")
+    assert cause(make.ended_pod(40), peer) is Cause.USER_ERROR
+
+
+def test_a_pod_that_was_asked_to_stop_after_another_failed_is_not_the_cause() -> None:
+    peer = make.ended_pod(75, index=1, ended=make.at(-5), deleting=True)
+    assert cause(make.ended_pod(1, ended=make.at(-10)), peer) is Cause.ERROR
+
+
+def test_a_pod_that_was_deleted_first_is_the_cause() -> None:
+    peer = make.ended_pod(1, index=1, ended=make.at(-5))
+    assert cause(make.ended_pod(75, ended=make.at(-10), deleting=True), peer) is Cause.PREEMPTED
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            "Container trainer for pod ns/x-1-0 failed with exit code 40 matching FailJob rule at index 0",
+            Cause.USER_ERROR,
+        ),
+        (
+            "Container trainer for pod ns/x-1-0 failed with exit code 75 matching FailJob rule at index 0",
+            Cause.PREEMPTED,
+        ),
+        ("Pod ns/x-1-0 has condition DisruptionTarget matching FailJob rule at index 1", Cause.DISRUPTED),
+        ("Job has reached the specified backoff limit", Cause.UNKNOWN),
+    ],
+)
+def test_without_pods_the_job_tells_what_it_knows(message: str, expected: Cause) -> None:
+    assert cause(message=message) is expected
+
+
+def test_news_about_pods_are_waited_for_before_the_job_is_asked() -> None:
+    assert outcome(FAILED, (), 1, False) is None
+    assert outcome(FAILED, (), 1, True) is not None
+
+
+def test_several_pods_are_judged_when_all_have_ended() -> None:
+    pods = (make.ended_pod(1), make.running_pod(index=1))
+    assert outcome(make.attempt(), pods, 2, True) is None
+    assert outcome(FAILED, pods, 2, True) is not None
+
+
+def test_pods_stopped_on_purpose_are_no_failure() -> None:
+    assert outcome(make.attempt(deleting=True), (make.ended_pod(75),), 1, True) is None
+    assert outcome(make.attempt(suspended=True), (make.ended_pod(75),), 1, True) is None
+
+
+def test_every_cause_has_one_verdict() -> None:
+    assert {verdict(found) for found in Cause} == {"fatal", "counted", "free"}
