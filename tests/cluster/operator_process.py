@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cluster.api import eventually
@@ -91,6 +92,26 @@ class Operator:
         eventually(ready, "the operator is ready", 60)
         return self
 
+    @contextlib.contextmanager
+    def kept_alive(self) -> Iterator[None]:
+        """Plays a Deployment's part: starts it again when it ended, or says of itself that it is not alive."""
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(0.5):
+                if not self.running or self.probe("/healthz") == 500:
+                    self.kill()
+                    self.start()
+                    ended.wait(2)
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
     def probe(self, path: str) -> int:
         """The status code of the health server's answer; 0 when nobody answers."""
         try:
@@ -153,17 +174,20 @@ class Operators:
 
     def make(self, namespace: str, kubeconfig: Path | None = None, **settings: str) -> Operator:
         """An operator for the namespace alone, not started yet."""
-        if self.shared and self.shared.running:
-            self.shared.stop()
+        self.pause()
         log = self.folder / f"{namespace}-{len(self.own)}.log"
         operator = Operator(self.nursery, kubeconfig or self.kubeconfig, log, [namespace], settings)
         self.own.append(operator)
         return operator
 
-    def close(self) -> None:
-        self.end()
+    def pause(self) -> None:
+        """Stops the shared operator; the next test that asks for it starts it again."""
         if self.shared:
             self.shared.stop()
+
+    def close(self) -> None:
+        self.end()
+        self.pause()
         self.nursery.close()
 
     def end(self) -> None:

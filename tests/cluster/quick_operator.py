@@ -36,6 +36,7 @@ def load() -> None:
     retry.LONGEST_DELAY = 0.5
     follow.QUIET_SECONDS = 1.0
     follow.LOOK_SECONDS = 1.0
+    follow.QUEUE_SECONDS = 1.0
 
 
 def start(arguments: list[str], environment: dict[str, str], log: str) -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +19,10 @@ from cluster.api import ApiError, Object, eventually
 from cluster.faults import Call, FaultyProxy
 from cluster.kubelet import PlayedPod
 from cluster.manifests import result
-from cluster.operator_process import Operator
+from cluster.operator_process import Operator, Operators
 from cluster.scene import Scene
 from cluster.server import Cluster
+from lab.control_plane import free_ports
 from nemo_rl.job import names
 from nemo_rl.job.names import ExitCode
 from nemo_rl.job.status import Cause
@@ -279,3 +283,21 @@ def test_one_life_takes_few_calls(proxy: FaultyProxy, scene: Scene, own_operator
     assert len(status_writes) <= 4, [f"{c.method} {c.path}" for c in calls]
     assert [c.path for c in calls if c.method == "GET" and "x" in c.path.split("/")[-1:]] == []
     assert operator.running
+
+
+def test_command_as_shipped_serves_and_ends_on_sigterm(cluster: Cluster, scene: Scene, operators: Operators) -> None:
+    operators.pause()
+    (health,) = free_ports(1)
+    command = [sys.executable, "-m", "nemo_rl_operator.main", "run", "--namespace", scene.namespace]
+    command += ["--health-port", str(health), "--metrics-port", "0"]
+    environment = os.environ | {"KUBECONFIG": str(cluster.kubeconfig), names.IMAGE_VARIABLE: "localhost/trainer:test"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        scene.submit()
+        assert scene.succeed()["attempt"] == 1
+        process.terminate()
+        output, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    assert "Traceback" not in output

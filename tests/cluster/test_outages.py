@@ -143,13 +143,13 @@ def test_definition_that_is_removed_and_added_again_is_served_again(
     fragile: tuple[Cluster, Kubelet], place: Scene, own_operator: MakeOperator
 ) -> None:
     cluster, _ = fragile
-    own_operator(place.namespace, cluster.kubeconfig).start().wait_ready()
+    operator = own_operator(place.namespace, cluster.kubeconfig).start().wait_ready()
     place.submit("old")
     place.attempt(1, "old").run()
     place.phase("Running", name="old")
-    place.kubectl("delete", "crd", names.CRD_NAME, "--timeout=60s")
-    define(place.api, place.kubectl)
-    operators_job = "new"
-    place.submit(operators_job)
-    assert place.succeed(name=operators_job)["attempt"] == 1
+    with operator.kept_alive():
+        place.kubectl("delete", "crd", names.CRD_NAME, "--timeout=60s")
+        define(place.api, place.kubectl)
+        place.submit("new")
+        assert place.succeed(name="new")["attempt"] == 1
     assert place.api.find(names.PLURAL, place.namespace, "old") is None

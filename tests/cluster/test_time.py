@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import time
 
 import pytest
@@ -165,6 +166,41 @@ def test_job_with_a_queue_is_created_suspended_and_left_to_the_queue(scene: Scen
     eventually(lambda: not pod.alive, "the pod is stopped")
     scene.api.patch("jobs", scene.namespace, names.attempt_job("x", 1), admit)
     assert scene.succeed()["attempt"] == 1
+
+
+def define_workloads(scene: Scene) -> None:
+    """Kueue's resource, without Kueue."""
+    group, schema = "kueue.x-k8s.io", {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    version = {"name": "v1beta1", "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}
+    definition = {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"workloads.{group}"},
+        "spec": {
+            "group": group,
+            "scope": "Namespaced",
+            "names": {"kind": "Workload", "plural": "workloads", "singular": "workload"},
+            "versions": [version],
+        },
+    }
+    scene.kubectl("apply", "-f", "-", stdin=json.dumps(definition))
+    eventually(lambda: "workloads" in scene.kubectl("api-resources", "--api-group", group), "workloads are served")
+
+
+def test_what_the_queue_says_becomes_the_message(scene: Scene) -> None:
+    define_workloads(scene)
+    scene.submit(job_labels={names.LABEL_QUEUE: "team"})
+    scene.phase("Queued")
+    uid = scene.api.get("jobs", scene.namespace, names.attempt_job("x", 1))["metadata"]["uid"]
+    pending = {"type": "QuotaReserved", "status": "False", "message": "insufficient quota for nvidia.com/gpu"}
+    workload = {
+        "apiVersion": "kueue.x-k8s.io/v1beta1",
+        "kind": "Workload",
+        "metadata": {"name": "job-x", "labels": {"kueue.x-k8s.io/job-uid": uid}},
+        "status": {"conditions": [pending]},
+    }
+    scene.kubectl("create", "-f", "-", stdin=json.dumps(workload))
+    assert scene.message("insufficient quota")["phase"] == "Queued"
 
 
 def test_deadline_does_not_run_in_the_queue(scene: Scene) -> None:
