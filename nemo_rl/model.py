@@ -23,9 +23,9 @@ SMALL_HIDDEN_SIZE = 96
 """Below this width a second CPU thread costs more than it brings."""
 
 
-def choose_device() -> torch.device:
-    """Returns the accelerator of this process, or the CPU."""
-    if torch.cuda.is_available():
+def choose_device(gpus_per_node: int = 1) -> torch.device:
+    """Returns the accelerator of this process, or the CPU where there is none or none is wanted."""
+    if gpus_per_node > 0 and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
@@ -164,7 +164,9 @@ class Policy:
             getattr(config, "logits_scaling", None) or 1.0
         )
         if recompute and hasattr(self.causal, "gradient_checkpointing_enable"):
-            self.causal.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers renames the method during its version 5
+            enable = getattr(self.causal, "activation_checkpointing_enable", self.causal.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
             self.causal.enable_input_require_grads()
         self.native: NativeDecoder | None = None
         self.path = self._choose_path()

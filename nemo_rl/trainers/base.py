@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -68,11 +69,12 @@ class Trainer(ABC):
         self.output_dir = Path(output_dir) if output_dir is not None else default_output_dir(config.model, model)
         self.model: Any = model
         self.tokenizer: Any = tokenizer
-        self.device = choose_device()
+        self.device = choose_device(config.resources.gpus_per_node)
         self.current_step = 0
         self.should_stop = False
         self.total_steps = 0
         self._validation_metric: float | None = None
+        self._start_model: Any = None
         self.policy: Policy
         self.optimizer: Optimizer | None = None
 
@@ -299,6 +301,8 @@ class Trainer(ABC):
         if self.model is None:
             self.model = load_model(self._model_name(), self.training, self.device)
         elif not hasattr(self, "policy"):
+            if checkpoint is not None and self.needs_reference:
+                self._start_model = copy.deepcopy(self.model)
             self.model = prepare_model(self.model, self.training, self.device)
         if checkpoint is not None:
             store.load_model_weights(checkpoint, self.model)
@@ -308,9 +312,18 @@ class Trainer(ABC):
         if checkpoint is not None:
             store.load_optimizer(checkpoint, self.optimizer.adamw)
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether training compares the model with the one it started from."""
+        return False
+
     def initial_policy(self) -> Policy:
         """Returns a frozen policy with the weights that training started from."""
-        model = load_model(self._model_name(), self.training.model_copy(update={"lora_rank": None}), self.device)
+        training = self.training.model_copy(update={"lora_rank": None})
+        if self._start_model is not None:
+            model = prepare_model(self._start_model, training, self.device)
+        else:
+            model = load_model(self._model_name(), training, self.device)
         return Policy(model.requires_grad_(False), self.training.precision)
 
     def _save(self, store: CheckpointStore, metrics: dict[str, Any], validation: Prepared | None) -> Path:

@@ -23,6 +23,10 @@ class DPOTrainer(Trainer):
 
     algorithm = "dpo"
 
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
     def _start(self, data: Prepared, validation: Prepared | None) -> None:
         policy = self.policy if self.current_step == 0 else self.initial_policy()
         self.reference = self._reference(policy, data.examples)

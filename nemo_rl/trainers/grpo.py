@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nemo_rl.advantages import group_advantages
+from nemo_rl.api.keywords import LIVE_REWARD
 from nemo_rl.data.prepare import Prepared, PromptExample
 from nemo_rl.environments.runner import RewardCall, RewardOutcome, RewardRunner, preflight
 from nemo_rl.environments.signature import bind_rewards
@@ -181,7 +182,7 @@ class GRPOTrainer(Trainer):
 
     def _bind(self, data: Prepared, validation: Prepared | None, reward_fn: Any, reward_weights: Any) -> None:
         spec = self.config.reward
-        if reward_fn is None and spec is not None:
+        if reward_fn is None and spec is not None and spec.function != LIVE_REWARD:
             from nemo_rl.environments.load import load_reward
 
             reward_fn = load_reward(spec, {})
@@ -207,9 +208,7 @@ class GRPOTrainer(Trainer):
             settings.top_k,
             settings.top_p,
         )
-        self.reference: Policy | None = None
-        if settings.beta > 0 and self.training.lora_rank is None:
-            self.reference = self.initial_policy()
+        self.reference = self.initial_policy() if self.needs_reference else None
         self.runner.should_stop = lambda: self.signals.requested
         self.runner.start()
         rows = data.examples[:PREFLIGHT_ROWS]
@@ -217,6 +216,10 @@ class GRPOTrainer(Trainer):
             self.runner, [self._calls(row, [""], 0)[0] for row in rows], on_error=self.runner.on_error
         ):
             self.display.note(warning)
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.settings.beta > 0 and self.training.lora_rank is None
 
     def initial_policy(self) -> Policy:
         if self.current_step == 0:

@@ -1,0 +1,341 @@
+"""What training does: models learn, runs repeat, callbacks see it, rewards may fail, the best checkpoint is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nemo_rl
+from nemo_rl.errors import RewardError, TrainingInterrupted
+
+QUIET: dict[str, Any] = {"backend": "local", "log_level": "warning"}
+PROMPTS = [{"prompt": f"{i}="} for i in range(10, 26)]
+SHORT_GRPO: dict[str, Any] = {
+    "batch_size": 4,
+    "num_generations_per_prompt": 4,
+    "max_new_tokens": 6,
+    "learning_rate": 1e-3,
+}
+
+
+def share_of_a(prompt: str, response: str) -> float:
+    return response.count("a") / 6
+
+
+def weights(result: nemo_rl.TrainResult) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in result.trainer.model.parameters()])
+
+
+def untimed(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if not k.endswith(("_seconds", "_per_second"))} for row in history]
+
+
+def test_grpo_learns_to_emit_a_wanted_token(tiny_model: str, tmp_path: Path) -> None:
+    result = nemo_rl.train(
+        tiny_model,
+        PROMPTS,
+        share_of_a,
+        max_steps=40,
+        max_epochs=40,
+        batch_size=8,
+        num_generations_per_prompt=8,
+        max_new_tokens=6,
+        learning_rate=1e-2,
+        output_dir=tmp_path,
+        **QUIET,
+    )
+    assert result.history[0]["reward"] < 0.3
+    assert result.history[-1]["reward"] > 0.9
+
+
+def test_sft_memorises_sixteen_pairs(tiny_model: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}=", "completion": f"{i * 7 % 100}"} for i in range(16)]
+    result = nemo_rl.train(
+        tiny_model,
+        rows,
+        algorithm="sft",
+        max_steps=150,
+        max_epochs=150,
+        batch_size=16,
+        learning_rate=1e-2,
+        output_dir=tmp_path,
+        **QUIET,
+    )
+    assert result.metrics["loss"] < 0.1
+
+
+def test_dpo_separates_all_pairs(tiny_model: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}=", "chosen": "ab", "rejected": f"c{i % 5}"} for i in range(32)]
+    result = nemo_rl.train(
+        tiny_model,
+        rows,
+        algorithm="dpo",
+        max_steps=20,
+        max_epochs=20,
+        batch_size=32,
+        learning_rate=1e-3,
+        output_dir=tmp_path,
+        **QUIET,
+    )
+    assert result.history[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert result.metrics["preference_accuracy"] == 1.0
+
+
+def test_equal_seeds_give_equal_runs_and_other_seeds_do_not(tiny_model: str, tmp_path: Path) -> None:
+    runs = [
+        nemo_rl.train(
+            tiny_model, PROMPTS, share_of_a, max_steps=3, seed=seed, output_dir=tmp_path / name, **SHORT_GRPO, **QUIET
+        )
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    assert torch.equal(weights(runs[0]), weights(runs[1]))
+    assert untimed(runs[0].history) == untimed(runs[1].history)
+    assert not torch.equal(weights(runs[0]), weights(runs[2]))
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "sft", "dpo"])
+def test_the_token_budget_never_changes_what_is_learned(algorithm: str, tiny_model: str, tmp_path: Path) -> None:
+    rows: list[dict[str, str]] = PROMPTS
+    if algorithm == "sft":
+        rows = [{"prompt": f"{i}=", "completion": "ab" * (1 + i % 5)} for i in range(16)]
+    if algorithm == "dpo":
+        rows = [{"prompt": f"{i}=", "chosen": "ab" * (1 + i % 5), "rejected": "c"} for i in range(16)]
+    extra = SHORT_GRPO if algorithm == "grpo" else {"batch_size": 8, "learning_rate": 1e-3}
+    found = [
+        weights(
+            nemo_rl.train(
+                tiny_model,
+                rows,
+                share_of_a if algorithm == "grpo" else None,
+                algorithm=algorithm,
+                max_steps=1,
+                tokens_per_microbatch=budget,
+                output_dir=tmp_path / str(budget),
+                **extra,
+                **QUIET,
+            )
+        )
+        for budget in (1, 40, 100_000)
+    ]
+    # one AdamW step moves a weight by the learning rate whatever its gradient: tiny gradients amplify rounding
+    for other in found[1:]:
+        assert torch.quantile((other - found[0]).abs(), 0.99) < 1e-6
+
+
+class Recorder(nemo_rl.Callback):
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def on_train_begin(self, trainer: Any) -> None:
+        self.calls.append(("train_begin",))
+
+    def on_epoch_begin(self, trainer: Any, epoch: int) -> None:
+        self.calls.append(("epoch_begin", epoch))
+
+    def on_step_begin(self, trainer: Any, step: int) -> None:
+        self.calls.append(("step_begin", step))
+
+    def on_step_end(self, trainer: Any, step: int, metrics: dict[str, Any]) -> None:
+        assert trainer.current_step == step == metrics["step"]
+        self.calls.append(("step_end", step))
+
+    def on_epoch_end(self, trainer: Any, epoch: int, metrics: dict[str, Any]) -> None:
+        self.calls.append(("epoch_end", epoch))
+
+    def on_train_end(self, trainer: Any, result: Any) -> None:
+        self.calls.append(("train_end", result.total_steps))
+
+
+SFT_ROWS = [{"prompt": f"{i}=", "completion": "ab"} for i in range(6)]
+SHORT_SFT: dict[str, Any] = {"algorithm": "sft", "batch_size": 4, "learning_rate": 1e-3}
+
+
+def test_callbacks_see_steps_from_one_epochs_from_zero_and_the_truncated_epoch(tiny_model: str, tmp_path: Path) -> None:
+    recorder = Recorder()
+    nemo_rl.train(
+        tiny_model, SFT_ROWS, max_steps=3, max_epochs=5, callbacks=[recorder], output_dir=tmp_path, **SHORT_SFT, **QUIET
+    )
+    steps = [[("step_begin", i), ("step_end", i)] for i in (1, 2, 3)]
+    assert recorder.calls == [
+        ("train_begin",),
+        ("epoch_begin", 0),
+        *steps[0],
+        *steps[1],
+        ("epoch_end", 0),
+        ("epoch_begin", 1),
+        *steps[2],
+        ("epoch_end", 1),
+        ("train_end", 3),
+    ]
+
+
+def test_a_callback_ends_the_run_and_the_last_step_is_saved(tiny_model: str, tmp_path: Path) -> None:
+    class Stop(nemo_rl.Callback):
+        def on_step_end(self, trainer: Any, step: int, metrics: dict[str, Any]) -> None:
+            trainer.should_stop = step == 2
+
+    result = nemo_rl.train(
+        tiny_model, SFT_ROWS, max_steps=9, max_epochs=9, callbacks=[Stop()], output_dir=tmp_path, **SHORT_SFT, **QUIET
+    )
+    assert result.total_steps == 2
+    assert result.checkpoint_path is not None
+    assert result.checkpoint_path.endswith("step-00000002")
+
+
+def test_best_is_the_checkpoint_with_the_best_validation(tiny_model: str, tmp_path: Path) -> None:
+    result = nemo_rl.train(
+        tiny_model,
+        SFT_ROWS,
+        validation_dataset=[{"prompt": "1=", "completion": "c"}],  # gets worse as training goes on
+        max_steps=6,
+        max_epochs=6,
+        save_every=2,
+        keep_checkpoints=1,
+        output_dir=tmp_path,
+        **(SHORT_SFT | {"learning_rate": 1e-2}),
+        **QUIET,
+    )
+    losses = {row["step"]: row["validation_loss"] for row in result.history if "validation_loss" in row}
+    best = min(losses, key=losses.__getitem__)
+    assert result.checkpoint_path is not None
+    assert result.checkpoint_path.endswith(f"step-{best:08d}")
+    assert best < 6
+
+
+def test_a_signal_in_the_middle_of_generation_saves_and_the_same_call_goes_on(tiny_model: str, tmp_path: Path) -> None:
+    class Terminate(nemo_rl.Callback):
+        def on_step_begin(self, trainer: Any, step: int) -> None:
+            if step == 3 and trainer.output_dir == tmp_path / "run":
+                original = trainer.tokenizer.batch_decode
+
+                def batch_decode(*args: Any, **kwargs: Any) -> Any:  # called when a group is done, others are not
+                    trainer.tokenizer.batch_decode = original
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return original(*args, **kwargs)
+
+                trainer.tokenizer.batch_decode = batch_decode
+
+    def run(folder: str, callbacks: list[Any]) -> nemo_rl.TrainResult:
+        return nemo_rl.train(
+            tiny_model,
+            PROMPTS,
+            share_of_a,
+            max_steps=4,
+            callbacks=callbacks,
+            output_dir=tmp_path / folder,
+            **SHORT_GRPO,
+            **QUIET,
+        )
+
+    with pytest.raises(TrainingInterrupted) as stopped:
+        run("run", [Terminate()])
+    assert stopped.value.step == 2
+    assert stopped.value.checkpoint_path is not None
+    resumed, unbroken = run("run", []), run("unbroken", [])
+    assert torch.equal(weights(resumed), weights(unbroken))
+    assert untimed(resumed.history) == untimed(unbroken.history)
+
+
+def failing(prompt: str, response: str) -> float:
+    if prompt == "11=":
+        raise RuntimeError("no score for eleven")
+    return float(len(response))
+
+
+@pytest.mark.parametrize("policy", ["zero", "drop"])
+def test_failing_rewards_are_counted_and_the_run_goes_on(policy: str, tiny_model: str, tmp_path: Path) -> None:
+    result = nemo_rl.train(
+        tiny_model, PROMPTS, failing, max_steps=4, on_reward_error=policy, output_dir=tmp_path, **SHORT_GRPO, **QUIET
+    )
+    assert sum(row["reward_errors"] for row in result.history) == 4
+    hit = next(row for row in result.history if row["reward_errors"])
+    whole = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
+    assert whole
+    assert hit["reward"] > 0
+
+
+def test_a_raising_reward_ends_the_run_with_the_users_traceback(tiny_model: str, tmp_path: Path) -> None:
+    with pytest.raises(RewardError, match="no score for eleven") as failed:
+        nemo_rl.train(tiny_model, PROMPTS, failing, max_steps=4, output_dir=tmp_path, **SHORT_GRPO, **QUIET)
+    assert 'raise RuntimeError("no score for eleven")' in failed.value.traceback
+
+
+def test_a_hanging_reward_ends_the_run_within_its_time(tiny_model: str, tmp_path: Path) -> None:
+    def hangs(prompt: str, response: str) -> float:
+        while True:
+            pass
+
+    begin = time.monotonic()
+    with pytest.raises(RewardError, match=r"0\.5"):
+        nemo_rl.train(
+            tiny_model, PROMPTS, hangs, max_steps=4, reward_timeout=0.5, output_dir=tmp_path, **SHORT_GRPO, **QUIET
+        )
+    assert time.monotonic() - begin < 60  # it ended at all; the limit itself is tested with the runner
+
+
+def test_the_reference_of_a_resumed_run_is_the_model_at_its_start(tiny_model: str, tmp_path: Path) -> None:
+    class Stop(nemo_rl.Callback):
+        def on_step_begin(self, trainer: Any, step: int) -> None:
+            if step == 3 and trainer.output_dir.name == "broken":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def run(folder: str, callbacks: list[Any]) -> nemo_rl.TrainResult:
+        return nemo_rl.train(
+            tiny_model,
+            PROMPTS,
+            share_of_a,
+            max_steps=4,
+            beta=0.5,
+            callbacks=callbacks,
+            output_dir=tmp_path / folder,
+            **SHORT_GRPO,
+            **QUIET,
+        )
+
+    with pytest.raises(TrainingInterrupted):
+        run("broken", [Stop()])
+    resumed, unbroken = run("broken", []), run("unbroken", [])
+    assert untimed(resumed.history) == untimed(unbroken.history)
+    assert unbroken.history[-1]["kl"] > 0
+
+
+def test_adapters_train_and_the_checkpoint_holds_the_merged_model(tiny_model: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    pytest.importorskip("peft")
+    result = nemo_rl.train(
+        tiny_model, PROMPTS, share_of_a, max_steps=2, lora_rank=4, beta=0.1, output_dir=tmp_path, **SHORT_GRPO, **QUIET
+    )
+    assert result.checkpoint_path is not None
+    merged, start = (
+        AutoModelForCausalLM.from_pretrained(result.checkpoint_path),
+        AutoModelForCausalLM.from_pretrained(tiny_model),
+    )
+    moved = [
+        name
+        for (name, a), b in zip(merged.named_parameters(), start.parameters(), strict=True)
+        if not torch.equal(a, b)
+    ]
+    assert moved
+    assert all("proj" in name for name in moved)
+
+
+def test_several_updates_from_one_rollout_clip_by_the_ratio(tiny_model: str, tmp_path: Path) -> None:
+    result = nemo_rl.train(
+        tiny_model,
+        PROMPTS,
+        share_of_a,
+        max_steps=3,
+        num_iterations=4,
+        output_dir=tmp_path,
+        **(SHORT_GRPO | {"learning_rate": 2e-2}),
+        **QUIET,
+    )
+    assert max(row["clip_fraction"] for row in result.history) > 0
