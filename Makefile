@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
-.PHONY: help demo test test-cluster e2e bench lint lab-up lab-down lab-status clean
+.PHONY: help demo test test-cluster bench lint images lab-up lab-down lab-status clean
 help:            ## list the commands
 	@grep -E '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 16
 
@@ -12,7 +12,7 @@ demo: $(VENV)/.demo            ## train a tiny model here: SFT, then GRPO; no cl
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev            ## unit tests; needs no cluster and no GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-cluster: $(VENV)/.dev            ## the operator against a real API server (built once from Go modules, or KUBECONFIG)
 	$(BIN)/python -m pytest tests/cluster
