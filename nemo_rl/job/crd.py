@@ -189,6 +189,15 @@ PREFIX_RULE = _rule(
     f"keys that start with {names.GROUP}/ or batch.kubernetes.io/ are set by the operator; use another key",
 )
 
+KEY_RULE = _rule(
+    "self.all(k, k.matches('^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$'))",
+    "keys have at most 63 letters, digits, '-', '_' and '.', after an optional prefix such as example.org/",
+)
+VALUE_RULE = _rule(
+    "self.all(k, self[k].matches('^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$'))",
+    "values have at most 63 letters, digits, '-', '_' and '.', and begin and end with a letter or digit",
+)
+
 RULES: dict[str, list[Schema]] = {
     "dataset": [_exactly_one("name", "inline", "path")],
     "validationDataset": [_exactly_one("name", "inline", "path")],
@@ -210,8 +219,9 @@ RULES: dict[str, list[Schema]] = {
             ".value",
         ),
     ],
-    "labels": [PREFIX_RULE],
-    "annotations": [PREFIX_RULE],
+    "labels": [PREFIX_RULE, KEY_RULE, VALUE_RULE],
+    "annotations": [PREFIX_RULE, KEY_RULE],
+    "nodeSelector": [KEY_RULE, VALUE_RULE],
 }
 """CEL rules of sections, by path within the spec."""
 

@@ -30,6 +30,12 @@ class Section(BaseModel):
     )
 
 
+ObjectName = Annotated[
+    str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$", max_length=253)
+]
+"""Name of an object of the cluster: lower-case letters, digits, '-' and '.'."""
+
+
 class DatasetSpec(Section):
     """Where the rows come from. Exactly one of name, inline, path."""
 
@@ -115,7 +121,7 @@ class BundleSpec(Section):
     """Name by which reward, callbacks, dataset and model refer to it."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """SHA-256 of the whole archive; the pod checks it before it unpacks."""
-    config_maps: Annotated[list[Annotated[str, Field(min_length=1, max_length=253)]], Field(min_length=1, max_length=32)]
+    config_maps: Annotated[list[ObjectName], Field(min_length=1, max_length=32)]
     """Names of the ConfigMaps that hold the parts, in order."""
     python: Annotated[str, Field(pattern=r"^3\.\d+$")] | None = None
     """Python minor version that the bundle needs; only where it holds pickles."""
@@ -253,11 +259,11 @@ Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|
 class OutputSpec(Section):
     """Where checkpoints and metrics are kept on the cluster."""
 
-    claim: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    claim: ObjectName | None = None
     """Existing PersistentVolumeClaim to write to. Default: one is made for the job."""
     size: Quantity = "20Gi"
     """Size of the claim that is made. Default 20Gi."""
-    storage_class_name: Annotated[str, Field(max_length=253)] | None = None
+    storage_class_name: ObjectName | None = None
     """StorageClass of that claim. Default: the cluster's default."""
     access_mode: Literal["ReadWriteOnce", "ReadWriteMany", "ReadWriteOncePod"] | None = None
     """Access mode of that claim. Default ReadWriteOnce for one node, ReadWriteMany for several."""
@@ -270,7 +276,7 @@ class OutputSpec(Section):
 class CacheSpec(Section):
     """A claim for hub downloads, shared by attempts and jobs."""
 
-    claim: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    claim: ObjectName | None = None
     """Existing PersistentVolumeClaim, mounted at /cache. Default: an emptyDir of the pod."""
 
 
@@ -292,9 +298,9 @@ class ResourcesSpec(Section):
 class SecretKeyRef(Section):
     """One key of a Secret in the job's namespace."""
 
-    name: Annotated[str, Field(min_length=1, max_length=253)]
+    name: ObjectName
     """Name of the Secret."""
-    key: Annotated[str, Field(min_length=1, max_length=253)]
+    key: Annotated[str, Field(pattern=r"^[-._a-zA-Z0-9]+$", max_length=253)]
     """Key within the Secret."""
     optional: bool = False
     """Start even if it does not exist. Default false."""
@@ -327,7 +333,7 @@ class EnvVar(Section):
 class LocalReference(Section):
     """A Secret of the job's namespace, by name."""
 
-    name: Annotated[str, Field(min_length=1, max_length=253)]
+    name: ObjectName
     """Name of the Secret."""
 
 
@@ -394,7 +400,7 @@ class RLTrainingJobSpec(Section):
     """When the image is pulled. Default IfNotPresent."""
     image_pull_secrets: Annotated[list[LocalReference], Field(max_length=16)] = []
     """Secrets for the image's registry. Default none."""
-    service_account_name: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    service_account_name: ObjectName | None = None
     """Service account of the pods; its token is never mounted. Default: the namespace's default."""
     env: Annotated[list[EnvVar], Field(max_length=128)] = []
     """Environment variables of the trainer. Default none."""
@@ -406,9 +412,9 @@ class RLTrainingJobSpec(Section):
     """Taints that the pods tolerate. Default none."""
     affinity: dict[str, Any] | None = None
     """Affinity of the pods, as in the core API. Default none."""
-    priority_class_name: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    priority_class_name: ObjectName | None = None
     """PriorityClass of the pods. Default none."""
-    scheduler_name: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    scheduler_name: ObjectName | None = None
     """Scheduler of the pods. Default the cluster's default scheduler."""
     labels: Labels = {}
     """Further labels of the pods. Default none."""

@@ -81,7 +81,8 @@ class Api:
             await self._session.close()
 
     async def create(self, kind: Kind, namespace: str, body: Object) -> Object:
-        return await self._call("POST", kind, namespace, body=body)
+        """Make it. Unknown fields, which can come from a job's affinity, are refused rather than dropped."""
+        return await self._call("POST", kind, namespace, params={"fieldValidation": "Strict"}, body=body)
 
     async def get(self, kind: Kind, namespace: str, name: str) -> Object | None:
         """The object; None where there is none."""

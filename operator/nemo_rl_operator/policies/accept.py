@@ -14,7 +14,7 @@ def refuse_invalid(turn: Turn) -> bool:
     """The API server checks most of it; what slips past its schema ends here, for a spec cannot be corrected later."""
     if turn.seen.spec is not None:
         turn.status.gpus = turn.spec.resources.nodes * turn.spec.resources.gpus_per_node
-        if turn.seen.blocked is None or not turn.seen.blocked.conflict:
+        if turn.seen.blocked is None or not (turn.seen.blocked.conflict or turn.seen.blocked.fatal):
             turn.condition("Accepted", True, reasons.ACCEPTED, reasons.ACCEPTED_MESSAGE)
         return False
     turn.condition("Accepted", False, Cause.INVALID_SPEC, turn.seen.problem)
@@ -28,6 +28,7 @@ def report_block(turn: Turn) -> bool:
     if blocked is None:
         return False
     if blocked.fatal:
+        turn.condition("Accepted", False, Cause.INVALID_SPEC, blocked.message)
         turn.fail(Cause.INVALID_SPEC, blocked.message)
         return True
     if blocked.conflict:
