@@ -24,8 +24,8 @@ _USER_CODE = "in the job's own code: "
 _CALLBACK = "in callback "
 _MEMORY = ("DefaultCPUAllocator: can't allocate memory", "Unable to allocate", "CUDA out of memory", "std::bad_alloc")
 _DISK = "No space left on device"
-_NETWORK = ("httpx", "httpcore", "requests", "urllib3", "aiohttp", "socket", "ssl")
-"""Modules whose errors mean that another machine was not reached."""
+_NETWORK = ("httpx", "httpcore", "requests.", "urllib3.", "aiohttp.", "socket", "ssl")
+"""What the names of modules begin with whose errors mean that another machine was not reached (httpx2 is one)."""
 
 
 # --- what an error means
@@ -80,13 +80,17 @@ def _is_disk(error: BaseException) -> bool:
 
 
 def _is_network(error: BaseException) -> bool:
-    """Anything in the chain of causes came from the network; a server's clear answer (4xx) is none of its faults."""
+    """Whether another machine was not reached, or was in trouble, somewhere in the chain of causes.
+
+    A server's clear answer (4xx) is no such thing, and neither is a hub that was switched off by HF_HUB_OFFLINE.
+    """
     for part in _chain(error):
-        response = getattr(part, "response", None)
-        status = getattr(response, "status_code", None)
-        if status is not None and 400 <= status < 500 and status != 429:
+        status = getattr(getattr(part, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status == 429 or status >= 500
+        if type(part).__name__ == "OfflineModeIsEnabled":
             return False
-        if isinstance(part, ConnectionError | TimeoutError) or type(part).__module__.split(".")[0] in _NETWORK:
+        if isinstance(part, ConnectionError | TimeoutError) or type(part).__module__.startswith(_NETWORK):
             return True
     return False
 
