@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 VOCABULARY = 151_936
 
 PROGRAM = """
@@ -34,6 +36,7 @@ print(json.dumps([bytes_per_token("packed", 512), bytes_per_token("hidden", 512)
 """.replace("VOCABULARY", str(VOCABULARY))
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_tokens_times_vocabulary():
     # one arena and no cached free memory: the peak is then that of the live tensors
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}

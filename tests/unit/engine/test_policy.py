@@ -18,6 +18,7 @@ LENGTHS = (3, 17, 9, 9, 26, 2, 12)
 
 # the same function in another order of sums; where float32 itself is no nearer to float64, more cannot be asked
 EXACT = 2e-6
+INVARIANT = 1e-6
 
 
 def policy_of(model: nn.Module, path: str | None = None, precision: str = "fp32", **options: Any) -> Policy:
@@ -157,7 +158,7 @@ def test_each_log_probability_is_that_of_transformers(model_of, family: str):
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "gemma2"])
 def test_the_token_budget_never_changes_the_gradient(model_of, family: str, budget: int):
     policy, sequences = policy_of(model_of(family)), some_sequences()
-    assert_same(of_policy(policy, sequences, budget=budget), of_policy(policy, sequences, budget=60))
+    assert_same(of_policy(policy, sequences, budget=budget), of_policy(policy, sequences, budget=60), INVARIANT)
 
 
 @pytest.mark.parametrize("views", [1, 2, 3, 50])
@@ -166,13 +167,13 @@ def test_padding_never_changes_the_gradient(model_of, monkeypatch, family: str, 
     policy, sequences = policy_of(model_of(family)), some_sequences()
     expected = of_policy(policy, sequences)
     monkeypatch.setattr("nemo_rl.packing.ATTENTION_VIEWS", views)
-    assert_same(of_policy(policy, sequences), expected)
+    assert_same(of_policy(policy, sequences), expected, INVARIANT)
 
 
 def test_sharing_a_prompt_never_changes_the_gradient(model_of):
     policy, sequences = policy_of(model_of("qwen2")), some_sequences()
     apart = [TokenSequence(s.ids, s.first_target, s.mask) for s in sequences]
-    assert_same(of_policy(policy, sequences), of_policy(policy, apart))
+    assert_same(of_policy(policy, sequences), of_policy(policy, apart), INVARIANT)
 
 
 def test_the_order_of_sequences_never_changes_the_loss(model_of):
