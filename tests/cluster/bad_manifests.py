@@ -129,6 +129,7 @@ BAD = [
     bad("affinity without an end", "affinity", affinity=deep(30)),
     bad("label value with spaces", "labels", labels={"team": "not a label value"}),
     bad("selector of no label", "nodeSelector", nodeSelector={"a b": "c"}),
+    bad("claim of no name", "claim", output={"claim": "Not A Name"}),
     bad("service account of no name", "serviceAccountName", serviceAccountName="Not A Name"),
     # names
     bad("name too long for its children", "at most 50 characters", name=LONG),
