@@ -11,7 +11,7 @@ from typing import Any
 _WATCHED = (signal.SIGTERM, signal.SIGINT)
 
 
-class Interrupted(Exception):  # noqa: N818 — not an error
+class Interrupted(Exception):
     """A stop was requested; raised by `StopSignals.check` between two steps of work. `signal` is its name."""
 
     def __init__(self, signal_name: str) -> None:
