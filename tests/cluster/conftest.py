@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +12,9 @@ import pytest
 from cluster.kubelet import Kubelet
 from cluster.operator_process import Operator, Operators
 from cluster.scene import Scene
-from cluster.server import Cluster, serve
+from cluster.server import Cluster, external_kubeconfig, serve
+from lab import programs
+from lab.settings import LabError
 from nemo_rl.job import names
 
 
@@ -18,6 +22,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.cluster)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Compiles the programs that are missing, before the time limits of single tests begin to count."""
+    ours = any(Path(__file__).parent in item.path.parents for item in session.items)
+    if ours and not session.config.option.collectonly and shutil.which("go") and not external_kubeconfig():
+        # what goes wrong here is reported by the fixture
+        with contextlib.suppress(LabError):
+            programs.ensure(programs.CONTROL_PLANE)
 
 
 @pytest.fixture(scope="session")

@@ -33,9 +33,8 @@ class Cluster:
 @contextmanager
 def serve(folder: Path) -> Iterator[Cluster]:
     """A cluster with the resource defined; the keys, data and logs of a control plane of its own lie in the folder."""
-    external = os.environ.get("NEMO_RL_TEST_KUBECONFIG")
-    if external:
-        kubeconfig = Path(external)
+    kubeconfig = external_kubeconfig()
+    if kubeconfig:
         kubectl = run_kubectl(Path(shutil.which("kubectl") or programs.path("kubectl")), kubeconfig, folder / "cache")
         define(Api(kubeconfig), kubectl)
         yield Cluster(Api(kubeconfig), kubectl, kubeconfig, None)
@@ -49,6 +48,11 @@ def serve(folder: Path) -> Iterator[Cluster]:
         yield Cluster(Api(plane.kubeconfig), kubectl, plane.kubeconfig, plane)
     finally:
         plane.stop()
+
+
+def external_kubeconfig() -> Path | None:
+    named = os.environ.get("NEMO_RL_TEST_KUBECONFIG")
+    return Path(named) if named else None
 
 
 def need_programs() -> None:

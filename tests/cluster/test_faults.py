@@ -80,6 +80,7 @@ def assert_one_job_for_each_attempt(scene: Scene, attempts: int) -> None:
     eventually(lambda: not live(), "no Job is live")
 
 
+@pytest.mark.timeout(900)
 def test_kill_9_between_any_two_calls_changes_nothing(
     cluster: Cluster, new_scene: Callable[[str], Scene], own_operator: MakeOperator, tmp_path: Path
 ) -> None:
