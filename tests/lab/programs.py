@@ -76,7 +76,7 @@ def ensure(names: Iterable[str]) -> None:
 
 def _build_one(name: str) -> None:
     if not shutil.which("go"):
-        raise LabError(f"{name} is not in {path(name).parent} and Go is not installed; install Go 1.25 or newer")
+        raise LabError(f"{name} is not in {path(name).parent} and Go is not installed; install Go 1.26 or newer")
     module, package, folder = PROGRAMS[name]
     flags = "-s -w" + "".join(f" -X {entry}" for entry in _stamps(module))
     folder.mkdir(parents=True, exist_ok=True)
