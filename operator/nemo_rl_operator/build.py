@@ -122,8 +122,11 @@ def attempt_job(resource: Resource, spec: RLTrainingJobSpec, number: int, image:
 
 
 def _failure_rules() -> list[Object]:
-    """All end the Job; the rule that matched stays in the Job's condition when the pods are gone."""
-    codes = sorted(code for code in ExitCode if code)
+    """All end the Job; the rule that matched stays in the Job's condition when the pods are gone.
+
+    Not the code of a saved checkpoint: pods that end because Kueue suspends the Job must not make it fail.
+    """
+    codes = sorted(code for code in ExitCode if code not in (ExitCode.DONE, ExitCode.PREEMPTED))
     return [
         {
             "action": "FailJob",

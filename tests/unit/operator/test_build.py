@@ -40,7 +40,7 @@ def test_a_job_never_retries_by_itself() -> None:
     )
     rules = spec["podFailurePolicy"]["rules"]
     assert {rule["action"] for rule in rules} == {"FailJob"}
-    assert rules[0]["onExitCodes"]["values"] == [40, 41, 42, 75]
+    assert rules[0]["onExitCodes"]["values"] == [40, 41, 42]
     assert spec["template"]["spec"]["restartPolicy"] == "Never"
 
 

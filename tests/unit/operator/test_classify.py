@@ -101,10 +101,6 @@ def test_a_pod_that_was_deleted_first_is_the_cause() -> None:
             "Container trainer for pod ns/x-1-0 failed with exit code 40 matching FailJob rule at index 0",
             Cause.USER_ERROR,
         ),
-        (
-            "Container trainer for pod ns/x-1-0 failed with exit code 75 matching FailJob rule at index 0",
-            Cause.PREEMPTED,
-        ),
         ("Pod ns/x-1-0 has condition DisruptionTarget matching FailJob rule at index 1", Cause.DISRUPTED),
         ("Job has reached the specified backoff limit", Cause.UNKNOWN),
     ],
