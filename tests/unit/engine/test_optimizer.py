@@ -91,6 +91,21 @@ def test_a_step_is_torchs_clipping_and_adamw(scale: float, bound: float | None):
             assert a.grad is None
 
 
+@pytest.mark.parametrize("times", [0.5, 1.1, 1.5, 40.0])
+def test_the_clipped_gradient_is_what_adamw_gets(times: float):
+    """Seen in its first moment: the update itself hardly depends on the scale of the gradient."""
+    parameters = some_parameters()
+    optimizer = Optimizer(parameters, TrainingSpec(max_grad_norm=0.7, adam_beta1=0.5))
+    set_gradients(parameters)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters]).item()
+    for parameter in parameters:
+        parameter.grad *= 0.7 * times / norm
+    expected = [0.5 * p.grad / max(times, 1.0) for p in parameters]
+    assert optimizer.step(0.1) == pytest.approx(0.7 * times, rel=1e-5)
+    for parameter, moment in zip(parameters, expected, strict=True):
+        assert torch.allclose(optimizer.adamw.state[parameter]["exp_avg"], moment, rtol=1e-5)
+
+
 def test_biases_and_norms_do_not_decay():
     matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
     optimizer = Optimizer([matrix, vector], TrainingSpec(weight_decay=0.5))
