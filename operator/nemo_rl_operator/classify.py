@@ -12,7 +12,7 @@ from typing import Literal
 
 from nemo_rl.job.names import ExitCode
 from nemo_rl.job.status import Cause, TerminationMessage
-from nemo_rl_operator.observe import AttemptView, PodView
+from nemo_rl_operator.observe import AttemptView, PodView, newest
 
 Verdict = Literal["fatal", "counted", "free"]
 
@@ -55,19 +55,22 @@ class Outcome:
 def outcome(attempt: AttemptView, pods: tuple[PodView, ...], nodes: int, settled: bool) -> Outcome | None:
     """How the attempt ended, or None while that is not known yet.
 
-    Success is index 0's alone. A failure of a single pod is final at once; of several, all must have ended first
-    (the Job's Failed condition says so), for the first to fail is often not the cause. `settled` says that the Job
-    failed some seconds ago, so that no news about its pods can still be on the way.
+    Success is index 0's alone. A failure of a single pod is final at once, unless somebody deleted the pod: Kueue
+    may have suspended the Job and resumed it already, and then another pod takes its place. Of several pods, all must
+    have ended first (the Job's Failed condition says so), for the first to fail is often not the cause. `settled`
+    says that the Job failed some seconds ago, so that no news about its pods can still be on the way.
     """
-    first = next((pod for pod in reversed(pods) if pod.index == 0), None)
+    pods = newest(pods)
+    first = next((pod for pod in pods if pod.index == 0), None)
     if first and first.phase == "Succeeded":
         return _success(first)
     if attempt.complete and first is None:
         return Outcome(None, ended=attempt.ended)
     if attempt.deleting or attempt.suspended:
         return None
-    failures = [found for pod in pods if pod.phase == "Failed" and (found := _failure(pod))]
-    if failures and (attempt.failed or nodes == 1):
+    failed = [pod for pod in pods if pod.phase == "Failed"]
+    failures = [_failure(pod) for pod in failed]
+    if failures and (attempt.failed or (nodes == 1 and not any(pod.deleting for pod in failed))):
         return min(failures, key=lambda found: found[0])[1]
     return _from_job(attempt) if attempt.failed and settled else None
 

@@ -254,6 +254,12 @@ def parse_spec(text: str) -> tuple[RLTrainingJobSpec | None, str]:
         return None, "; ".join(found)[:900]
 
 
+def newest(pods: tuple[PodView, ...]) -> tuple[PodView, ...]:
+    """Of each index the newest pod: a Job that was suspended and resumed has older ones, which do not count."""
+    ordered = sorted(pods, key=lambda p: (p.index, p.created, not p.terminal, p.name))
+    return tuple({pod.index: pod for pod in ordered}.values())
+
+
 def _foreign(pod: PodView, job: AttemptView | None) -> bool:
     """Whether a pod carries our labels but was not made by the attempt's Job."""
     return job is not None and pod.controller != job.uid

@@ -173,7 +173,7 @@ class Reconciler:
         seen = self._see(key)
         status = seen.status if seen else JobStatus()
         if seen and status.phase == "Running":
-            for pod in seen.pods.get(status.attempt or 0, ()):
+            for pod in observe.newest(seen.pods.get(status.attempt or 0, ())):
                 if pod.index == 0 and pod.phase == "Running" and pod.ip and not pod.deleting:
                     self._progress.follow(key, pod.uid, pod.ip)
                     return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nemo_rl.job.status import Cause
 from nemo_rl_operator import pending, reasons, timestamps
-from nemo_rl_operator.observe import AttemptView
+from nemo_rl_operator.observe import AttemptView, newest
 from nemo_rl_operator.turn import Need, Turn
 
 QUIET_SECONDS = 10.0
@@ -44,7 +44,7 @@ def _queued(turn: Turn, attempt: AttemptView) -> None:
 
 
 def _started(turn: Turn, attempt: AttemptView) -> None:
-    nodes, pods = turn.spec.resources.nodes, turn.pods
+    nodes, pods = turn.spec.resources.nodes, newest(turn.pods)
     if any(pod.phase == "Failed" for pod in pods):
         return  # the Job says in a moment how it ended
     if len({pod.index for pod in pods if pod.phase in ("Running", "Succeeded")}) == nodes:

@@ -125,5 +125,19 @@ def test_pods_stopped_on_purpose_are_no_failure() -> None:
     assert outcome(make.attempt(suspended=True), (make.ended_pod(75),), 1, True) is None
 
 
+def test_a_single_pod_that_was_deleted_waits_for_the_jobs_word() -> None:
+    pods = (make.ended_pod(75, deleting=True),)
+    assert outcome(make.attempt(), pods, 1, True) is None
+    assert outcome(FAILED, pods, 1, True) is not None
+
+
+def test_a_pod_from_before_the_job_was_suspended_does_not_count() -> None:
+    old = make.ended_pod(75, created=make.at(-100), name="old", deleting=True)
+    assert outcome(make.attempt(), (old, make.running_pod()), 1, True) is None
+    found = outcome(make.attempt(), (old, make.ended_pod(0)), 1, True)
+    assert found is not None
+    assert found.cause is None
+
+
 def test_every_cause_has_one_verdict() -> None:
     assert {verdict(found) for found in Cause} == {"fatal", "counted", "free"}

@@ -22,6 +22,7 @@ STEPS: st.SearchStrategy[tuple[Any, ...]] = st.one_of(
     st.tuples(st.just("end"), st.integers(0, 3), st.sampled_from([75, 75, 75, 1, 137, 0, 40])),
     st.tuples(st.just("evict"), st.integers(0, 3)),
     st.tuples(st.just("delete job")),
+    st.tuples(st.just("kueue"), st.booleans()),
     st.tuples(st.just("suspend"), st.booleans()),
     st.tuples(st.just("time"), st.sampled_from([0.5, 3.0, 12.0, 400.0])),
 )
@@ -58,6 +59,8 @@ def play(world: World, step: tuple[Any, ...]) -> None:
             world.end_pod(rest[0], 143, disruption="EvictionByEvictionAPI: drained")
         case "delete job":
             world.delete_job()
+        case "kueue":
+            world.kueue(rest[0])
         case "suspend":
             world.suspend(rest[0])
         case "time":
@@ -76,11 +79,14 @@ DEAF_TO_PODS: list[tuple[Any, ...]] = [
     ("hear", "jobs"),
 ]
 DEAF_TO_PODS += [("time", 12.0), LATE, ("time", 12.0), LATE, ("controller",)]
+PREEMPTED: list[tuple[Any, ...]] = [TICK, TICK, ("kueue", True), ("controller",), ("end deleted",), ("kueue", False)]
+PREEMPTED += [TICK, TICK, TICK]
 UNHEARD: list[tuple[Any, ...]] = [("reconcile", None), ("controller",), ("run",), ("delete job",), ("reconcile", None)]
 
 
 @MANY
 @example((2, True, {}), OUTLIVED)  # the Job is called failed while one of its pods still saves
+@example((1, False, {}), PREEMPTED)  # Kueue takes the quota back and gives it again while the pod still saves
 @example((2, True, {}), DEAF_TO_PODS)  # the operator hears of the failed Job, but not of its pods
 @example((1, False, {}), [*UNHEARD, ("controller",)])  # the operator never heard of the pod that outlives its Job
 @given(WORLDS, SCRIPTS)
@@ -111,6 +117,7 @@ def test_every_story_comes_to_an_end(start: Start, script: list[tuple[Any, ...]]
     for step in script:
         play(world, step)
     world.suspend(False)
+    world.kueue(False)
     world.settle()
     assert world.status.phase in ("Succeeded", "Failed")
     assert world.live_attempts() == set()

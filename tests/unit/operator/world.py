@@ -37,6 +37,7 @@ class World:
         self.live = Objects(replace(first, version="1"))
         self.cache = Objects(self.live.resource)
         self.uids = 0
+        self.released: set[str] = set()
         self.seen_phases: list[str] = []
         self.writes = 0
 
@@ -82,6 +83,16 @@ class World:
                 continue
             if job.finished:
                 continue
+            if job.suspended:
+                for pod in pods:
+                    if not pod.terminal:
+                        self.live.pods[pod.name] = replace(pod, deleting=True)
+                        self.released.add(pod.uid)
+                continue
+            stopping = [p for p in pods if p.uid in self.released and not p.terminal]
+            pods = [p for p in pods if p.uid not in self.released]
+            if stopping and not pods:
+                continue  # podReplacementPolicy: Failed
             if not pods:
                 for index in range(self.nodes):
                     self.uids += 1
@@ -105,6 +116,13 @@ class World:
                 self.live.pods[pod.name] = replace(pod, deleting=True)
         if not [p for p in self.live.pods.values() if p.controller == job.uid]:
             del self.live.jobs[job.name]
+
+    def kueue(self, hold: bool) -> None:
+        """Kueue suspends the newest Job, or lets it go."""
+        if self.live.jobs:
+            job = max(self.live.jobs.values(), key=lambda j: j.number)
+            if not job.finished:
+                self.live.jobs[job.name] = replace(job, suspended=hold)
 
     def run_pods(self) -> None:
         for pod in list(self.live.pods.values()):
