@@ -6,17 +6,13 @@ from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
-import torch
 from torch import nn
 
 from unit.engine import tiny
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # also where there is a GPU: the comparisons are of float32 sums
-    monkeypatch.setattr("nemo_rl.model.choose_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr("nemo_rl.trainers.base.choose_device", lambda: torch.device("cpu"))
+def _one_thread() -> Iterator[None]:
     with tiny.one_thread():
         yield
 

@@ -20,8 +20,11 @@ SAMPLES = 4
 
 
 def ready(cls: type[Trainer], model: nn.Module, rate: float = 0.0, **keywords: Any) -> Any:
-    """Returns a trainer of this model as it is before the first step; with rate 0 its weights stay as they are."""
-    trainer = cls.from_pretrained(model, **keywords)
+    """Returns a trainer of this model as it is before the first step; with rate 0 its weights stay as they are.
+
+    On the CPU, also where there is a GPU: the comparisons are of float32 sums.
+    """
+    trainer = cls.from_pretrained(model, gpus=0, **keywords)
     trainer._load(None, None)  # type: ignore[arg-type]
     trainer.signals = StopSignals()
     trainer.rate = rate
