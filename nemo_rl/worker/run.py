@@ -23,7 +23,7 @@ from nemo_rl.worker import ending, inputs
 from nemo_rl.worker.grace import Grace
 from nemo_rl.worker.job import Job, Pod, read_job
 from nemo_rl.worker.prometheus import TrainMetrics
-from nemo_rl.worker.report import IMPORTING, Report, shown_metrics
+from nemo_rl.worker.report import FINISHED, IMPORTING, STARTING, Report, shown_metrics
 from nemo_rl.worker.server import ReportServer
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ def _stop_while_starting(pod: Pod, report: Report) -> None:
     """Before training, when there is nothing to save, SIGTERM ends the process at once."""
 
     def stop(number: int, frame: Any) -> None:
+        if report.phase == FINISHED:
+            return  # all is saved; the word of success comes in a moment
         message = f"stopped by SIGTERM while {report.phase}, before training went on; nothing was lost"
         print(f"nemo-rl: {message}", flush=True)
         word = ending.stopped(message, step=report.step, checkpoint=report.checkpoint)
@@ -101,12 +103,13 @@ def _attempt(job: Job, pod: Pod, report: Report) -> TerminationMessage:
     from nemo_rl.worker.observe import Observer, observed
 
     trainer_class = get_algorithm(spec.algorithm)
-    importlib.import_module("transformers.models.auto.modeling_auto")  # loads lazily else, within another phase
+    importlib.import_module("transformers.modeling_utils")  # seconds, which the first model would be charged with else
     with ending.user_code("loading the reward"):
         reward = inputs.load_reward(spec, bundles)
     with ending.user_code("loading the callbacks"):
         callbacks = inputs.load_callbacks(spec.callbacks, bundles)
     report.seconds[IMPORTING] = time.monotonic() - report.started
+    report.enter(STARTING)
     grace = Grace(float(spec.termination_grace_period_seconds)) if pod.rank == 0 else None
     observer = Observer(report, metrics, claim=claim, grace=grace)
     trainer = observed(trainer_class, report, observer)(spec, output_dir=output)
@@ -174,7 +177,9 @@ def _step_to_go_on_from(output: Path, resume: str) -> int:
 
 
 def _configure_logging(level: str) -> None:
-    """Warnings of all libraries, and ours from the job's level on, to stderr."""
+    """Warnings of all libraries, and ours from the job's level on, to stderr; no bars, which are no lines of a log."""
+    for library in ("HF_HUB", "HF_DATASETS"):
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("nemo_rl").setLevel(level.upper())
 

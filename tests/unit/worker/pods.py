@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_rl.backends.kubernetes.ship.archive import Archive
 from nemo_rl.job import names
 from nemo_rl.job.spec import RLTrainingJobSpec
 from nemo_rl.job.status import TerminationMessage
@@ -168,18 +165,10 @@ class Pod:
         return [{k: v for k, v in row.items() if not k.endswith(("_seconds", "_per_second"))} for row in rows]
 
 
-def add_bundle(pod_root: Path, name: str, files: Mapping[str, bytes]) -> dict[str, Any]:
-    """Mounts a bundle as the operator does, in two parts; returns its entry in the specification."""
-    plain = io.BytesIO()
-    with tarfile.open(fileobj=plain, mode="w") as archive:
-        for path, content in files.items():
-            member = tarfile.TarInfo(path)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    data = gzip.compress(plain.getvalue(), mtime=0)
+def mount(pod_root: Path, name: str, archive: Archive, python: str | None = None) -> dict[str, Any]:
+    """Mounts what the client ships, as the operator does; returns its entry in spec.bundles."""
     folder = pod_root / names.BUNDLE_DIR.lstrip("/") / name
     folder.mkdir(parents=True)
-    middle = len(data) // 2
-    for index, part in enumerate((data[:middle], data[middle:])):
+    for index, part in enumerate(archive.parts):
         (folder / names.bundle_part(index)).write_bytes(part)
-    return {"name": name, "sha256": hashlib.sha256(data).hexdigest(), "configMaps": ["b-0", "b-1"]}
+    return archive.spec(name, python).model_dump(mode="json", by_alias=True)

@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 
+from nemo_rl.backends.kubernetes.ship.capture import capture
+from nemo_rl.backends.kubernetes.ship.data import ship_directory, ship_rows
 from nemo_rl.job import names
 from nemo_rl.job.names import ExitCode
 from nemo_rl.job.status import Progress
 from nemo_rl.metrics import parse_step_line
-from unit.worker.pods import Engine, Pod, add_bundle, surroundings, until
+from unit.worker import shipped
+from unit.worker.pods import Engine, Pod, mount, surroundings, until
 
 MANY_WORDS = (
     "def reward(prompt: str, response: str, most: int) -> float:\n    return len(set(response.split())) / most\n"
@@ -45,7 +48,7 @@ def sft(model: Path | str, **changes: Any) -> dict[str, Any]:
 
 
 def test_a_job_reports_while_it_trains_and_ends_with_its_result(engine: Engine, tiny_model: Path, tmp_path: Path):
-    spec = sft(tiny_model, callbacks=[{"function": "pod_callbacks:Gate"}])
+    spec = sft(tiny_model, callbacks=[{"function": "pod_callbacks:Gate"}], terminationGracePeriodSeconds=4)
     pod = Pod(tmp_path, engine, spec).start(HOLD_AT="3")
     pod.wait_at_gate()
     served = json.loads(pod.get("/progress"))
@@ -72,6 +75,8 @@ def test_a_job_reports_while_it_trains_and_ends_with_its_result(engine: Engine, 
     steps = [row["step"] for line in pod.said().splitlines() if (row := parse_step_line(line))]
     assert steps == [1, 2, 3, 4]
     _check_startup_line(pod.said())
+    assert "warning: a checkpoint will take" in pod.said()
+    assert "but a stopped pod has only 4s" in pod.said()
 
 
 def _check_metrics(text: str) -> None:
@@ -260,15 +265,31 @@ def test_a_spec_that_this_image_does_not_know_is_refused_by_field(engine: Engine
 # --- what the client ships
 
 
-def test_a_model_and_rows_from_volumes_and_bundles_are_found(engine: Engine, tiny_model: Path, tmp_path: Path):
-    rows = "".join(json.dumps(row) + "\n" for row in TEXTS).encode()
-    model = {f"files/{path.name}": path.read_bytes() for path in tiny_model.iterdir()}
-    bundles = [add_bundle(tmp_path, "rows", {"train.jsonl": rows}), add_bundle(tmp_path, "model", model)]
-    spec = sft("bundle://model/files", dataset={"path": "bundle://rows/train.jsonl"}, bundles=bundles)
-    pod = Pod(tmp_path, engine, {**spec, "validationDataset": {"path": "pvc://data/rows.jsonl"}})
+def test_code_rows_and_model_that_the_client_ships_train(engine: Engine, tiny_model: Path, tmp_path: Path):
+    rows, model = ship_rows(PROMPTS), ship_directory(tiny_model)
+    bundles = [mount(tmp_path, "rows", rows.archive), mount(tmp_path, "model", model.archive)]
+    entries = {}
+    for name, value in (("reward", shipped.many_words), ("callback", shipped.Counting(start=10))):
+        found = capture(value, name)
+        bundles.append(mount(tmp_path, name, found.archive, found.python))
+        entries[name] = {"bundle": name, "entrypoint": found.entrypoint}
+    spec = grpo(model.uri("model"), maxSteps=2)
+    spec |= {"dataset": {"path": rows.uri("rows")}, "bundles": bundles}
+    spec |= {"reward": entries["reward"], "callbacks": [entries["callback"]]}
+    pod = Pod(tmp_path, engine, spec)
+    assert pod.run() == ExitCode.DONE, pod.said()
+    assert "counted 12" in pod.said()
+    assert float(pod.word().metrics["reward"]) > 0
+
+
+def test_rows_on_a_claim_are_found_and_decide_which_checkpoint_is_best(
+    engine: Engine, tiny_model: Path, tmp_path: Path
+):
+    reference = {"path": "pvc://data/rows.jsonl"}
+    pod = Pod(tmp_path, engine, sft(tiny_model, dataset=reference, validationDataset=reference))
     claim = pod.path(names.CLAIMS_DIR) / "data"
     claim.mkdir(parents=True)
-    (claim / "rows.jsonl").write_bytes(rows)
+    (claim / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in TEXTS))
     assert pod.run() == ExitCode.DONE, pod.said()
     checkpoint = pod.word().checkpoint
     assert checkpoint is not None
@@ -277,13 +298,14 @@ def test_a_model_and_rows_from_volumes_and_bundles_are_found(engine: Engine, tin
 
 
 def test_a_changed_bundle_is_refused_before_anything_is_unpacked(engine: Engine, tiny_model: Path, tmp_path: Path):
-    entry = add_bundle(tmp_path, "rows", {"train.jsonl": b'{"prompt": "1", "completion": "2"}\n'})
-    part = tmp_path / names.BUNDLE_DIR.lstrip("/") / "rows" / names.bundle_part(1)
+    rows = ship_rows(TEXTS)
+    entry = mount(tmp_path, "rows", rows.archive)
+    part = tmp_path / names.BUNDLE_DIR.lstrip("/") / "rows" / names.bundle_part(0)
     part.write_bytes(part.read_bytes()[:-1] + b"!")
-    pod = Pod(tmp_path, engine, sft(tiny_model, dataset={"path": "bundle://rows/train.jsonl"}, bundles=[entry]))
+    pod = Pod(tmp_path, engine, sft(tiny_model, dataset={"path": rows.uri("rows")}, bundles=[entry]))
     word = failed(pod, 40, "UserError")
     assert entry["sha256"] in word.message
-    assert not list((tmp_path / "tmp").rglob("train.jsonl"))
+    assert not list((tmp_path / "tmp").rglob("*.jsonl"))
 
 
 # --- one of several ranks
