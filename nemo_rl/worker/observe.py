@@ -70,7 +70,8 @@ def checkpoint_bytes(model: Any) -> int:
     """What a checkpoint of the model takes: all weights as they are, and two fp32 moments of each trained one."""
     parameters = list(model.parameters())
     weights: int = sum(p.numel() * p.element_size() for p in parameters)
-    return weights + sum(8 * p.numel() for p in parameters if p.requires_grad)
+    moments: int = sum(8 * p.numel() for p in parameters if p.requires_grad)
+    return weights + moments
 
 
 def observed(trainer: type[Trainer], report: Report, observer: Observer) -> type[Trainer]:
