@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+BUILDER ?= docker
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
 .PHONY: help demo test test-cluster bench lint images lab-up lab-down lab-status clean
@@ -24,6 +26,10 @@ lint: $(VENV)/.dev            ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+images:            ## the trainer and the operator image, with docker or another builder (BUILDER=...)
+	$(BUILDER) build -f trainer_image/Dockerfile -t nemo-rl-trainer:$(VERSION) .
+	$(BUILDER) build -f trainer_image/operator.Dockerfile -t nemo-rl-operator:$(VERSION) .
 
 lab-up lab-down lab-status:            ## a real single-node Kubernetes on this machine (root, Linux, Go)
 	$(PYTHON) tests/lab/lab.py $(@:lab-%=%)
