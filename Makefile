@@ -8,7 +8,7 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
 .PHONY: help demo test test-cluster bench lint images lab-up lab-down lab-status clean
 help:            ## list the commands
-	@grep -E '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 16
+	@grep -E '^[a-z0-9 -]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 16
 
 demo: $(VENV)/.demo            ## train a tiny model here: SFT, then GRPO; no cluster, nothing downloaded at run time
 	$(BIN)/python examples/demo.py
