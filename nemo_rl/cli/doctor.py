@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -32,9 +34,30 @@ class Check:
     cure: str = ""
 
 
-def checks() -> list[Check]:
-    """All checks of this machine, in the order in which they are shown. Imports torch where it is installed."""
-    return [_nemo_rl(), _python(), *(_package(name) for name in _ENGINE), *_devices(), *_extras(), _processors()]
+def checks(namespace: str | None = None) -> list[Check]:
+    """All checks of this machine, then those of the cluster. Imports torch and the cluster client where they are there."""
+    here = [_nemo_rl(), _python(), *(_package(name) for name in _ENGINE), *_devices(), *_extras(), _processors()]
+    return here + _cluster(namespace)
+
+
+def as_json(found: list[Check]) -> str:
+    """The report for programs."""
+    return json.dumps([dataclasses.asdict(check) for check in found], indent=2, ensure_ascii=False)
+
+
+def _cluster(namespace: str | None) -> list[Check]:
+    from nemo_rl.backends import cluster_context
+
+    context = cluster_context()
+    if context is None:
+        return [Check("absent", "cluster", "no Kubernetes context here: training runs on this machine")]
+    if importlib.util.find_spec("kubernetes") is None:
+        return [
+            Check("absent", "cluster", f"{context} is there, its client is not", "pip install 'nemo-rl[kubernetes]'")
+        ]
+    from nemo_rl.cli.cluster_checks import cluster_checks
+
+    return cluster_checks(namespace)
 
 
 def render(found: list[Check]) -> str:
@@ -46,7 +69,9 @@ def render(found: list[Check]) -> str:
         if check.cure:
             lines.append(f"    {'':<{width}}  → {check.cure}")
     bad = sum(check.state == "bad" for check in found)
-    lines.append(f"\n{bad} of {len(found)} checks failed." if bad else "\nThis machine can train.")
+    works = any(check.subject == "rights" and check.state == "good" for check in found)
+    good = "This machine and the cluster can train." if works else "This machine can train."
+    lines.append(f"\n{bad} of {len(found)} checks failed." if bad else f"\n{good}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The command line `nemo-rl`: train a job from its YAML file, print the resource definition, check this machine.
+"""The command line `nemo-rl`: train a job from its YAML file, look after jobs on a cluster, check this machine.
 
 What a command needs is imported inside it, so that `nemo-rl --help` answers at once.
 """
@@ -29,6 +29,19 @@ class Backend(enum.StrEnum):
     kubernetes = "kubernetes"
 
 
+class Output(enum.StrEnum):
+    """How a command answers."""
+
+    text = "text"
+    json = "json"
+
+
+_Name = Annotated[str, typer.Argument(help="Name of the job.")]
+_Names = Annotated[list[str], typer.Argument(help="Names of jobs.")]
+_Namespace = Annotated[str | None, typer.Option("--namespace", "-n", help="[default: the context's]")]
+_Output = Annotated[Output, typer.Option("--output", "-o", help="Form of the answer.")]
+
+
 class LogLevel(enum.StrEnum):
     """What is printed."""
 
@@ -50,6 +63,8 @@ def train(
         Path | None, typer.Option(help="Folder for checkpoints and metrics. [default: ./outputs/{metadata.name}]")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job with its overrides and stop.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow a job on the cluster to its result.")] = True,
+    namespace: Annotated[str | None, typer.Option("--namespace", "-n", help="Of a job on the cluster.")] = None,
     log_level: Annotated[
         LogLevel | None, typer.Option(help="Instead of spec.training.logLevel; debug also shows Python tracebacks.")
     ] = None,
@@ -57,7 +72,8 @@ def train(
     """Train the job of a YAML file.
 
     Exit codes: 0 done, 2 a wrong file or option, 40 an error in the job's own code or settings, 41 data that cannot be
-    used, 42 non-finite training, 75 saved after SIGTERM, 130 saved after Ctrl-C, 1 anything else.
+    used, 42 non-finite training, 75 saved after SIGTERM, 130 saved (on a cluster: detached) after Ctrl-C, 100 the job on
+    the cluster failed, 103 it was cancelled, 1 anything else.
     """
     from nemo_rl.cli.train import train_job
 
@@ -70,6 +86,8 @@ def train(
             output_dir=output_dir,
             dry_run=dry_run,
             log_level=level,
+            wait=wait,
+            namespace=namespace,
         )
     )
 
@@ -83,12 +101,97 @@ def crd() -> None:
 
 
 @app.command()
-def doctor() -> None:
-    """Check this machine: Python, torch, GPUs, extras. Exit code 1 if something needed is missing."""
-    from nemo_rl.cli.doctor import checks, render
+def ps(namespace: _Namespace = None, output: _Output = Output.text) -> None:
+    """List the jobs on the cluster, newest first."""
+    from nemo_rl.cli import jobs
 
-    found = checks()
-    typer.echo(render(found))
+    raise typer.Exit(jobs.guarded(lambda: jobs.ps(namespace, output is Output.json)))
+
+
+@app.command()
+def status(name: _Name, namespace: _Namespace = None, output: _Output = Output.text) -> None:
+    """Show the state of a job.
+
+    Exit codes, also of wait: 0 done, 100 failed, 101 unfinished, 102 absent, 103 cancelled, 1 anything else.
+    """
+    from nemo_rl.cli import jobs
+
+    raise typer.Exit(jobs.guarded(lambda: jobs.status(name, namespace, output is Output.json)))
+
+
+@app.command()
+def wait(
+    name: _Name,
+    namespace: _Namespace = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds; then exit code 101. [default: no limit]")] = None,
+    output: _Output = Output.text,
+) -> None:
+    """Wait until a job has ended or is cancelled; exit codes as of status."""
+    from nemo_rl.cli import jobs
+
+    raise typer.Exit(jobs.guarded(lambda: jobs.wait(name, namespace, timeout, output is Output.json)))
+
+
+@app.command()
+def logs(
+    name: _Name,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    namespace: _Namespace = None,
+    output: _Output = Output.text,
+) -> None:
+    """Print the log of a job's first pod; with -o json its steps, one object a line."""
+    from nemo_rl.cli import jobs
+
+    raise typer.Exit(jobs.guarded(lambda: jobs.logs(name, namespace, follow, output is Output.json)))
+
+
+@app.command()
+def cancel(names: _Names, namespace: _Namespace = None, output: _Output = Output.text) -> None:
+    """Save and stop jobs (spec.suspend); resume lets them go on from their checkpoints."""
+    from nemo_rl.cli import jobs
+
+    raise typer.Exit(jobs.guarded(lambda: jobs.cancel(names, namespace, output is Output.json)))
+
+
+@app.command()
+def resume(names: _Names, namespace: _Namespace = None, output: _Output = Output.text) -> None:
+    """Let cancelled jobs go on."""
+    from nemo_rl.cli import jobs
+
+    raise typer.Exit(jobs.guarded(lambda: jobs.resume(names, namespace, output is Output.json)))
+
+
+@app.command()
+def rm(names: _Names, namespace: _Namespace = None, output: _Output = Output.text) -> None:
+    """Delete jobs with their pods and bundles; their output stays on its claim unless output.retain is false."""
+    from nemo_rl.cli import jobs
+
+    raise typer.Exit(jobs.guarded(lambda: jobs.remove(names, namespace, output is Output.json)))
+
+
+@app.command()
+def cp(
+    name: _Name,
+    target: Annotated[Path | None, typer.Argument(help="Folder. [default: ./outputs/NAME]")] = None,
+    namespace: _Namespace = None,
+    output: _Output = Output.text,
+) -> None:
+    """Fetch checkpoint and metrics of a job that succeeded."""
+    from nemo_rl.cli import jobs
+
+    raise typer.Exit(jobs.guarded(lambda: jobs.copy(name, target, namespace, output is Output.json)))
+
+
+@app.command()
+def doctor(namespace: _Namespace = None, output: _Output = Output.text) -> None:
+    """Check this machine (Python, torch, GPUs, extras) and, where there is a context, the cluster.
+
+    Exit code 1 if something needed is missing.
+    """
+    from nemo_rl.cli.doctor import as_json, checks, render
+
+    found = checks(namespace)
+    typer.echo(as_json(found) if output is Output.json else render(found))
     raise typer.Exit(1 if any(check.state == "bad" for check in found) else 0)
 
 

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_rl.api.training import start
-from nemo_rl.backends import Run
-from nemo_rl.errors import DatasetError, NonFiniteTraining, RewardError, TrainingInterrupted
+from nemo_rl.backends import Run, choose
+from nemo_rl.backends.kubernetes.errors import JobCancelled
+from nemo_rl.cli.jobs import JobExit
+from nemo_rl.errors import DatasetError, NonFiniteTraining, RewardError, TrainingFailed, TrainingInterrupted
 from nemo_rl.job.manifest import Manifest, ManifestError, load_manifest
 from nemo_rl.job.names import ExitCode
 
@@ -27,6 +29,8 @@ def train_job(
     output_dir: Path | None,
     dry_run: bool,
     log_level: str | None,
+    wait: bool = True,
+    namespace: str | None = None,
 ) -> int:
     """Runs the job of the file at `path`; returns the exit code and never raises. Errors go to stderr."""
     try:
@@ -36,32 +40,48 @@ def train_job(
     except ManifestError as error:
         complain(str(error))
         return USAGE
-    if dry_run:
-        print(manifest.to_yaml(), end="")
-        return ExitCode.DONE
     # `function: package.module:name` and source may import modules that lie beside the job, as with `python script.py`.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
-    return run_manifest(manifest, backend, output_dir)
+    return run_manifest(manifest, backend, output_dir, dry_run=dry_run, wait=wait, namespace=namespace)
 
 
-def run_manifest(manifest: Manifest, backend: str, output_dir: Path | None) -> int:
-    """Trains and returns the exit code of how it ended."""
+def run_manifest(
+    manifest: Manifest,
+    backend: str,
+    output_dir: Path | None,
+    *,
+    dry_run: bool = False,
+    wait: bool = True,
+    namespace: str | None = None,
+) -> int:
+    """Trains, or prints what would be applied, and returns the exit code of how it ended."""
     debug = manifest.spec.training.log_level == "debug"
     run = Run(
         manifest.spec,
         output_dir or Path("outputs") / manifest.name,
         name=manifest.name,
-        namespace=manifest.namespace,
+        namespace=namespace or manifest.namespace,
+        wait=wait,
     )
     try:
+        if dry_run:
+            print(_dry_run(manifest, run, backend), end="")
+            return ExitCode.DONE
         result = start(run, backend)
+        if not wait:
+            return ExitCode.DONE
     except KeyboardInterrupt as error:
         complain(str(error) or f"interrupted; run the same command again to go on (output in {run.output_dir})")
         return INTERRUPTED
     except TrainingInterrupted as error:
         complain(str(error))
-        return ExitCode.PREEMPTED
+        return JobExit.CANCELLED if isinstance(error, JobCancelled) else ExitCode.PREEMPTED
+    except TrainingFailed as error:
+        complain(str(error))
+        if error.traceback:
+            print(error.traceback.rstrip(), file=sys.stderr)
+        return JobExit.FAILED
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -74,6 +94,15 @@ def run_manifest(manifest: Manifest, backend: str, output_dir: Path | None) -> i
     if manifest.spec.training.log_level in ("debug", "info"):
         print(f"nemo-rl: done after {result.total_steps} steps; checkpoint in {result.checkpoint_path}")
     return ExitCode.DONE
+
+
+def _dry_run(manifest: Manifest, run: Run, backend: str) -> str:
+    """What would be applied; for this machine, and where nothing has to travel, that is the job as it stands."""
+    if choose(backend)[0] == "local":
+        return manifest.to_yaml()
+    from nemo_rl.backends.kubernetes import dry_run
+
+    return str(dry_run(run))
 
 
 _EXPECTED = (ValueError, TypeError, RewardError, NonFiniteTraining, RuntimeError, OSError)

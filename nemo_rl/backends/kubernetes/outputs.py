@@ -1,0 +1,255 @@
+"""The output of a job on its claim: asks the operator for the file server, reaches it, and brings the result home."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_rl.backends.kubernetes.connect import MERGE, Cluster, core_path, job_path
+from nemo_rl.backends.kubernetes.errors import ApiError, ClusterError, DownloadError
+from nemo_rl.backends.kubernetes.fetch import Connect, FileClient, RemoteFile, download, relative_to
+from nemo_rl.checkpoint import TRAINER_STATE
+from nemo_rl.job import names
+from nemo_rl.job.spec import RLTrainingJobSpec
+from nemo_rl.job.status import JobStatus
+from nemo_rl.runs import COMPLETIONS_FILE, METRICS_FILE, RUN_FILE, open_run
+
+if TYPE_CHECKING:
+    from nemo_rl.api.result import TrainResult
+
+SERVE_SECONDS = 1800
+RENEW_SECONDS = 600
+POD_SECONDS = 300.0
+_POLL_SECONDS = 0.5
+
+Opener = Callable[[str], contextlib.AbstractContextManager[FileClient]]
+"""Makes a client of the file server of a job, by the job's name."""
+
+
+@contextlib.contextmanager
+def file_server(
+    cluster: Cluster, job: str, connect_to: Callable[[Cluster, str], Connect] | None = None
+) -> Iterator[FileClient]:
+    """A client of the job's file server, which is up while the block runs. ClusterError where it does not come up.
+
+    `connect_to(cluster, pod)` makes what opens connections; by default a port-forward through the API server.
+    """
+    until = _serve_until(cluster, job)
+    try:
+        pod = _wait_for_pod(cluster, job)
+        client = FileClient((connect_to or forward)(cluster, pod))
+        try:
+            yield client
+        finally:
+            client.close()
+    finally:
+        with contextlib.suppress(ClusterError):
+            _stop_serving(cluster, job, until)
+
+
+def _serve_until(cluster: Cluster, job: str) -> str:
+    moment = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=SERVE_SECONDS)
+    until = moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+    patch = {"spec": {"output": {"serveUntil": until}}}
+    cluster.request("PATCH", job_path(cluster.namespace, job), patch, content_type=MERGE)
+    return until
+
+
+def _stop_serving(cluster: Cluster, job: str, until: str) -> None:
+    """Only where nobody has asked for longer since."""
+    found = cluster.request("GET", job_path(cluster.namespace, job))
+    if found["spec"].get("output", {}).get("serveUntil") == until:
+        patch = {"metadata": {"resourceVersion": found["metadata"]["resourceVersion"]}}
+        patch |= {"spec": {"output": {"serveUntil": None}}}
+        cluster.request("PATCH", job_path(cluster.namespace, job), patch, content_type=MERGE)
+
+
+def _wait_for_pod(cluster: Cluster, job: str) -> str:
+    pod = names.files_pod(job)
+    limit = time.monotonic() + POD_SECONDS
+    found: dict[str, Any] = {}
+    while time.monotonic() < limit:
+        try:
+            found = cluster.request("GET", core_path(cluster.namespace, "pods", pod))
+        except ApiError as error:
+            if error.code != 404:
+                raise
+        if found.get("status", {}).get("phase") == "Running" and not found["metadata"].get("deletionTimestamp"):
+            return pod
+        time.sleep(_POLL_SECONDS)
+    raise ClusterError(
+        f"pod {pod}, which serves the result, does not run after {POD_SECONDS:.0f} s ({_why(found)}); "
+        f"kubectl -n {cluster.namespace} describe pod {pod} says more. The result stays on the claim; "
+        f"nemo_rl.attach({job!r}).result() tries again"
+    )
+
+
+def _why(pod: dict[str, Any]) -> str:
+    if not pod:
+        return "the operator has not made it"
+    status = pod.get("status", {})
+    for container in status.get("containerStatuses") or []:
+        if waiting := container.get("state", {}).get("waiting"):
+            return f"{waiting.get('reason')}: {waiting.get('message', '')}".rstrip(": ")
+    unmet = [c for c in status.get("conditions") or [] if c.get("status") == "False"]
+    return str(unmet[0].get("message") or unmet[0].get("reason")) if unmet else str(status.get("phase"))
+
+
+def forward(cluster: Cluster, pod: str) -> Connect:
+    """Opens connections to the file server's port of a pod, through the API server's port-forward."""
+    from kubernetes import client
+    from kubernetes.stream import portforward
+
+    # Of its own: the client's port-forward replaces a method of the ApiClient while it connects.
+    api = client.CoreV1Api(client.ApiClient(cluster.client.configuration))
+
+    def connect() -> Any:
+        try:
+            forwarded = portforward(
+                api.connect_get_namespaced_pod_portforward, pod, cluster.namespace, ports=str(names.FILES_PORT)
+            )
+        except client.ApiException as error:
+            raise ConnectionError(f"port-forward to {pod}: {error.reason}") from None
+        return forwarded.socket(names.FILES_PORT)
+
+    return connect
+
+
+def collect(
+    cluster: Cluster, job: dict[str, Any], output_dir: Path, open_files: Opener, say: Callable[[str], None]
+) -> TrainResult:
+    """The result of a job that succeeded: its best checkpoint and its records fetched into `output_dir`.
+
+    What another run left in that folder steps aside, as in a local run. Raises as `fetch.download`.
+    """
+    name, uid = job["metadata"]["name"], job["metadata"]["uid"]
+    status = JobStatus.load(job.get("status"))
+    settings = {"job": name, "namespace": cluster.namespace, "uid": uid}
+    run = None if _is_collected(output_dir, settings) else open_run(output_dir, settings, "auto")
+    try:
+        if run is not None and run.notice and "continuing" not in run.notice:
+            say(run.notice)
+        with open_files(name) as client:
+            checkpoint = _fetch_all(client, name, status, output_dir, say)
+        if run is not None:
+            run.finish()
+    finally:
+        if run is not None:
+            run.close()
+    return build_result(job, output_dir, checkpoint)
+
+
+def _is_collected(output_dir: Path, settings: dict[str, Any]) -> bool:
+    try:
+        record = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
+        return bool(record["status"] == "finished" and record["settings"] == settings)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _fetch_all(
+    client: FileClient, name: str, status: JobStatus, output_dir: Path, say: Callable[[str], None]
+) -> Path | None:
+    checkpoint = best_checkpoint(status, name)
+    files: list[RemoteFile] = []
+    for path in (f"{name}/{METRICS_FILE}", f"{name}/{COMPLETIONS_FILE}"):
+        files += client.manifest(path)
+    if checkpoint is not None:
+        # The optimizer's state is larger than the model, and only a run on the cluster goes on from it.
+        inner = client.manifest(checkpoint)
+        if not inner:
+            raise DownloadError(f"the checkpoint {checkpoint} is not on the claim any more; was the claim changed?")
+        files += [file for file in inner if f"/{TRAINER_STATE}/" not in file.path]
+    size = sum(file.size for file in files)
+    say(f"fetching {len(files)} files ({size / 1e6:.1f} MB) to {output_dir}")
+    bar = ProgressLine(sys.stderr)
+    try:
+        download(files, client, output_dir, name, bar)
+    finally:
+        bar.close()
+    return output_dir / relative_to(checkpoint, name) if checkpoint is not None else None
+
+
+def best_checkpoint(status: JobStatus, name: str) -> str | None:
+    """Path of the best checkpoint from the claim's root. DownloadError for one that is not below the job's folder."""
+    kept = (status.result.checkpoint if status.result else None) or status.checkpoint
+    path = (kept.best or kept.latest) if kept else None
+    if path is not None:
+        relative_to(path, name)
+    return path
+
+
+def build_result(job: dict[str, Any], output_dir: Path, checkpoint: Path | None) -> TrainResult:
+    from nemo_rl.api.result import TrainResult
+    from nemo_rl.metrics import read_history
+
+    status = JobStatus.load(job.get("status"))
+    history = read_history(output_dir / METRICS_FILE)
+    told = status.result.metrics if status.result else {}
+    return TrainResult(
+        metrics=history[-1] if history else {name: _number(text) for name, text in told.items()},
+        checkpoint_path=checkpoint,
+        total_steps=status.result.total_steps if status.result else 0,
+        output_dir=output_dir,
+        load_trainer=None if checkpoint is None else lambda: _load_trainer(job, output_dir, checkpoint),
+    )
+
+
+def _number(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _load_trainer(job: dict[str, Any], output_dir: Path, checkpoint: Path) -> Any:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from nemo_rl.api.algorithms import get_algorithm
+
+    spec = RLTrainingJobSpec.model_validate(job["spec"])
+    trust = spec.training.trust_remote_code
+    trainer = get_algorithm(spec.algorithm)(
+        spec,
+        output_dir=output_dir,
+        model=AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=trust),
+        tokenizer=AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust),
+    )
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        trainer.current_step = int(json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"])
+    return trainer
+
+
+class ProgressLine:
+    """One line that is written anew while something is fetched; nothing where the stream is no terminal."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._live = bool(getattr(stream, "isatty", lambda: False)())
+        self._begin = time.monotonic()
+        self._shown = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if not self._live or (now - self._shown < 0.1 and done < total):
+            return
+        self._shown = now
+        share = done / total if total else 1.0
+        pace = done / 1e6 / max(1e-3, now - self._begin)
+        bar = "█" * round(30 * share)
+        print(
+            f"\r  {bar:<30} {done / 1e6:.1f}/{total / 1e6:.1f} MB  {pace:.1f} MB/s",
+            end="",
+            file=self._stream,
+            flush=True,
+        )
+
+    def close(self) -> None:
+        if self._live and self._shown:
+            print(file=self._stream, flush=True)

@@ -1,0 +1,232 @@
+"""Submits a run: the resource first, then the ConfigMaps of its bundles, which it owns. The same run finds its job again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import yaml
+
+from nemo_rl.backends import Run
+from nemo_rl.backends.kubernetes.connect import (
+    APPLY,
+    FIELD_MANAGER,
+    JSON_PATCH,
+    Cluster,
+    Object,
+    connect,
+    core_path,
+    job_path,
+    require,
+)
+from nemo_rl.backends.kubernetes.contents import Contents, gather
+from nemo_rl.backends.kubernetes.errors import ApiError, ClusterError
+from nemo_rl.backends.kubernetes.job import Job
+from nemo_rl.backends.kubernetes.naming import ANNOTATION_COLLECTED, LABEL_DIGEST, job_name, spec_digest
+from nemo_rl.backends.kubernetes.trial import try_reward
+from nemo_rl.job import names
+from nemo_rl.job.manifest import Manifest
+
+_FINISHED = ("Succeeded", "Failed")
+_OWNER_TRIES = 5
+
+
+def start(run: Run) -> Job:
+    """Submits the run, or finds the live job of the same content, and returns its handle."""
+    cluster = connect(run.namespace)
+    require(cluster)
+    say = _speaker(run)
+    contents = gather(run)
+    for note in contents.notes:
+        say(note)
+    existing = _find(cluster, contents, run.name)
+    if existing is None:
+        for warning in try_reward(contents):
+            say(f"warning: {warning}")
+        existing = submit(cluster, contents, run, say)
+    else:
+        name, phase = existing["metadata"]["name"], existing.get("status", {}).get("phase", "Pending")
+        say(f"found this very job as {cluster.namespace}/{name} ({phase}); following it instead of starting another")
+        upload(cluster, contents, existing, say)
+    job = Job(cluster, existing, output_dir=run.output_dir, origins=contents.origins)
+    say(f"job {job.name} in namespace {job.namespace}; come back with nemo_rl.attach({job.name!r})")
+    return job
+
+
+def dry_run(run: Run) -> str:
+    """The resource and its ConfigMaps as YAML documents; asks no cluster."""
+    contents = gather(run)
+    manifest = build(contents, run, run.name or job_name(contents.spec, _model_name(run)), run.namespace)
+    documents = [manifest.to_yaml()]
+    for config_map in contents.config_maps():
+        if run.namespace:
+            config_map["metadata"]["namespace"] = run.namespace
+        documents.append(yaml.safe_dump(config_map, sort_keys=False))
+    return "---\n".join(documents)
+
+
+def build(contents: Contents, run: Run, name: str, namespace: str | None) -> Manifest:
+    """The resource as it is applied."""
+    return Manifest(
+        name=name,
+        namespace=namespace,
+        spec=contents.spec,
+        labels={LABEL_DIGEST: spec_digest(contents.spec)},
+    )
+
+
+def submit(cluster: Cluster, contents: Contents, run: Run, say: Callable[[str], None]) -> Object:
+    """Applies the resource and uploads its bundles; the resource as it is on the server."""
+    digest = spec_digest(contents.spec)
+    name = run.name
+    if name is None:
+        taken = {job["metadata"]["name"] for job in _same(cluster, digest)}
+        name = job_name(contents.spec, _model_name(run), taken)
+    body = build(contents, run, name, cluster.namespace).to_dict()
+    # Without force: fields that somebody else has set under this name are a conflict, not ours to change.
+    created: Object = cluster.request(
+        "PATCH",
+        job_path(cluster.namespace, name),
+        body,
+        query={"fieldManager": FIELD_MANAGER, "force": "false"},
+        content_type=APPLY,
+    )
+    if created["metadata"].get("labels", {}).get(LABEL_DIGEST) != digest:
+        raise ClusterError(f"job {cluster.namespace}/{name} exists with other content; give another name")
+    try:
+        upload(cluster, contents, created, say)
+    except BaseException:
+        # Without its bundles the job would wait ten minutes and fail.
+        _delete_quietly(cluster, created)
+        raise
+    return created
+
+
+def upload(cluster: Cluster, contents: Contents, job: Object, say: Callable[[str], None]) -> int:
+    """Makes the ConfigMaps that are not there yet and shares those that are; the number that was made."""
+    owner = {
+        "apiVersion": names.API_VERSION,
+        "kind": names.KIND,
+        "name": job["metadata"]["name"],
+        "uid": job["metadata"]["uid"],
+        "controller": False,
+        "blockOwnerDeletion": False,
+    }
+    manifests = contents.config_maps()
+    made = size = 0
+    for number, manifest in enumerate(manifests, start=1):
+        part = len(next(iter(manifest["binaryData"].values()))) * 3 // 4
+        if _place(cluster, manifest, owner):
+            made, size = made + 1, size + part
+            if len(manifests) > 2:
+                say(f"uploaded part {number} of {len(manifests)} ({size / 1e6:.1f} MB)")
+    if manifests and not made:
+        say("code and data are on the cluster already; nothing was uploaded")
+    elif made and len(manifests) <= 2:
+        say(f"uploaded {size / 1e3:.1f} kB of code and data")
+    return made
+
+
+def _place(cluster: Cluster, manifest: Object, owner: Object) -> bool:
+    """Whether the ConfigMap had to be made. One that is there gets a further owner; equal names hold equal bytes."""
+    name = manifest["metadata"]["name"]
+    path = core_path(cluster.namespace, "configmaps", name)
+    for _ in range(_OWNER_TRIES):
+        try:
+            found: Object = cluster.request("GET", path)
+        except ApiError as error:
+            if error.code != 404:
+                raise
+            metadata = {**manifest["metadata"], "ownerReferences": [owner]}
+            try:
+                cluster.request("POST", core_path(cluster.namespace, "configmaps"), {**manifest, "metadata": metadata})
+                return True
+            except ApiError as refused:
+                if refused.code != 409:
+                    raise
+                continue  # another client was faster
+        if found.get("binaryData") != manifest["binaryData"]:
+            raise ClusterError(
+                f"ConfigMap {cluster.namespace}/{name} exists with other content; delete it: kubectl -n "
+                f"{cluster.namespace} delete configmap {name}"
+            )
+        owners = found["metadata"].get("ownerReferences") or []
+        if found["metadata"].get("deletionTimestamp") is None and any(o["uid"] == owner["uid"] for o in owners):
+            return False
+        try:
+            _add_owner(cluster, path, found, [*owners, owner])
+            return False
+        except ApiError as error:
+            if error.code not in (404, 409, 422):
+                raise
+    raise ClusterError(f"ConfigMap {cluster.namespace}/{name} keeps changing; submit again")
+
+
+def _add_owner(cluster: Cluster, path: str, found: Object, owners: list[Object]) -> None:
+    """Fails with 409 or 422 where the object changed since it was read, so that no owner of others is lost."""
+    patch = [
+        {"op": "test", "path": "/metadata/uid", "value": found["metadata"]["uid"]},
+        {"op": "test", "path": "/metadata/resourceVersion", "value": found["metadata"]["resourceVersion"]},
+        {"op": "add", "path": "/metadata/ownerReferences", "value": owners},
+    ]
+    cluster.request("PATCH", path, patch, content_type=JSON_PATCH)
+
+
+def _find(cluster: Cluster, contents: Contents, name: str | None) -> Object | None:
+    """The job to follow instead of a new one: of the same content and live, or finished and never collected.
+
+    ClusterError where `name` is given and belongs to another job.
+    """
+    digest = spec_digest(contents.spec)
+    if name is not None:
+        try:
+            found: Object = cluster.request("GET", job_path(cluster.namespace, name))
+        except ApiError as error:
+            if error.code == 404:
+                return None
+            raise
+        if _is_same(found, digest):
+            return found
+        phase = found.get("status", {}).get("phase", "Pending")
+        why = "of this content has ended" if _digest(found) == digest else "with other content exists"
+        raise ClusterError(
+            f"a job {cluster.namespace}/{name} {why} ({phase}); give another name, attach to it with "
+            f"nemo_rl.attach({name!r}), or delete it: nemo-rl rm {name}"
+        )
+    same = [job for job in _same(cluster, digest) if _is_same(job, digest)]
+    return max(same, key=lambda job: str(job["metadata"]["creationTimestamp"])) if same else None
+
+
+def _same(cluster: Cluster, digest: str) -> list[Object]:
+    query = {"labelSelector": f"{LABEL_DIGEST}={digest}"}
+    return list(cluster.request("GET", job_path(cluster.namespace), query=query)["items"])
+
+
+def _digest(job: Object) -> str | None:
+    return (job["metadata"].get("labels") or {}).get(LABEL_DIGEST)
+
+
+def _is_same(job: Object, digest: str) -> bool:
+    if _digest(job) != digest or job["metadata"].get("deletionTimestamp") or job["spec"].get("suspend"):
+        return False
+    phase = job.get("status", {}).get("phase")
+    collected = ANNOTATION_COLLECTED in (job["metadata"].get("annotations") or {})
+    return phase not in _FINISHED or (phase == "Succeeded" and not collected)
+
+
+def _delete_quietly(cluster: Cluster, job: Object) -> None:
+    body = {"propagationPolicy": "Background", "preconditions": {"uid": job["metadata"]["uid"]}}
+    try:
+        cluster.request("DELETE", job_path(cluster.namespace, job["metadata"]["name"]), body)
+    except ClusterError:
+        return  # the first error is the one to tell
+
+
+def _model_name(run: Run) -> str:
+    from nemo_rl.api.training import default_output_dir
+
+    return default_output_dir(run.model if run.model is not None else run.spec.model).name
+
+
+def _speaker(run: Run) -> Callable[[str], None]:
+    quiet = run.spec.training.log_level not in ("debug", "info")
+    return (lambda text: None) if quiet else (lambda text: print(f"nemo-rl: {text}", flush=True))

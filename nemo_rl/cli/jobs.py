@@ -1,0 +1,237 @@
+"""`nemo-rl ps|logs|status|wait|cancel|resume|rm|cp`: jobs on the cluster, for people and for scripts."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+from collections.abc import Callable, Iterable
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from nemo_rl.backends import kubernetes_backend
+from nemo_rl.job.status import JobStatus, duration
+
+OTHER_ERROR = 1
+INTERRUPTED = 130
+"""128 + SIGINT, as shells report it."""
+
+
+class JobExit(IntEnum):
+    """What a command says about a job by its exit code. Away from the codes of trainers and of shells."""
+
+    DONE = 0
+    FAILED = 100
+    UNFINISHED = 101
+    ABSENT = 102
+    CANCELLED = 103
+
+
+def exit_code_of(resource: dict[str, Any]) -> JobExit:
+    """The code of a job as it was last seen."""
+    status = JobStatus.load(resource.get("status"))
+    if status.phase == "Succeeded":
+        return JobExit.DONE
+    if status.phase == "Failed":
+        return JobExit.FAILED
+    suspended = resource["spec"].get("suspend") and status.phase in ("Suspended", None, "")
+    return JobExit.CANCELLED if suspended else JobExit.UNFINISHED
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Runs a command; every error becomes one line on stderr and an exit code."""
+    try:
+        return command()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return OTHER_ERROR
+    except LookupError as error:
+        print(f"nemo-rl: {error.args[0] if error.args else error}", file=sys.stderr)
+        return JobExit.ABSENT
+    except (RuntimeError, OSError, ValueError) as error:
+        print(f"nemo-rl: {error}", file=sys.stderr)
+        return OTHER_ERROR
+
+
+def ps(namespace: str | None, as_json: bool) -> int:
+    """One line for each job, newest first."""
+    found = kubernetes_backend("nemo-rl ps").jobs(namespace=namespace)
+    if as_json:
+        print_json([_summary(job) for job in found])
+        return JobExit.DONE
+    if not found:
+        print("no jobs here; nemo_rl.train() or nemo-rl train JOB.yaml makes one", file=sys.stderr)
+        return JobExit.DONE
+    rows = [("NAME", "ALGO", "MODEL", "PHASE", "STEP", "REWARD", "ETA", "AGE")]
+    for job in found:
+        one = _summary(job)
+        values = (
+            one["name"],
+            one["algorithm"],
+            one["model"],
+            one["phase"],
+            one["step"],
+            one["reward"],
+            one["eta"],
+            one["age"],
+        )
+        rows.append(tuple(str(value) if value is not None else "-" for value in values))  # type: ignore[arg-type]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    return JobExit.DONE
+
+
+def status(name: str, namespace: str | None, as_json: bool) -> int:
+    """The state of a job, in words; the exit code says it too."""
+    job = _attach(name, namespace)
+    seen = job.status()
+    if as_json:
+        print_json({**_summary(job), "status": seen.dump()})
+    else:
+        print("\n".join(_words(job, seen)))
+    return exit_code_of(job.resource)
+
+
+def wait(name: str, namespace: str | None, timeout: float | None, as_json: bool) -> int:
+    """Waits until the job has ended or is cancelled."""
+    job = _attach(name, namespace)
+    seen = job.wait(timeout)
+    if as_json:
+        print_json({**_summary(job), "status": seen.dump()})
+    else:
+        print(f"{job.namespace}/{job.name}: {seen.phase or 'Pending'}" + (f": {seen.message}" if seen.message else ""))
+    return exit_code_of(job.resource)
+
+
+def logs(name: str, namespace: str | None, follow: bool, as_json: bool) -> int:
+    """The log of the newest attempt; with -o json the steps in it, one object a line."""
+    from nemo_rl.metrics import parse_step_line
+
+    job = _attach(name, namespace)
+    for line in job.logs(follow=follow):
+        if not as_json:
+            print(line, flush=True)
+        elif (metrics := parse_step_line(line)) is not None:
+            print(json.dumps(metrics), flush=True)
+    return JobExit.DONE
+
+
+def cancel(names: Iterable[str], namespace: str | None, as_json: bool) -> int:
+    return _each(
+        names, namespace, lambda job: job.cancel(), "cancelled; nemo-rl resume goes on from its checkpoint", as_json
+    )
+
+
+def resume(names: Iterable[str], namespace: str | None, as_json: bool) -> int:
+    return _each(names, namespace, lambda job: job.resume(), "goes on", as_json)
+
+
+def remove(names: Iterable[str], namespace: str | None, as_json: bool) -> int:
+    return _each(names, namespace, lambda job: job.delete(), "deleted", as_json)
+
+
+def copy(name: str, target: Path | None, namespace: str | None, as_json: bool) -> int:
+    """Fetches checkpoint and metrics of a job that succeeded."""
+    from nemo_rl.backends.kubernetes.job import Job
+
+    job = _attach(name, namespace)
+    if job.status().phase != "Succeeded":
+        code = exit_code_of(job.resource)
+        print(
+            f"nemo-rl: job {job.namespace}/{job.name} has no result ({job.last_status.phase or 'Pending'})",
+            file=sys.stderr,
+        )
+        return code if code != JobExit.DONE else JobExit.UNFINISHED
+    assert isinstance(job, Job)
+    if target is not None:
+        job.output_dir = target
+    result = job.fetch(quiet=as_json)
+    if as_json:
+        print_json(
+            {
+                "name": job.name,
+                "namespace": job.namespace,
+                "outputDir": str(job.output_dir),
+                "checkpoint": result.checkpoint_path,
+                "totalSteps": result.total_steps,
+                "metrics": result.metrics,
+            }
+        )
+    else:
+        print(result.checkpoint_path or job.output_dir)
+    return JobExit.DONE
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _attach(name: str, namespace: str | None) -> Any:
+    return kubernetes_backend("this command").attach(name, namespace=namespace)
+
+
+def _each(names: Iterable[str], namespace: str | None, change: Callable[[Any], None], done: str, as_json: bool) -> int:
+    """Changes all that are there; the exit code says whether one was not."""
+    code = int(JobExit.DONE)
+    changed = []
+    for name in names:
+        try:
+            job = _attach(name, namespace)
+            change(job)
+        except LookupError as error:
+            print(f"nemo-rl: {error.args[0]}", file=sys.stderr)
+            code = JobExit.ABSENT
+            continue
+        changed.append({"name": job.name, "namespace": job.namespace})
+        if not as_json:
+            print(f"{job.namespace}/{job.name} {done}")
+    if as_json:
+        print_json(changed)
+    return code
+
+
+def _summary(job: Any) -> dict[str, Any]:
+    spec, status = job.resource["spec"], job.last_status
+    progress = status.progress
+    return {
+        "name": job.name,
+        "namespace": job.namespace,
+        "algorithm": spec.get("algorithm"),
+        "model": spec.get("model"),
+        "phase": status.phase or "Pending",
+        "message": status.message,
+        "step": progress.text if progress else None,
+        "reward": progress.metrics.get("reward") if progress else None,
+        "eta": progress.eta if progress and not status.finished else None,
+        "age": _age(job.resource["metadata"].get("creationTimestamp")),
+        "attempt": status.attempt,
+        "exitCode": int(exit_code_of(job.resource)),
+    }
+
+
+def _age(created: str | None) -> str | None:
+    if not created:
+        return None
+    begin = datetime.datetime.fromisoformat(created)
+    return duration((datetime.datetime.now(datetime.UTC) - begin).total_seconds())
+
+
+def _words(job: Any, status: JobStatus) -> list[str]:
+    lines = [f"{job.namespace}/{job.name}: {status.phase or 'Pending'}"]
+    if status.message:
+        lines.append(f"  {status.message}")
+    if status.progress:
+        metrics = " ".join(f"{name}={value}" for name, value in status.progress.metrics.items())
+        lines.append(f"  step {status.progress.text} {metrics}".rstrip())
+    for attempt in status.attempts:
+        ended = f"{attempt.cause or 'live'}{f': {attempt.message}' if attempt.message else ''}"
+        lines.append(f"  attempt {attempt.number}: {ended}")
+    if status.checkpoint and status.checkpoint.latest:
+        lines.append(f"  checkpoint {status.checkpoint.latest}")
+    if status.failure and status.failure.traceback:
+        lines += ["", *(f"  {line}" for line in status.failure.traceback.splitlines())]
+    return lines
