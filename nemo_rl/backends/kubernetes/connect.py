@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,8 +145,10 @@ def connect(namespace: str | None = None) -> Cluster:
     from kubernetes import client, config
 
     try:
-        _, active = config.list_kube_config_contexts()
-        api = config.new_client_from_config()
+        # Named each time: the client reads KUBECONFIG only when it is imported.
+        file = os.environ.get("KUBECONFIG") or "~/.kube/config"
+        _, active = config.list_kube_config_contexts(config_file=file)
+        api = config.new_client_from_config(config_file=file)
         found = (active.get("context") or {}).get("namespace")
         context = str(active.get("name"))
     except config.ConfigException as problem:

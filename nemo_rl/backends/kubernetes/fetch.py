@@ -20,6 +20,7 @@ from nemo_rl.backends.kubernetes.errors import DownloadError
 MAX_MANIFEST_BYTES = 32 * 1024 * 1024
 MAX_FILES = 20_000
 _TRIES = 8
+"""Connections in a row that bring nothing, until it is given up."""
 _BLOCK = 1 << 20
 _PART = ".part"
 _READ_SECONDS = 120.0
@@ -86,12 +87,12 @@ class FileClient:
             raise http.client.HTTPException("the pod does not resume")
         left = file.size - begin
         while left > 0:
-            piece = response.read(min(_BLOCK, left))
+            piece = response.read1(min(_BLOCK, left))  # read() would lose what came before a cut
             if not piece:
                 raise http.client.HTTPException(f"{left} bytes are missing")
             left -= len(piece)
             yield piece
-        if response.read(1):
+        if response.read1(1):
             self.close()
             raise DownloadError(f"{file.path}: the pod sends more than the {file.size} bytes it named")
 
@@ -195,8 +196,8 @@ def _fetch(file: RemoteFile, client: FileClient, target: Path, progress: Callabl
     part = _places(target)[1]
     if part.is_symlink() or (part.exists() and part.stat().st_size > file.size):
         part.unlink()
-    wrong = 0
-    for attempt in range(_TRIES):
+    idle = wrong = 0
+    while True:
         begin = part.stat().st_size if part.exists() else 0
         try:
             with open(part, "ab") as out:
@@ -205,7 +206,8 @@ def _fetch(file: RemoteFile, client: FileClient, target: Path, progress: Callabl
                     progress(out.tell())
         except (OSError, http.client.HTTPException) as error:
             client.close()
-            if attempt == _TRIES - 1:
+            idle = idle + 1 if part.stat().st_size == begin else 0
+            if idle == _TRIES:
                 raise DownloadError(f"{file.path}: {error}; call again to go on where it broke off") from None
             continue
         if _digest(part) == file.sha256:
@@ -215,8 +217,7 @@ def _fetch(file: RemoteFile, client: FileClient, target: Path, progress: Callabl
         part.unlink()
         wrong += 1
         if begin == 0 or wrong > 1:
-            break
-    raise DownloadError(f"{file.path}: its digest is not the one in the list; nothing of it was kept")
+            raise DownloadError(f"{file.path}: its digest is not the one in the list; nothing of it was kept")
 
 
 def _digest(path: Path) -> str:

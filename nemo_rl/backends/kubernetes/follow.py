@@ -56,6 +56,8 @@ def watch_job(cluster: Cluster, name: str, stop: threading.Event) -> Iterator[Ob
                     yield seen
                 if stop.is_set():
                     return
+        except JobNotFound:
+            raise
         except ApiError as error:
             if error.code == 404:
                 raise JobNotFound(
