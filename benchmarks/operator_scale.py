@@ -281,7 +281,7 @@ async def run_floor(server: Server, count: int) -> Object:
     async with namespace_of(server, f"floor-{count}-{os.getpid()}") as namespace:
         bodies = {}
         for name in job_names(count):
-            owner = Resource(namespace, name, "none", "", 1, "", False, "", "", "", "", "")
+            owner = Resource(namespace, name, "none", "", 1, "", False, "", "", "", "", "", False)
             body = build.attempt_job(owner, spec, 1, IMAGE)
             del body["metadata"]["ownerReferences"]
             bodies[name] = body

@@ -27,6 +27,10 @@ QUIET_SECONDS, LONGEST_QUIET_WAIT = 0.3, 10.0
 """The first lists are taken to be in when no event came for this long; waited for no longer than that."""
 
 
+SLOW_SECONDS = 0.15
+"""Calls to the API server that take longer than this on average show that it has too much to do."""
+
+
 @dataclass(frozen=True)
 class Options:
     """What the command line sets."""
@@ -57,7 +61,7 @@ class Operator:
             self._progress,
             self._health,
             image=options.image,
-            busy=lambda: self._queue.depth > 2 * options.workers,
+            busy=self._busy,
         )
         self._resync = Resync(
             self._api, self._cache, self._queue, self._health, options.namespaces, options.resync_seconds
@@ -76,6 +80,10 @@ class Operator:
             on_start=self._start,
             on_stop=self._stop,
         )
+
+    def _busy(self) -> bool:
+        """Whether many jobs wait, or the API server is slow: then what is not needed is not written."""
+        return self._queue.depth > 2 * self._options.workers or self._api.latency > SLOW_SECONDS
 
     def _heard(self, kind: Kind, raw: dict[str, Any]) -> None:
         self._last_event = time.monotonic()

@@ -23,6 +23,16 @@ class Entry:
     pods: dict[str, PodView] = field(default_factory=dict)
 
     @property
+    def at_rest(self) -> bool:
+        """Whether nothing is left to do: the job is finished, and so are all of its children."""
+        return (
+            self.resource is not None
+            and self.resource.at_rest
+            and all(job.finished for job in self.jobs.values())
+            and all(pod.terminal and pod.attempt for pod in self.pods.values())
+        )
+
+    @property
     def empty(self) -> bool:
         return self.resource is None and not self.jobs and not self.pods
 

@@ -63,6 +63,8 @@ class Api:
         self._session: aiohttp.ClientSession | None = None
         self._ready = asyncio.Event()
         self._token, self._token_until = "", 0.0
+        self.latency = 0.0
+        """Seconds that calls take now: a moving average."""
 
     async def connect(self, access: Access) -> None:
         """Use this access from now on; calls under way end as they began."""
@@ -195,7 +197,9 @@ class Api:
             raise ApiError(0, "Unreachable", f"{verb} {resource}: {error or type(error).__name__}") from error
         finally:
             metrics.API_CALLS.labels(verb, resource, str(code)).inc()
-            metrics.API_SECONDS.labels(verb).observe(time.monotonic() - began)
+            took = time.monotonic() - began
+            self.latency += 0.1 * (took - self.latency)
+            metrics.API_SECONDS.labels(verb).observe(took)
         answer = _parse(content)
         if code >= 300:
             raise ApiError(code, str(answer.get("reason", "")), str(answer.get("message", ""))[:2000])

@@ -88,6 +88,7 @@ def run(
 
     gc.collect()
     gc.freeze()  # what is loaded now stays for good; the collector need not look at it again
+    gc.set_threshold(20_000, 20, 20)  # objects of the API are trees, freed without it
     options = Options(
         namespaces=namespace or (),
         image=image,

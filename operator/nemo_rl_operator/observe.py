@@ -38,6 +38,8 @@ class Resource:
     spec: str
     status: str
     phase: str
+    at_rest: bool
+    """Finished, reported as such, and with nothing to do at a later time."""
 
     @property
     def finished(self) -> bool:
@@ -56,7 +58,6 @@ class AttemptView:
     created: str
     suspended: bool
     deleting: bool
-    active: int
     complete: bool
     failed: bool
     reason: str
@@ -147,7 +148,8 @@ class Observed:
 def resource(raw: Raw) -> Resource:
     meta = raw["metadata"]
     labels = meta.get("labels") or {}
-    status = raw.get("status") or {}
+    spec, status = raw.get("spec") or {}, raw.get("status") or {}
+    phase = str(status.get("phase") or "") if isinstance(status, Mapping) else ""
     return Resource(
         namespace=meta["namespace"],
         name=meta["name"],
@@ -158,9 +160,14 @@ def resource(raw: Raw) -> Resource:
         deleting=bool(meta.get("deletionTimestamp")),
         queue=labels.get(names.LABEL_QUEUE, ""),
         priority=labels.get(names.LABEL_PRIORITY, ""),
-        spec=json.dumps(raw.get("spec"), separators=(",", ":")),
+        spec=json.dumps(spec, separators=(",", ":")),
         status=json.dumps(status, separators=(",", ":")) if status else "",
-        phase=str(status.get("phase") or "") if isinstance(status, Mapping) else "",
+        phase=phase,
+        at_rest=phase in ("Succeeded", "Failed")
+        and status.get("observedGeneration") == meta.get("generation")
+        and not spec.get("ttlSecondsAfterFinished")
+        and spec.get("ttlSecondsAfterFinished") != 0
+        and not (spec.get("output") or {}).get("serveUntil"),
     )
 
 
@@ -190,7 +197,6 @@ def attempt_view(raw: Raw) -> AttemptView:
         created=meta.get("creationTimestamp", ""),
         suspended=bool(spec.get("suspend")),
         deleting=bool(meta.get("deletionTimestamp")),
-        active=status.get("active") or 0,
         complete=complete is not None,
         failed=failed is not None,
         reason=(failed or {}).get("reason", ""),

@@ -16,13 +16,14 @@ from nemo_rl_operator.client import Api, ApiError, Object
 from nemo_rl_operator.decide import Decision, decide
 from nemo_rl_operator.events import EventPoster
 from nemo_rl_operator.execute import Executor, NamespaceGoneError
+from nemo_rl_operator.incidents import Incidents
 from nemo_rl_operator.observe import Observed
 from nemo_rl_operator.progress import ProgressPuller
 from nemo_rl_operator.turn import Kind, Need
 
 log = logging.getLogger(__name__)
 
-DEFER_SECONDS = 2.0
+DEFER_SECONDS = 5.0
 
 
 class Witness(Protocol):
@@ -49,14 +50,21 @@ class Reconciler:
         self._api, self._cache, self._events, self._progress = api, cache, events, progress
         self._witness, self._image, self._busy, self._clock = witness, image, busy, clock
         self._executor = Executor(api, cache)
+        self._incidents = Incidents(api)
+        self._starting: set[Key] = set()
 
     async def __call__(self, key: Key) -> float | None:
-        if self._see(key) is None:
-            self._progress.forget(key)
+        if self._cache.get(key).at_rest:
+            self._forget(key)
             return None
         seen, decision = await self._decide(key)
         if seen is None:
+            self._forget(key)
             return None
+        if decision.status.phase == "Starting":
+            self._starting.add(key)
+        else:
+            self._starting.discard(key)
         if decision.actions:
             try:
                 blocked = await self._executor.run(seen.resource, decision.actions)
@@ -67,8 +75,12 @@ class Reconciler:
                 if decision.actions:
                     await self._executor.run(seen.resource, decision.actions)
         wake = await self._report(key, seen, decision)
-        self._follow_progress(key)
+        self._follow_progress(key, seen, decision.status)
         return wake
+
+    def _forget(self, key: Key) -> None:
+        self._progress.forget(key)
+        self._starting.discard(key)
 
     def _see(self, key: Key) -> Observed | None:
         entry = self._cache.get(key)
@@ -103,9 +115,8 @@ class Reconciler:
             there = {part for part in sorted(parts) if await self._api.exists(Kind.CONFIG_MAP, namespace, part)}
             return {"bundle_parts": frozenset(there)}
         if need is Need.INCIDENT:
-            if self._busy():  # while many jobs start at once, slow starts are no wonder
-                return {"incident": ""}
-            return {"incident": await self._incident(namespace, seen, number)}
+            found = await self._incidents.newest(seen, number, self._clock(), len(self._starting))
+            return {"incident": found}
         return {"workload": await self._workload(namespace, seen, number)}
 
     async def _read_attempt(self, key: Key, uid: str, number: int) -> None:
@@ -124,15 +135,6 @@ class Reconciler:
         for pod_view in list(self._cache.get(key).pods.values()):
             if pod_view.owner == uid and pod_view.attempt == number and pod_view.name not in there:
                 self._cache.drop("pod", key, pod_view.name, pod_view.uid)
-
-    async def _incident(self, namespace: str, seen: Observed, number: int) -> str:
-        """The newest warning about the attempt's pods, or about its Job where it has none."""
-        pods = [pod for pod in seen.pods.get(number, ()) if pod.phase == "Pending"]
-        uid = pods[0].uid if pods else seen.attempts[number].uid
-        selector = f"involvedObject.uid={uid},type=Warning"
-        found = await self._api.items(Kind.EVENT, namespace, {"fieldSelector": selector, "limit": "50"})
-        newest = max(found, key=lambda e: e.get("lastTimestamp") or e.get("eventTime") or "", default=None)
-        return f"{newest.get('reason')}: {newest.get('message')}" if newest else ""
 
     async def _workload(self, namespace: str, seen: Observed, number: int) -> str:
         """Why Kueue holds the attempt."""
@@ -169,10 +171,9 @@ class Reconciler:
             log.info("%s/%s: %s: %s", *key, new.get("phase"), new.get("message"))
         return decision.requeue_after
 
-    def _follow_progress(self, key: Key) -> None:
-        seen = self._see(key)
-        status = seen.status if seen else JobStatus()
-        if seen and status.phase == "Running":
+    def _follow_progress(self, key: Key, seen: Observed, status: JobStatus) -> None:
+        """Pull progress from the pod with index 0 while it runs."""
+        if status.phase == "Running":
             for pod in observe.newest(seen.pods.get(status.attempt or 0, ())):
                 if pod.index == 0 and pod.phase == "Running" and pod.ip and not pod.deleting:
                     self._progress.follow(key, pod.uid, pod.ip)

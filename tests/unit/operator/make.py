@@ -61,6 +61,7 @@ def resource(status: JobStatus | None = None, **fields: Any) -> Resource:
         spec=json.dumps(spec(**fields)),
         status=json.dumps(status.dump()) if status else "",
         phase=(status.phase or "") if status else "",
+        at_rest=False,
     )
     return _replace(found, own)
 
@@ -80,7 +81,6 @@ def attempt(number: int = 1, **fields: Any) -> AttemptView:
         created=at(-30),
         suspended=False,
         deleting=False,
-        active=1,
         complete=False,
         failed=False,
         reason="",
@@ -91,7 +91,7 @@ def attempt(number: int = 1, **fields: Any) -> AttemptView:
 
 
 def failed_attempt(number: int = 1, message: str = "", ended: float = -20) -> AttemptView:
-    return attempt(number, failed=True, reason="PodFailurePolicy", message=message, ended=at(ended), active=0)
+    return attempt(number, failed=True, reason="PodFailurePolicy", message=message, ended=at(ended))
 
 
 def pod(number: int = 1, index: int = 0, **fields: Any) -> PodView:

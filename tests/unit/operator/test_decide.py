@@ -63,7 +63,7 @@ def test_a_queued_job_is_made_suspended_and_waits_for_kueue() -> None:
 
 
 def test_what_kueue_says_becomes_the_message() -> None:
-    held = make.attempt(suspended=True, active=0)
+    held = make.attempt(suspended=True)
     asked = decide(make.seen(make.resource(LIVE, queue="team"), [held]), make.NOW)
     assert asked.needs == {Need.WORKLOAD}
     decision = decide(make.seen(make.resource(LIVE, queue="team"), [held], workload="insufficient quota"), make.NOW)

@@ -104,9 +104,9 @@ class World:
                     if not pod.terminal:
                         self.live.pods[pod.name] = replace(pod, deleting=True)
                 if self.hasty or all(p.terminal for p in pods):
-                    self.live.jobs[job.name] = replace(job, failed=True, ended=self.time, active=0)
+                    self.live.jobs[job.name] = replace(job, failed=True, ended=self.time)
             elif all(p.phase == "Succeeded" for p in pods):
-                self.live.jobs[job.name] = replace(job, complete=True, ended=self.time, active=0)
+                self.live.jobs[job.name] = replace(job, complete=True, ended=self.time)
 
     def _remove_deleted(self, job: AttemptView, pods: list[PodView]) -> None:
         for pod in pods:

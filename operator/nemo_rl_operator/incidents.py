@@ -1,0 +1,50 @@
+"""Warning Events about attempts that are slow to start. Reading them costs the API server, so it is done sparingly."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+
+from nemo_rl_operator import timestamps
+from nemo_rl_operator.client import Api
+from nemo_rl_operator.observe import Observed
+from nemo_rl_operator.policies import follow
+from nemo_rl_operator.turn import Kind
+
+PER_SECOND, BURST = 5.0, 20.0
+"""Reads of all jobs together."""
+PATIENCE_PER_JOB = 0.06
+"""Seconds of patience that each job which starts at the same time adds: a thousand at once take a minute."""
+
+
+class Incidents:
+    """Reads the newest warning about an attempt, if it is time to and others leave room."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._tokens, self._counted = BURST, time.monotonic()
+
+    async def newest(self, seen: Observed, number: int, now: datetime, starting: int) -> str:
+        """The warning about the attempt's first pending pod, or about its Job where it has none; else empty.
+
+        `starting` is the number of jobs that start now.
+        """
+        job = seen.attempts[number]
+        age = -(timestamps.seconds_until(job.created, now) or 0.0)
+        if age < follow.QUIET_SECONDS + starting * PATIENCE_PER_JOB or not self._take():
+            return ""
+        pods = [pod for pod in seen.pods.get(number, ()) if pod.phase == "Pending"]
+        selector = f"involvedObject.uid={pods[0].uid if pods else job.uid},type=Warning"
+        params = {"fieldSelector": selector, "limit": "50"}
+        found = await self._api.items(Kind.EVENT, seen.resource.namespace, params)
+        last = max(found, key=lambda e: e.get("lastTimestamp") or e.get("eventTime") or "", default=None)
+        return f"{last.get('reason')}: {last.get('message')}" if last else ""
+
+    def _take(self) -> bool:
+        now = time.monotonic()
+        self._tokens = min(BURST, self._tokens + (now - self._counted) * PER_SECOND)
+        self._counted = now
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
