@@ -1,0 +1,227 @@
+"""One reconciliation from sight to status: what is read, what is written, and what is not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_rl.job import names
+from nemo_rl.job.status import TerminationMessage
+from nemo_rl_operator.cache import Cache
+from nemo_rl_operator.client import ApiError
+from nemo_rl_operator.observe import Resource
+from nemo_rl_operator.reconcile import Reconciler, merge_patch
+from nemo_rl_operator.turn import Event, Kind
+from unit.operator import make
+from unit.operator.fake_api import FakeApi, merge
+
+KEY = ("ns", "x")
+
+
+@dataclass
+class Setting:
+    """A reconciler with an API server in a dict; `deliver` plays the watch."""
+
+    api: FakeApi = field(default_factory=FakeApi)
+    cache: Cache = field(default_factory=Cache)
+    now: datetime = make.NOW
+    busy: bool = False
+
+    def __post_init__(self) -> None:
+        self.events: list[Event] = []
+        self.followed: dict[Any, tuple[str, str]] = {}
+        self.reconcile = Reconciler(
+            self.api,  # type: ignore[arg-type]
+            self.cache,
+            self,  # type: ignore[arg-type]
+            self,  # type: ignore[arg-type]
+            self,
+            image=make.IMAGE,
+            busy=lambda: self.busy,
+            clock=lambda: self.now,
+        )
+
+    def post(self, resource: Resource, event: Event) -> None:
+        self.events.append(event)
+
+    def wrote(self, key: Any, version: str) -> None:
+        pass
+
+    def newest(self, key: Any) -> None:
+        return None
+
+    def follow(self, key: Any, pod: str, ip: str) -> None:
+        self.followed[key] = (pod, ip)
+
+    def forget(self, key: Any) -> None:
+        self.followed.pop(key, None)
+
+    def deliver(self) -> None:
+        for (kind, _), body in self.api.objects.items():
+            if kind in (Kind.RESOURCE, Kind.JOB, Kind.POD):
+                self.cache.put({Kind.RESOURCE: "resource", Kind.JOB: "job", Kind.POD: "pod"}[kind], body)  # type: ignore[arg-type]
+
+    def pod(self, phase: str, **state: Any) -> None:
+        """The pod of attempt 1 in this phase."""
+        job = self.api.objects[Kind.JOB, "x-1"]
+        labels = job["spec"]["template"]["metadata"]["labels"]
+        owner = {"kind": "Job", "name": "x-1", "uid": job["metadata"]["uid"], "controller": True}
+        status = {"phase": phase, "podIP": "10.0.0.1", "containerStatuses": [{"name": "trainer", "state": state}]}
+        meta = {"name": "x-1-0", "uid": "p", "labels": labels, "ownerReferences": [owner]}
+        self.api.put(Kind.POD, {"metadata": meta, "status": status})
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return self.api.objects[Kind.RESOURCE, "x"].get("status") or {}
+
+
+async def started() -> Setting:
+    setting = Setting()
+    setting.api.put_job()
+    setting.deliver()
+    await setting.reconcile(KEY)
+    return setting
+
+
+async def test_a_life_takes_five_writes_and_no_reads() -> None:
+    setting = await started()
+    assert setting.status["phase"] == "Starting"
+    setting.pod("Running", running={})
+    setting.deliver()
+    await setting.reconcile(KEY)
+    assert setting.status["phase"] == "Running"
+    assert setting.followed == {KEY: ("p", "10.0.0.1")}
+    word = TerminationMessage(kind="result", total_steps=5).encode()
+    setting.pod("Succeeded", terminated={"exitCode": 0, "message": word})
+    setting.deliver()
+    await setting.reconcile(KEY)
+    assert setting.status["phase"] == "Succeeded"
+    assert setting.followed == {}
+    verbs = [(verb, kind.name) for verb, kind, _ in setting.api.calls]
+    assert verbs == [
+        *[("POST", kind) for kind in ("CONFIG_MAP", "CLAIM", "JOB")],
+        *[("PATCH", "RESOURCE")] * 3,
+    ]
+    assert [e.reason for e in setting.events] == ["AttemptStarted", "Succeeded"]
+
+
+async def test_nothing_new_writes_nothing() -> None:
+    setting = await started()
+    setting.api.calls.clear()
+    for _ in range(3):
+        setting.deliver()
+        await setting.reconcile(KEY)
+    assert setting.api.calls == []
+
+
+async def test_the_first_word_is_left_out_while_many_jobs_wait() -> None:
+    setting = Setting(busy=True)
+    setting.api.put_job()
+    setting.deliver()
+    assert await setting.reconcile(KEY) == 5.0
+    assert setting.status == {}
+    setting.pod("Running", running={})
+    setting.deliver()
+    await setting.reconcile(KEY)
+    assert setting.status["phase"] == "Running", "what matters is never left out"
+
+
+async def test_a_status_that_comes_too_late_is_computed_again() -> None:
+    setting = Setting()
+    setting.api.put_job()
+    setting.deliver()
+    setting.api.put_job()  # a newer version that the cache has not heard of
+    with pytest.raises(ApiError, match="modified"):
+        await setting.reconcile(KEY)
+    assert setting.events == [], "Events are posted only after the status is written"
+    setting.deliver()
+    await setting.reconcile(KEY)
+    assert setting.status["attempt"] == 1
+
+
+async def test_a_job_that_is_gone_is_forgotten() -> None:
+    setting = await started()
+    setting.pod("Running", running={})
+    setting.deliver()
+    del setting.api.objects[Kind.RESOURCE, "x"]
+    await setting.reconcile(KEY)
+    assert setting.cache.get(KEY).resource is None
+    assert await setting.reconcile(KEY) is None
+
+
+async def test_a_refusal_is_written_into_the_status() -> None:
+    setting = Setting()
+    setting.api.put_job()
+    setting.deliver()
+    setting.api.refuse["POST", Kind.CONFIG_MAP] = ApiError(
+        403, "Forbidden", "exceeded quota: q, requested: a=1, used: a=1, limited: a=1"
+    )
+    assert await setting.reconcile(KEY) == 10.0
+    assert (setting.status["phase"], setting.status["reason"]) == ("Pending", "QuotaExceeded")
+    assert "JOB x-1" not in setting.api.made()
+    setting.api.refuse.clear()
+    await setting.reconcile(KEY)
+    assert setting.status["phase"] == "Starting"
+
+
+async def test_the_last_attempt_is_read_before_the_next_starts() -> None:
+    setting = await started()
+    setting.pod("Failed", terminated={"exitCode": 75})
+    setting.deliver()
+    setting.api.calls.clear()
+    await setting.reconcile(KEY)
+    assert [(verb, kind.name) for verb, kind, _ in setting.api.calls[:2]] == [("GET", "JOB"), ("LIST", "POD")]
+    assert "JOB x-2" in setting.api.made()
+
+
+async def test_bundles_are_looked_for_until_they_are_there() -> None:
+    setting = Setting()
+    setting.api.put_job(bundles=[{"name": "code", "sha256": "0" * 64, "configMaps": ["b-0", "b-1"]}])
+    setting.deliver()
+    await setting.reconcile(KEY)
+    assert setting.status["message"] == "waiting for 2 of 2 bundle parts"
+    for name in ("b-0", "b-1"):
+        setting.api.put(Kind.CONFIG_MAP, {"metadata": {"name": name}})
+    await setting.reconcile(KEY)
+    assert setting.status["phase"] == "Starting"
+
+
+JSON = st.recursive(
+    st.integers() | st.text(max_size=3) | st.lists(st.integers(), max_size=3),
+    lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    max_leaves=8,
+)
+OBJECTS = st.dictionaries(st.sampled_from("abcd"), JSON, max_size=4)
+
+
+@given(OBJECTS, OBJECTS)
+def test_a_patch_turns_the_old_into_the_new(old: dict[str, Any], new: dict[str, Any]) -> None:
+    assert merge(old, merge_patch(old, new)) == new
+
+
+@given(OBJECTS)
+def test_no_change_is_an_empty_patch(value: dict[str, Any]) -> None:
+    assert merge_patch(value, value) == {}
+
+
+def test_a_job_at_rest_is_known_by_its_resource_alone() -> None:
+    cache = Cache()
+    api = FakeApi()
+    body = api.put_job()
+    body["status"] = {"phase": "Succeeded", "observedGeneration": 1}
+    cache.put("resource", body)
+    assert cache.get(KEY).at_rest
+    for change in ({"ttlSecondsAfterFinished": 0}, {"output": {"serveUntil": make.at(9)}}):
+        changed = api.put(Kind.RESOURCE, {**body, "spec": make.spec(**change)})
+        cache.put("resource", changed)
+        assert not cache.get(KEY).at_rest
+    cache.put("resource", api.put(Kind.RESOURCE, body))
+    assert cache.get(KEY).at_rest
+    pod = {"metadata": {"name": "p", "uid": "p", "namespace": "ns", "labels": {names.LABEL_JOB: "x"}}, "status": {}}
+    cache.put("pod", pod)
+    assert not cache.get(KEY).at_rest, "a pod is still there"
