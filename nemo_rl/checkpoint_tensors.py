@@ -62,7 +62,14 @@ def load_model(path: Path, model: Any) -> None:
 
 def _full_state_dict(model: Any) -> dict[str, Tensor]:
     """All weights on rank 0, whole and on the CPU, however they are sharded; nothing on the other ranks."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    # Gathered shards of tied weights are separate tensors; as one they are saved once, as without shards.
+    for first, *tied in names.values():
+        weights |= {name: weights[first] for name in tied if name in weights and first in weights}
+    return weights
 
 
 def _storage(tensor: Any) -> int:

@@ -109,6 +109,8 @@ def generate(
     """
     keys = list(range(len(prompts))) if keys is None else keys
     groups: list[list[Completion]] = [[] for _ in prompts]
+    if not prompts:  # more ranks than prompts
+        return groups
     state = make_state(policy)
     longest = max(map(len, prompts)) + sampling.max_new_tokens
     rows_at_once = max(_cache_bytes(policy) // max(state.bytes_per_row(longest), 1), sampling.num_samples)

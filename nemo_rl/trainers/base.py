@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -17,14 +18,15 @@ from nemo_rl.api.result import TrainResult
 from nemo_rl.checkpoint import Checkpoint, CheckpointStore
 from nemo_rl.data.module import train_and_validation
 from nemo_rl.data.prepare import Prepared, batches, describe_example, prepare
-from nemo_rl.display import make_display
+from nemo_rl.display import NullDisplay, make_display
+from nemo_rl.distributed import Ranks, ShardedModel, join
 from nemo_rl.errors import TrainingInterrupted
 from nemo_rl.job.spec import Algorithm, RLTrainingJobSpec
 from nemo_rl.metrics import MetricsLog
 from nemo_rl.model import Policy, choose_device, limit_threads, load_model, load_tokenizer, prepare_model
 from nemo_rl.packing import PackedBatch, TokenSequence, pack, plan_microbatches
 from nemo_rl.preemption import Interrupted, StopSignals
-from nemo_rl.runs import Run, open_run
+from nemo_rl.runs import Run, differences, open_run
 from nemo_rl.trainers.callbacks import CallbackList
 from nemo_rl.trainers.optimizer import Optimizer, learning_rate
 
@@ -70,6 +72,8 @@ class Trainer(ABC):
         self.model: Any = model
         self.tokenizer: Any = tokenizer
         self.device = choose_device(config.resources.gpus_per_node)
+        self.ranks = Ranks()
+        self.sharded: ShardedModel | None = None
         self.current_step = 0
         self.should_stop = False
         self.total_steps = 0
@@ -105,7 +109,22 @@ class Trainer(ABC):
         `dataset` and `validation_dataset`: a hub name, a path, a list of rows, a `datasets.Dataset`, a `DataModule` or a
         `DatasetSpec`. `reward_fn` (GRPO): a callable, an Environment, a list or a dict of them. Raises DatasetError,
         RewardError, TypeError or ValueError for input that cannot work, TrainingInterrupted after SIGTERM.
+
+        Under torchrun every rank calls it with the same arguments. Callbacks run on every rank, so that they may save and
+        stop; `trainer.ranks.is_first` tells where to print. What ends the run on one rank ends it on all.
         """
+        self.ranks = join(self.device)
+        try:
+            return self._fit(dataset, reward_fn, validation_dataset, callbacks, reward_weights)
+        except BaseException as error:
+            told = self.ranks.leave(error)
+            if told is error:
+                raise
+            raise told from error
+
+    def _fit(
+        self, dataset: Any, reward_fn: Any, validation_dataset: Any, callbacks: Any, reward_weights: Any
+    ) -> TrainResult:
         self.callbacks = CallbackList(callbacks)
         dataset, own_validation = train_and_validation(dataset)
         validation_dataset = own_validation if validation_dataset is None else validation_dataset
@@ -114,20 +133,37 @@ class Trainer(ABC):
         data = self._prepare(dataset, self.training.max_steps * self.training.batch_size)
         validation = self._prepare(validation_dataset, None) if validation_dataset is not None else None
         self._bind(data, validation, reward_fn, reward_weights)
-        run = open_run(self.output_dir, self._identity(data, validation), self.training.resume)
+        run = self._open_run(self._identity(data, validation))
         try:
             with StopSignals() as signals:
                 self.signals = signals
                 result = self._run(run, data, validation)
-            run.finish()
+            if self.ranks.is_first:
+                run.finish()
             return result
         finally:
             self._release()
             run.close()
 
+    def _open_run(self, identity: dict[str, Any]) -> Run:
+        """The first rank takes the directory for all. Raises ValueError where ranks would train different things."""
+        identities = self.ranks.gather(lambda: identity)
+        for rank, other in enumerate(identities):
+            if other != identity:
+                found = "; ".join(differences(identities[0], other))
+                raise ValueError(f"rank {rank} trains something else than rank 0: {found}; give all ranks the same")
+        opened: list[Run] = []
+
+        def take() -> Run:
+            opened.append(open_run(self.output_dir, identity, self.training.resume))
+            return dataclasses.replace(opened[0], _lock=None)
+
+        run = self.ranks.first(take)
+        return opened[0] if opened else run
+
     def _run(self, run: Run, data: Prepared, validation: Prepared | None) -> TrainResult:
         store = CheckpointStore(run.dir, self.training.keep_checkpoints)
-        checkpoint = store.latest() if run.resuming else None
+        checkpoint = self.ranks.first(lambda: store.latest() if run.resuming else None)
         self.run_dir = run.dir
         self._load(store, checkpoint)
         state = checkpoint.state if checkpoint else {}
@@ -135,8 +171,10 @@ class Trainer(ABC):
         self._load_state(state)
         steps_per_epoch = -(-len(data.examples) // self.training.batch_size)
         self.total_steps = min(self.training.max_steps, self.training.max_epochs * steps_per_epoch)
-        self.display = make_display(self.training.log_level)
-        metrics_log = MetricsLog(run.dir, resume_step=self.current_step, tensorboard=self.training.tensorboard)
+        self.display = make_display(self.training.log_level) if self.ranks.is_first else NullDisplay()
+        metrics_log = None
+        if self.ranks.is_first:
+            metrics_log = MetricsLog(run.dir, resume_step=self.current_step, tensorboard=self.training.tensorboard)
         self.display.start(self.total_steps, self._header(data))
         last_saved, metrics = self.current_step, dict(state.get("metrics", {}))
         order: list[list[int]] | None = None
@@ -144,6 +182,7 @@ class Trainer(ABC):
             self._announce(run, data, checkpoint)
             self._start(data, validation)
             self.callbacks.on_train_begin(self)
+            self._agree_to_stop()
             while self.current_step < self.total_steps and not self.should_stop:
                 epoch, position = divmod(self.current_step, steps_per_epoch)
                 if position == 0:
@@ -154,18 +193,21 @@ class Trainer(ABC):
                     )
                 step = self.current_step + 1
                 self.callbacks.on_step_begin(self, step)
-                self.signals.check()
+                self.ranks.together(self.signals.check)
                 metrics = self._step(step, epoch, [data.examples[i] for i in order[position]])
                 saving = step == self.total_steps or _due(step, self.training.save_every)
                 if validation is not None and (saving or _due(step, self.training.eval_every)):
                     metrics |= self._evaluate_timed(validation)
                 self.current_step = step
-                metrics_log.log(metrics)
-                metrics_log.log_completions(step, self.samples)
+                if metrics_log is not None:
+                    metrics_log.log(metrics)
+                    metrics_log.log_completions(step, self.samples)
                 self.display.step(metrics, self.samples)
                 self.callbacks.on_step_end(self, step, metrics)
+                self._agree_to_stop()
                 if saving:
-                    metrics_log.sync()
+                    if metrics_log is not None:
+                        metrics_log.sync()
                     self._save(store, metrics, validation)
                     last_saved = step
                 if position == steps_per_epoch - 1 or step == self.total_steps or self.should_stop:
@@ -174,7 +216,7 @@ class Trainer(ABC):
                 if validation is not None:
                     metrics |= self._evaluate_timed(validation)
                 self._save(store, metrics, validation)
-            best = store.best()
+            best = self.ranks.first(store.best)
             result = TrainResult(
                 trainer=self,
                 metrics=metrics,
@@ -187,8 +229,12 @@ class Trainer(ABC):
         except Interrupted as interrupted:
             raise self._interrupted(store, interrupted, last_saved, metrics, validation) from None
         finally:
-            metrics_log.close()
+            if metrics_log is not None:
+                metrics_log.close()
             self.display.close()
+
+    def _agree_to_stop(self) -> None:
+        self.should_stop = any(self.ranks.gather(lambda: self.should_stop))
 
     def _step(self, step: int, epoch: int, examples: list[Any]) -> dict[str, Any]:
         started = time.perf_counter()
@@ -244,8 +290,9 @@ class Trainer(ABC):
         return self.optimizer
 
     def poll(self) -> None:
-        """Raises Interrupted if a signal asked this process to stop."""
+        """Raises Interrupted if a signal asked this process to stop; leaves the share of a rank when another one ended."""
         self.signals.check()
+        self.ranks.check()
 
     def microbatches(self, sequences: list[TokenSequence], split_groups: bool = True) -> list[list[int]]:
         """Returns the plan of micro-batches of the sequences under the token budget."""
@@ -265,26 +312,53 @@ class Trainer(ABC):
         """Adds the gradient of the sum of `loss_fn(batch, indices)` over all micro-batches, and returns that sum.
 
         `loss_fn` gets the packed micro-batch and the numbers of its sequences, and weighs by totals of the whole step.
+        Each rank computes a share of the sequences, and the sum is over all of them; gradients are summed by the optimizer.
         """
-        total = 0.0
-        for indices in self.microbatches(sequences, split_groups):
-            if may_stop:
-                self.poll()
-            loss = loss_fn(pack([sequences[i] for i in indices], self.device), indices)
-            loss.backward()
-            total += loss.item()
-        return total
+        share = self._shares(sequences, split_groups)[self.ranks.rank]
+
+        def compute() -> float:
+            total = 0.0
+            for plan in self.microbatches([sequences[i] for i in share], split_groups):
+                if may_stop:
+                    self.poll()
+                indices = [share[i] for i in plan]
+                loss = loss_fn(pack([sequences[i] for i in indices], self.device), indices)
+                loss.backward()
+                total += loss.item()
+            return total
+
+        return sum(self.ranks.gather(compute))
+
+    def _shares(self, sequences: list[TokenSequence], split_groups: bool = True) -> list[list[int]]:
+        """Returns the numbers of the sequences that each rank takes: whole groups, unless there are fewer than ranks."""
+        groups: dict[object, list[int]] = {}
+        for i, sequence in enumerate(sequences):
+            groups.setdefault(("single", i) if sequence.group is None else sequence.group, []).append(i)
+        units = list(groups.values())
+        if split_groups and len(units) < self.ranks.size:
+            units = [[i] for i in range(len(sequences))]
+        shares = self.ranks.shares([sum(len(sequences[i].ids) for i in unit) for unit in units])
+        return [sorted(i for unit in share for i in units[unit]) for share in shares]
 
     def sum_logprobs(self, policy: Policy, sequences: list[TokenSequence], temperature: float = 1.0) -> Tensor:
         """Returns the summed log-probability of the trained tokens of each sequence, (len(sequences),), without gradient."""
         sums = torch.zeros(len(sequences), device=self.device)
-        with torch.no_grad():
-            for indices in self.microbatches(sequences):
+        shares = self._shares(sequences)
+
+        @torch.no_grad()
+        def compute() -> list[float]:
+            mine = shares[self.ranks.rank]
+            found = torch.zeros(len(mine), device=self.device)
+            for indices in self.microbatches([sequences[i] for i in mine]):
                 self.poll()
-                batch = pack([sequences[i] for i in indices], self.device)
-                sums[torch.tensor(indices, device=self.device)] = batch.per_sequence(
+                batch = pack([sequences[mine[i]] for i in indices], self.device)
+                found[torch.tensor(indices, device=self.device)] = batch.per_sequence(
                     policy.logprobs(batch, temperature)
                 )
+            return found.tolist()
+
+        for share, found in zip(shares, self.ranks.gather(compute), strict=True):
+            sums[torch.tensor(share, dtype=torch.long, device=self.device)] = torch.tensor(found, device=self.device)
         return sums
 
     # ------------------------------------------------------------------ loading, saving
@@ -308,9 +382,18 @@ class Trainer(ABC):
             store.load_model_weights(checkpoint, self.model)
         limit_threads(getattr(self.model.config.get_text_config(), "hidden_size", 1024))
         self.policy = Policy(self.model, self.training.precision, self.training.activation_checkpointing)
-        self.optimizer = Optimizer(self.policy.trainable, self.training)
+        self._shard(resuming=checkpoint is not None)
+        trained = self.sharded.shards if self.sharded is not None else self.policy.trainable
+        self.optimizer = Optimizer(trained, self.training, self.sharded)
         if checkpoint is not None:
             store.load_optimizer(checkpoint, self.optimizer.adamw)
+        if self.sharded is not None:
+            self.sharded.make_whole()
+
+    def _shard(self, resuming: bool) -> None:
+        """Shards the model over the ranks; `resuming`: it has the weights of a checkpoint."""
+        if self.ranks.size > 1:
+            self.sharded = ShardedModel(self.model, self.ranks, self.device)
 
     @property
     def needs_reference(self) -> bool:
@@ -329,7 +412,7 @@ class Trainer(ABC):
     def _save(self, store: CheckpointStore, metrics: dict[str, Any], validation: Prepared | None) -> Path:
         metric = self._validation_metric if validation is not None else self._checkpoint_metric()
         state = {**self._state(), "metrics": metrics}
-        return store.save(
+        path = store.save(
             self.current_step,
             model=self.model,
             tokenizer=self.tokenizer,
@@ -337,13 +420,19 @@ class Trainer(ABC):
             state=state,
             metric=metric,
         )
+        if self.sharded is not None:
+            self.sharded.make_whole()
+        return path
 
     def save_checkpoint(self, path: Path | str) -> Path:
-        """Writes model, tokenizer and trainer state to a directory that `AutoModelForCausalLM.from_pretrained` loads."""
+        """Writes model, tokenizer and trainer state to a directory that `AutoModelForCausalLM.from_pretrained` loads.
+
+        On several ranks every rank calls it.
+        """
         from nemo_rl.checkpoint import write_checkpoint
 
         optimizer = self.optimizer.adamw if self.optimizer is not None else None
-        return write_checkpoint(
+        written = write_checkpoint(
             Path(path),
             step=self.current_step,
             model=self.model,
@@ -351,6 +440,9 @@ class Trainer(ABC):
             optimizer=optimizer,
             state=self._state() if optimizer is not None else {},
         )
+        if self.sharded is not None:
+            self.sharded.make_whole()
+        return written
 
     def load_checkpoint(self, path: Path | str) -> None:
         """Loads model weights and, where they are there, optimizer state and step from such a directory."""

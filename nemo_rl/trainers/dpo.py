@@ -54,6 +54,7 @@ class DPOTrainer(Trainer):
             return loss.sum() / len(examples) - self.settings.nll_weight * sums[:, 0].sum() / chosen_tokens
 
         loss = self.accumulate(sequences, loss_fn, split_groups=False)
+        totals = self.ranks.sum(totals)
         grad_norm = self._optimizer.step(self.rate)
         return {
             "loss": loss,

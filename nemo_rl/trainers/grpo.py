@@ -60,8 +60,34 @@ class GRPOTrainer(Trainer):
     # ------------------------------------------------------------------ rollouts
 
     def roll_out(self, examples: list[PromptExample], step: int) -> Rollouts:
-        """Samples completions of each prompt and scores them; rewards of finished groups overlap with generation."""
+        """Samples completions of each prompt and scores them; rewards of finished groups overlap with generation.
+
+        Each rank does so for a share of the prompts, and gets the results of all. The seconds of generation are its own,
+        those of rewards last until all ranks are done.
+        """
         started = time.perf_counter()
+        generated = started
+
+        def draw(share: list[PromptExample]) -> list[tuple[list[Completion], list[str], list[RewardOutcome]]]:
+            nonlocal generated
+            groups, responses, futures = self._generate(share, step)
+            generated = time.perf_counter()
+            return list(zip(groups, responses, map(self.runner.wait, futures), strict=True))
+
+        drawn = self.ranks.map(examples, [len(example.ids) for example in examples], draw)
+        seconds = {"generate_seconds": generated - started, "reward_seconds": time.perf_counter() - generated}
+        return Rollouts(
+            examples,
+            [completion for completions, _, _ in drawn for completion in completions],
+            [response for _, responses, _ in drawn for response in responses],
+            [outcome for _, _, outcomes in drawn for outcome in outcomes],
+            seconds,
+        )
+
+    def _generate(
+        self, examples: list[PromptExample], step: int
+    ) -> tuple[list[list[Completion]], list[list[str]], list[Any]]:
+        """Returns completions, their texts and the futures of their rewards, one of each for each prompt."""
         futures: list[Any] = [None] * len(examples)
         responses: list[list[str]] = [[] for _ in examples]
 
@@ -80,16 +106,7 @@ class GRPOTrainer(Trainer):
             poll=self.poll,
             on_group=score,
         )
-        generated = time.perf_counter()
-        outcomes = [outcome for future in futures for outcome in self.runner.wait(future)]
-        seconds = {"generate_seconds": generated - started, "reward_seconds": time.perf_counter() - generated}
-        return Rollouts(
-            examples,
-            [completion for group in groups for completion in group],
-            [response for group in responses for response in group],
-            outcomes,
-            seconds,
-        )
+        return groups, responses, futures
 
     def _calls(self, example: PromptExample, responses: list[str], step: int) -> list[RewardCall]:
         row = example.row
@@ -151,6 +168,7 @@ class GRPOTrainer(Trainer):
         for iteration in range(settings.num_iterations if sequences else 0):
             loss = self.accumulate(sequences, loss_fn, may_stop=iteration == 0)
             grad_norm = self._optimizer.step(self.rate)
+        totals = self.ranks.sum(totals)
         trained_tokens = max(sum(sequence.num_targets for sequence in sequences), 1) * settings.num_iterations
         return {
             "loss": loss,
@@ -209,20 +227,27 @@ class GRPOTrainer(Trainer):
             settings.top_p,
         )
         self.reference = self.initial_policy() if self.needs_reference else None
-        self.runner.should_stop = lambda: self.signals.requested
-        self.runner.start()
-        rows = data.examples[:PREFLIGHT_ROWS]
-        for warning in preflight(
-            self.runner, [self._calls(row, [""], 0)[0] for row in rows], on_error=self.runner.on_error
-        ):
+        self.runner.should_stop = self.poll
+        calls = [self._calls(row, [""], 0)[0] for row in data.examples[:PREFLIGHT_ROWS]]
+
+        def first_calls() -> list[str]:
+            self.runner.start()
+            return preflight(self.runner, calls, on_error=self.runner.on_error)
+
+        for warning in self.ranks.together(first_calls):
             self.display.note(warning)
 
     @property
     def needs_reference(self) -> bool:
         return self.settings.beta > 0 and self.training.lora_rank is None
 
+    def _shard(self, resuming: bool) -> None:
+        if self.ranks.size > 1 and self.needs_reference and not resuming:
+            self._start_model = copy.deepcopy(self.model)  # sharded models cannot be copied
+        super()._shard(resuming)
+
     def initial_policy(self) -> Policy:
-        if self.current_step == 0:
+        if self.current_step == 0 and self._start_model is None:
             frozen = copy.deepcopy(self.model).requires_grad_(False)
             return Policy(frozen, self.training.precision)
         return super().initial_policy()
@@ -233,20 +258,24 @@ class GRPOTrainer(Trainer):
 
     def evaluate(self, validation: Prepared) -> tuple[dict[str, float], float]:
         sampling = Sampling(1, self.settings.max_new_tokens, greedy=True)
-        groups = generate(
-            self.policy,
-            [example.ids for example in validation.examples],
-            sampling,
-            end_ids=self.end_ids,
-            seed=self.training.seed,
-            step=0,
-            poll=self.poll,
-        )
-        responses = self.tokenizer.batch_decode([group[0].ids for group in groups], skip_special_tokens=True)
-        calls = [
-            self._calls(example, [text], 0)[0] for example, text in zip(validation.examples, responses, strict=True)
-        ]
-        values = [outcome.value for outcome in self.runner.score(calls) if outcome.value is not None]
+
+        def score(examples: list[PromptExample]) -> list[float | None]:
+            groups = generate(
+                self.policy,
+                [example.ids for example in examples],
+                sampling,
+                end_ids=self.end_ids,
+                seed=self.training.seed,
+                step=0,
+                poll=self.poll,
+            )
+            responses = self.tokenizer.batch_decode([group[0].ids for group in groups], skip_special_tokens=True)
+            calls = [self._calls(example, [text], 0)[0] for example, text in zip(examples, responses, strict=True)]
+            return [outcome.value for outcome in self.runner.score(calls)]
+
+        examples = validation.examples
+        scored = self.ranks.map(examples, [len(example.ids) for example in examples], score)
+        values = [value for value in scored if value is not None]
         reward = sum(values) / max(len(values), 1)
         return {"validation_reward": reward}, reward
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from nemo_rl.errors import NonFiniteTraining
 from nemo_rl.job.spec import TrainingSpec
+
+if TYPE_CHECKING:
+    from nemo_rl.distributed import ShardedModel
 
 MAX_NON_FINITE_STEPS = 5
 """Steps in a row with a NaN or infinite gradient after which training gives up."""
@@ -33,10 +37,16 @@ def learning_rate(training: TrainingSpec, step: int, total_steps: int) -> float:
 
 
 class Optimizer:
-    """AdamW over the trainable parameters; matrices decay, biases and norms do not."""
+    """AdamW over the trainable parameters; matrices decay, biases and norms do not.
 
-    def __init__(self, parameters: list[nn.Parameter], training: TrainingSpec) -> None:
-        self.parameters, self.training = parameters, training
+    On several ranks `sharded` is the model that the parameters are the shards of: its gradients are summed over the ranks
+    before a step and its weights made whole after it.
+    """
+
+    def __init__(
+        self, parameters: list[nn.Parameter], training: TrainingSpec, sharded: ShardedModel | None = None
+    ) -> None:
+        self.parameters, self.training, self.sharded = parameters, training, sharded
         self.non_finite_steps = 0
         matrices = [p for p in parameters if p.ndim >= 2]
         others = [p for p in parameters if p.ndim < 2]
@@ -54,7 +64,16 @@ class Optimizer:
 
         A step whose gradient is not finite is left out; NonFiniteTraining is raised after several in a row.
         """
-        norm = float(nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+        if self.sharded is None:
+            return self._step(rate)
+        self.sharded.reduce()
+        norm = self._step(rate)
+        self.sharded.make_whole()
+        return norm
+
+    def _step(self, rate: float) -> float:
+        total = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = float(total.full_tensor() if self.sharded is not None else total)
         if not math.isfinite(norm):
             self.adamw.zero_grad(set_to_none=True)
             self.non_finite_steps += 1

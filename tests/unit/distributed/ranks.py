@@ -1,0 +1,165 @@
+"""Trains on several ranks: reads one run after the other as JSON lines, forks its ranks, and prints their exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+
+def count_a(prompt: str, response: str) -> float:
+    return response.count("a") / 6
+
+
+def fail_on_rank_1(prompt: str, response: str) -> float:
+    if os.environ["RANK"] == "1" and prompt:
+        raise ZeroDivisionError("the reward of rank 1")
+    return float(len(response))
+
+
+def rows_of(algorithm: str, count: int) -> list[dict[str, str]]:
+    rows = [
+        {
+            "prompt": f"{i}" * (1 + i % 3) + "=",
+            "completion": f"{i % 10}a" * (1 + i % 4),
+            "chosen": "ab",
+            "rejected": f"c{i % 3}",
+        }
+        for i in range(count)
+    ]
+    keep = {"grpo": ("prompt",), "sft": ("prompt", "completion"), "dpo": ("prompt", "chosen", "rejected")}[algorithm]
+    return [{name: row[name] for name in keep} for row in rows]
+
+
+class SignalRank:
+    """Sends SIGTERM to its own process, on one rank only, in the middle of training."""
+
+    def __init__(self, rank: int, step: int) -> None:
+        self.rank, self.step = rank, step
+
+    def on_train_begin(self, trainer: Any) -> None: ...
+    def on_epoch_begin(self, trainer: Any, epoch: int) -> None: ...
+    def on_step_begin(self, trainer: Any, step: int) -> None:
+        if step == self.step and trainer.ranks.rank == self.rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_step_end(self, trainer: Any, step: int, metrics: dict[str, Any]) -> None: ...
+    def on_epoch_end(self, trainer: Any, epoch: int, metrics: dict[str, Any]) -> None: ...
+    def on_train_end(self, trainer: Any, result: Any) -> None: ...
+
+
+class StopOnRank1(SignalRank):
+    """Asks for the end of the run on rank 1 alone."""
+
+    def __init__(self) -> None: ...
+
+    def on_step_begin(self, trainer: Any, step: int) -> None: ...
+    def on_step_end(self, trainer: Any, step: int, metrics: dict[str, Any]) -> None:
+        if step == 2 and trainer.ranks.rank == 1:
+            trainer.should_stop = True
+
+
+class RaiseOnRank1(SignalRank):
+    """Raises outside of the shared work of a step, on rank 1 alone."""
+
+    def __init__(self) -> None: ...
+
+    def on_step_begin(self, trainer: Any, step: int) -> None:
+        if step == 2 and trainer.ranks.rank == 1:
+            raise KeyError("the callback of rank 1")
+
+
+CALLBACKS = {
+    "signal 0": lambda: SignalRank(0, 3),
+    "signal 1": lambda: SignalRank(1, 3),
+    "stop": StopOnRank1,
+    "raise": RaiseOnRank1,
+}
+
+
+def main(job: dict[str, Any]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    import nemo_rl
+    from nemo_rl.errors import TrainingInterrupted
+
+    algorithm = job["algorithm"]
+    rows = rows_of(algorithm, job.get("rows", 10))
+    reward = None
+    if algorithm == "grpo":
+        reward = fail_on_rank_1 if job.get("failing_reward") else count_a
+        job["keywords"] = {"num_generations_per_prompt": 4, "max_new_tokens": 6, "logged_completions": 4} | job[
+            "keywords"
+        ]
+    callbacks = [CALLBACKS[job["callback"]]()] if "callback" in job else None
+
+    try:
+        nemo_rl.train(
+            job["model"],
+            rows,
+            reward,
+            algorithm=algorithm,
+            output_dir=job["output"],
+            backend="local",
+            log_level="warning",
+            callbacks=callbacks,
+            **{"max_steps": 3, "max_epochs": 9, "batch_size": 4, "learning_rate": 1e-3, "seed": 7, **job["keywords"]},
+        )
+    except TrainingInterrupted as interrupted:
+        Path(f"{job['output']}.rank{os.environ.get('RANK', '0')}").write_text(str(interrupted))
+        os._exit(75)
+    except BaseException as error:
+        notes = " ".join(getattr(error, "__notes__", []))
+        Path(f"{job['output']}.rank{os.environ.get('RANK', '0')}").write_text(
+            f"{type(error).__name__}: {error} {notes}"
+        )
+        raise
+
+
+def serve() -> None:
+    import nemo_rl.api.training
+    import nemo_rl.trainers.dpo
+    import nemo_rl.trainers.grpo
+    import nemo_rl.trainers.sft  # noqa: F401 — forked ranks have it all loaded
+
+    while line := sys.stdin.readline():
+        job = json.loads(line)
+        ranks = [fork(job, rank) for rank in range(job["size"])]
+        codes: dict[int, int] = {}
+        deadline = time.monotonic() + job["seconds"]
+        while len(codes) < len(ranks):
+            for pid in ranks:
+                if pid not in codes and (ended := os.waitpid(pid, os.WNOHANG)) != (0, 0):
+                    codes[pid] = os.waitstatus_to_exitcode(ended[1])
+                elif pid not in codes and time.monotonic() > deadline:
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+        print(json.dumps([codes[pid] for pid in ranks]), flush=True)
+
+
+def fork(job: dict[str, Any], rank: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"]), "WORLD_SIZE": str(job["size"])}
+        os.environ |= where | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        log = os.open(f"{job['output']}.log{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        main(job)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    serve()
