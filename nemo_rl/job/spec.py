@@ -435,7 +435,9 @@ class RLTrainingJobSpec(Section):
     def _consistent(self) -> RLTrainingJobSpec:
         for section in ALGORITHMS:
             if section != self.algorithm and getattr(self, section) is not None:
-                raise ValueError(f"section {section} belongs to algorithm {section}, but algorithm is {self.algorithm}; remove it")
+                raise ValueError(
+                    f"section {section} belongs to algorithm {section}, but algorithm is {self.algorithm}; remove it"
+                )
         if self.algorithm == "grpo" and self.reward is None:
             raise ValueError("grpo needs a reward; give spec.reward")
         if self.algorithm != "grpo" and self.reward is not None:
@@ -445,7 +447,9 @@ class RLTrainingJobSpec(Section):
             raise ValueError("two bundles have the same name; names must differ")
         for where, reference in self._bundle_references():
             if reference not in known:
-                raise ValueError(f"{where} names bundle {reference!r}, which is not among bundles: {sorted(known) or 'none'}")
+                raise ValueError(
+                    f"{where} names bundle {reference!r}, which is not among bundles: {sorted(known) or 'none'}"
+                )
         return self
 
     def _bundle_references(self) -> list[tuple[str, str]]:
