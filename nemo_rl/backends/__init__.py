@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -101,6 +102,8 @@ def _has_kubernetes_backend() -> bool:
 def _ask_cluster() -> tuple[str, str]:
     """Asks in a thread, because a client's own time-outs do not bound name resolution or a login helper."""
     answers: list[tuple[bool, str]] = []
+    with contextlib.suppress(ImportError):
+        importlib.import_module("kubernetes.client")  # may take a second; the time limit is for the cluster
 
     def ask() -> None:
         try:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from nemo_rl.api.result import TrainResult
 
 SERVE_SECONDS = 1800
-RENEW_SECONDS = 600
 POD_SECONDS = 300.0
 _POLL_SECONDS = 0.5
 
