@@ -109,7 +109,7 @@ def make_base() -> None:
     say(f"{BASE_IMAGE}: made in {time.monotonic() - begin:.1f} s")
 
 
-def build(tag: str, folder: str, options: Sequence[str]) -> None:
+def build(tag: str, folder: str, options: Sequence[str], *, into_node: bool = True) -> None:
     """Builds a Dockerfile, and loads the image where a node is up. options go to buildah, for example --file, --target.
 
     The host's network, certificates and package index are used, and none of them stays in the image.
@@ -124,7 +124,7 @@ def build(tag: str, folder: str, options: Sequence[str]) -> None:
         stdout=subprocess.DEVNULL,
     )
     say(f"{tag}: built in {time.monotonic() - begin:.1f} s")
-    if SOCKET.exists():
+    if into_node and SOCKET.exists():
         load(tag)
 
 
@@ -158,6 +158,14 @@ def built() -> set[str]:
 def _records() -> list[dict[str, Any]]:
     index = STORAGE / "overlay-images/images.json"
     return list(json.loads(index.read_text())) if index.exists() else []
+
+
+def image_id(image: str) -> str:
+    """The builder's id of an image; it changes with the content."""
+    record = next((r for r in _records() if image in r.get("names", ())), None)
+    if record is None:
+        fail(f"no image {image}; the builder has: {', '.join(sorted(built())) or 'none'}")
+    return str(record["id"])
 
 
 def load(image: str) -> None:

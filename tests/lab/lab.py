@@ -9,6 +9,7 @@ lab.py kubeconfig            print the path of the administrator's kubeconfig
 lab.py build [PROGRAM ...]   compile the programs into the cache (`up` does so when they are missing)
 lab.py base                  make the base image localhost/python:3.11
 lab.py image TAG FOLDER ...  build a Dockerfile (further options go to buildah) and load it into the node
+lab.py deploy                build the project's images, load them, install the operator: what has changed
 lab.py load TAG ...          load images that were built before into the node
 lab.py extend NAME=COUNT     advertise a resource on the node, for example nvidia.com/gpu=4
 lab.py kill PROGRAM [SIGNAL] signal one of the node's programs; it is started again
@@ -26,7 +27,7 @@ from pathlib import Path
 # as a script, this file's own folder comes first in the path, where `lab` would be this file
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from lab import cluster, control_plane_process, forward, images, node, programs  # noqa: E402
+from lab import cluster, control_plane_process, deploy, forward, images, node, programs  # noqa: E402
 from lab.settings import CONTROL_PLANE, KUBECONFIG, LabError, fail, say  # noqa: E402
 
 
@@ -38,6 +39,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     verbs.choices["down"].add_argument("--purge", action="store_true")
     verbs.add_parser("build").add_argument("programs", nargs="*")
     verbs.add_parser("base")
+    verbs.add_parser("deploy")
     builder = verbs.add_parser("image")
     builder.add_argument("tag")
     builder.add_argument("folder")
@@ -82,6 +84,8 @@ def run(given: argparse.Namespace, rest: list[str]) -> None:
             images.make_base()
         case "image":
             images.build(given.tag, given.folder, rest)
+        case "deploy":
+            deploy.deploy()
         case "load":
             for tag in given.tags:
                 images.load(tag)
