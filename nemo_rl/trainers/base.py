@@ -1,4 +1,4 @@
-"""What the three algorithms share: loading, the loop over steps, evaluation, checkpoints, resume and the result."""
+"""What the three algorithms share: loading, sharding, evaluation, checkpoints, resume and the result."""
 
 from __future__ import annotations
 
@@ -7,36 +7,28 @@ import dataclasses
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
-
-import torch
-from torch import Tensor
 
 from nemo_rl.api.result import TrainResult
 from nemo_rl.checkpoint import Checkpoint, CheckpointStore
 from nemo_rl.data.module import train_and_validation
-from nemo_rl.data.prepare import Prepared, batches, describe_example, prepare
+from nemo_rl.data.prepare import Prepared, describe_example, prepare
 from nemo_rl.display import NullDisplay, make_display
 from nemo_rl.distributed import Ranks, ShardedModel, join
-from nemo_rl.errors import TrainingInterrupted
 from nemo_rl.job.spec import Algorithm, RLTrainingJobSpec
-from nemo_rl.metrics import MetricsLog
 from nemo_rl.model import Policy, choose_device, limit_threads, load_model, load_tokenizer, prepare_model
-from nemo_rl.packing import PackedBatch, TokenSequence, pack, plan_microbatches
 from nemo_rl.preemption import Interrupted, StopSignals
 from nemo_rl.runs import Run, differences, open_run
 from nemo_rl.trainers.callbacks import CallbackList
+from nemo_rl.trainers.loop import Loop
 from nemo_rl.trainers.optimizer import Optimizer, learning_rate
+from nemo_rl.trainers.passes import Passes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger("nemo_rl")
-
-TOKENS_PER_MICROBATCH_CPU = 4096
-TOKENS_PER_MICROBATCH_CUDA = 16384
 
 NOT_IDENTITY = {
     "training": {"log_level", "tensorboard", "logged_completions", "resume", "keep_checkpoints", "save_every"},
@@ -44,7 +36,7 @@ NOT_IDENTITY = {
 """Settings that do not change what a run computes: a run goes on although they differ."""
 
 
-class Trainer(ABC):
+class Trainer(Passes, ABC):
     """Trains one model by one algorithm. `fit` runs it; attributes: model, tokenizer, config, current_step, output_dir.
 
     Set `should_stop = True` (from a callback) to end the run cleanly after the current step.
@@ -77,7 +69,6 @@ class Trainer(ABC):
         self.current_step = 0
         self.should_stop = False
         self.total_steps = 0
-        self._validation_metric: float | None = None
         self._start_model: Any = None
         self.policy: Policy
         self.optimizer: Optimizer | None = None
@@ -166,60 +157,22 @@ class Trainer(ABC):
         checkpoint = self.ranks.first(lambda: store.latest() if run.resuming else None)
         self.run_dir = run.dir
         self._load(store, checkpoint)
-        state = checkpoint.state if checkpoint else {}
         self.current_step = checkpoint.step if checkpoint else 0
-        self._load_state(state)
-        steps_per_epoch = -(-len(data.examples) // self.training.batch_size)
-        self.total_steps = min(self.training.max_steps, self.training.max_epochs * steps_per_epoch)
+        self._load_state(checkpoint.state if checkpoint else {})
+        loop = Loop(self, store, data, validation, checkpoint)
+        self.total_steps = loop.total_steps
         self.display = make_display(self.training.log_level) if self.ranks.is_first else NullDisplay()
-        metrics_log = None
-        if self.ranks.is_first:
-            metrics_log = MetricsLog(run.dir, resume_step=self.current_step, tensorboard=self.training.tensorboard)
         self.display.start(self.total_steps, self._header(data))
-        last_saved, metrics = self.current_step, dict(state.get("metrics", {}))
-        order: list[list[int]] | None = None
         try:
             self._announce(run, data, checkpoint)
             self._start(data, validation)
             self.callbacks.on_train_begin(self)
-            self._agree_to_stop()
-            while self.current_step < self.total_steps and not self.should_stop:
-                epoch, position = divmod(self.current_step, steps_per_epoch)
-                if position == 0:
-                    self.callbacks.on_epoch_begin(self, epoch)
-                if position == 0 or order is None:
-                    order = batches(
-                        len(data.examples), self.training.batch_size, self.training.seed, self.training.shuffle, epoch
-                    )
-                step = self.current_step + 1
-                self.callbacks.on_step_begin(self, step)
-                self.ranks.together(self.signals.check)
-                metrics = self._step(step, epoch, [data.examples[i] for i in order[position]])
-                saving = step == self.total_steps or _due(step, self.training.save_every)
-                if validation is not None and (saving or _due(step, self.training.eval_every)):
-                    metrics |= self._evaluate_timed(validation)
-                self.current_step = step
-                if metrics_log is not None:
-                    metrics_log.log(metrics)
-                    metrics_log.log_completions(step, self.samples)
-                self.display.step(metrics, self.samples)
-                self.callbacks.on_step_end(self, step, metrics)
-                self._agree_to_stop()
-                if saving:
-                    if metrics_log is not None:
-                        metrics_log.sync()
-                    self._save(store, metrics, validation)
-                    last_saved = step
-                if position == steps_per_epoch - 1 or step == self.total_steps or self.should_stop:
-                    self.callbacks.on_epoch_end(self, epoch, metrics)
-            if last_saved < self.current_step:
-                if validation is not None:
-                    metrics |= self._evaluate_timed(validation)
-                self._save(store, metrics, validation)
+            self.agree_to_stop()
+            loop.run()
             best = self.ranks.first(store.best)
             result = TrainResult(
                 trainer=self,
-                metrics=metrics,
+                metrics=loop.metrics,
                 checkpoint_path=str(best.path) if best else None,
                 total_steps=self.current_step,
             )
@@ -227,16 +180,15 @@ class Trainer(ABC):
             self.display.note(f"finished after {self.current_step} steps; checkpoint: {result.checkpoint_path}")
             return result
         except Interrupted as interrupted:
-            raise self._interrupted(store, interrupted, last_saved, metrics, validation) from None
+            raise loop.interrupted(interrupted) from None
         finally:
-            if metrics_log is not None:
-                metrics_log.close()
+            loop.close()
             self.display.close()
 
-    def _agree_to_stop(self) -> None:
-        self.should_stop = any(self.ranks.gather(lambda: self.should_stop))
+    # ------------------------------------------------------------------ what the loop calls
 
-    def _step(self, step: int, epoch: int, examples: list[Any]) -> dict[str, Any]:
+    def make_step(self, step: int, epoch: int, examples: list[Any]) -> dict[str, Any]:
+        """Makes one optimizer step and returns its metrics. After the weights have moved nothing interrupts it."""
         started = time.perf_counter()
         self.samples: list[dict[str, Any]] = []
         self.rate = learning_rate(self.training, step, self.total_steps)
@@ -247,6 +199,40 @@ class Trainer(ABC):
         self._observe(metrics)
         return metrics
 
+    def measure(self, validation: Prepared) -> tuple[dict[str, Any], float]:
+        """Returns the metrics of the validation data, and the one number of them that is higher for better models."""
+        started = time.perf_counter()
+        metrics, metric = self.evaluate(validation)
+        return {**metrics, "validation_seconds": time.perf_counter() - started}, metric
+
+    def agree_to_stop(self) -> None:
+        """Stops all ranks where one was asked to."""
+        self.should_stop = any(self.ranks.gather(lambda: self.should_stop))
+
+    def take_checkpoint_metric(self) -> float | None:
+        """Returns the number by which checkpoints are compared when there is no validation data; called once for each."""
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """Returns what a resumed run needs of the trainer beyond weights and optimizer, JSON-able."""
+        return {"callbacks": self.callbacks.state_dict(), "non_finite_steps": self._optimizer.non_finite_steps}
+
+    def save_to(self, store: CheckpointStore, state: dict[str, Any], metric: float | None) -> Path:
+        """Saves the current step with this state. Every rank calls it."""
+        path = store.save(
+            self.current_step,
+            model=self.model,
+            tokenizer=self.tokenizer,
+            optimizer=self._optimizer.adamw,
+            state=state,
+            metric=metric,
+        )
+        if self.sharded is not None:
+            self.sharded.make_whole()
+        return path
+
+    # ------------------------------------------------------------------ what algorithms fill in
+
     @abstractmethod
     def train_step(self, examples: list[Any], step: int) -> dict[str, Any]:
         """Makes one optimizer step from these examples and returns its metrics."""
@@ -254,8 +240,6 @@ class Trainer(ABC):
     @abstractmethod
     def evaluate(self, validation: Prepared) -> tuple[dict[str, float], float]:
         """Returns the metrics of the validation data, and the one number of them that is higher for better models."""
-
-    # ------------------------------------------------------------------ what algorithms fill in
 
     def _bind(self, data: Prepared, validation: Prepared | None, reward_fn: Any, reward_weights: Any) -> None:
         """Checks what belongs to the data before a model is loaded."""
@@ -269,97 +253,17 @@ class Trainer(ABC):
     def _release(self) -> None:
         """Frees what `_bind` and `_start` took."""
 
-    def _checkpoint_metric(self) -> float | None:
-        """Returns the number by which checkpoints are compared when there is no validation data."""
-        return None
-
-    def _state(self) -> dict[str, Any]:
-        """Returns what a resumed run needs beyond weights and optimizer, JSON-able."""
-        return {"callbacks": self.callbacks.state_dict(), "non_finite_steps": self._optimizer.non_finite_steps}
-
     def _load_state(self, state: dict[str, Any]) -> None:
+        """Brings back what a checkpoint has of `state`; an empty one is the start of a run."""
+        self.should_stop = state.get("should_stop", False)
         if state:
             self.callbacks.load_state_dict(state["callbacks"])
             self._optimizer.non_finite_steps = state["non_finite_steps"]
-
-    # ------------------------------------------------------------------ one optimizer step
 
     @property
     def _optimizer(self) -> Optimizer:
         assert self.optimizer is not None
         return self.optimizer
-
-    def poll(self) -> None:
-        """Raises Interrupted if a signal asked this process to stop; leaves the share of a rank when another one ended."""
-        self.signals.check()
-        self.ranks.check()
-
-    def microbatches(self, sequences: list[TokenSequence], split_groups: bool = True) -> list[list[int]]:
-        """Returns the plan of micro-batches of the sequences under the token budget."""
-        budget = self.training.tokens_per_microbatch
-        if budget is None:
-            budget = TOKENS_PER_MICROBATCH_CUDA if self.device.type == "cuda" else TOKENS_PER_MICROBATCH_CPU
-        return plan_microbatches(sequences, budget, split_groups)
-
-    def accumulate(
-        self,
-        sequences: list[TokenSequence],
-        loss_fn: Callable[[PackedBatch, list[int]], Tensor],
-        *,
-        split_groups: bool = True,
-        may_stop: bool = True,
-    ) -> float:
-        """Adds the gradient of the sum of `loss_fn(batch, indices)` over all micro-batches, and returns that sum.
-
-        `loss_fn` gets the packed micro-batch and the numbers of its sequences, and weighs by totals of the whole step.
-        Each rank computes a share of the sequences, and the sum is over all of them; gradients are summed by the optimizer.
-        """
-        share = self._shares(sequences, split_groups)[self.ranks.rank]
-
-        def compute() -> float:
-            total = 0.0
-            for plan in self.microbatches([sequences[i] for i in share], split_groups):
-                if may_stop:
-                    self.poll()
-                indices = [share[i] for i in plan]
-                loss = loss_fn(pack([sequences[i] for i in indices], self.device), indices)
-                loss.backward()
-                total += loss.item()
-            return total
-
-        return sum(self.ranks.gather(compute))
-
-    def _shares(self, sequences: list[TokenSequence], split_groups: bool = True) -> list[list[int]]:
-        """Returns the numbers of the sequences that each rank takes: whole groups, unless there are fewer than ranks."""
-        groups: dict[object, list[int]] = {}
-        for i, sequence in enumerate(sequences):
-            groups.setdefault(("single", i) if sequence.group is None else sequence.group, []).append(i)
-        units = list(groups.values())
-        if split_groups and len(units) < self.ranks.size:
-            units = [[i] for i in range(len(sequences))]
-        shares = self.ranks.shares([sum(len(sequences[i].ids) for i in unit) for unit in units])
-        return [sorted(i for unit in share for i in units[unit]) for share in shares]
-
-    def sum_logprobs(self, policy: Policy, sequences: list[TokenSequence], temperature: float = 1.0) -> Tensor:
-        """Returns the summed log-probability of the trained tokens of each sequence, (len(sequences),), without gradient."""
-        sums = torch.zeros(len(sequences), device=self.device)
-        shares = self._shares(sequences)
-
-        @torch.no_grad()
-        def compute() -> list[float]:
-            mine = shares[self.ranks.rank]
-            found = torch.zeros(len(mine), device=self.device)
-            for indices in self.microbatches([sequences[i] for i in mine]):
-                self.poll()
-                batch = pack([sequences[mine[i]] for i in indices], self.device)
-                found[torch.tensor(indices, device=self.device)] = batch.per_sequence(
-                    policy.logprobs(batch, temperature)
-                )
-            return found.tolist()
-
-        for share, found in zip(shares, self.ranks.gather(compute), strict=True):
-            sums[torch.tensor(share, dtype=torch.long, device=self.device)] = torch.tensor(found, device=self.device)
-        return sums
 
     # ------------------------------------------------------------------ loading, saving
 
@@ -409,21 +313,6 @@ class Trainer(ABC):
             model = load_model(self._model_name(), training, self.device)
         return Policy(model.requires_grad_(False), self.training.precision)
 
-    def _save(self, store: CheckpointStore, metrics: dict[str, Any], validation: Prepared | None) -> Path:
-        metric = self._validation_metric if validation is not None else self._checkpoint_metric()
-        state = {**self._state(), "metrics": metrics}
-        path = store.save(
-            self.current_step,
-            model=self.model,
-            tokenizer=self.tokenizer,
-            optimizer=self._optimizer.adamw,
-            state=state,
-            metric=metric,
-        )
-        if self.sharded is not None:
-            self.sharded.make_whole()
-        return path
-
     def save_checkpoint(self, path: Path | str) -> Path:
         """Writes model, tokenizer and trainer state to a directory that `AutoModelForCausalLM.from_pretrained` loads.
 
@@ -438,7 +327,7 @@ class Trainer(ABC):
             model=self.model,
             tokenizer=self.tokenizer,
             optimizer=optimizer,
-            state=self._state() if optimizer is not None else {},
+            state=self.state() if optimizer is not None else {},
         )
         if self.sharded is not None:
             self.sharded.make_whole()
@@ -453,31 +342,6 @@ class Trainer(ABC):
             self.model = load_model(str(path), self.training, self.device)
         load_into(checkpoint, self.model, self.optimizer.adamw if self.optimizer is not None else None)
         self.current_step = checkpoint.step
-
-    def _evaluate_timed(self, validation: Prepared) -> dict[str, Any]:
-        started = time.perf_counter()
-        metrics, self._validation_metric = self.evaluate(validation)
-        return {**metrics, "validation_seconds": time.perf_counter() - started}
-
-    def _interrupted(
-        self,
-        store: CheckpointStore,
-        interrupted: Interrupted,
-        last_saved: int,
-        metrics: dict[str, Any],
-        validation: Prepared | None,
-    ) -> BaseException:
-        """Saves the last completed step, and returns what to raise. The interrupted step is replayed by the next run."""
-        if self.current_step > last_saved:
-            self._save(store, metrics, validation)
-        latest = store.latest()
-        path = str(latest.path) if latest else None
-        where = f"saved step {self.current_step} to {path}" if path else "before the first step; nothing to save"
-        message = f"stopped by {interrupted.signal}; {where}. Run the same call again to go on"
-        self.display.note(message)
-        if interrupted.signal == "SIGINT":
-            return KeyboardInterrupt(message)
-        return TrainingInterrupted(message, path, self.current_step)
 
     # ------------------------------------------------------------------ words
 
@@ -525,7 +389,3 @@ def default_output_dir(model_name: str, model: Any = None) -> Path:
         else model_name
     )
     return Path("outputs") / (name.rstrip("/").split("/")[-1] or "model")
-
-
-def _due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0

@@ -41,6 +41,8 @@ class GRPOTrainer(Trainer):
     """Maximises the clipped, group-relative objective (DeepSeekMath, arXiv 2402.03300, with the choices of GRPOSpec)."""
 
     algorithm = "grpo"
+    reward_sum = 0.0
+    reward_steps = 0
 
     def train_step(self, examples: list[PromptExample], step: int) -> dict[str, Any]:
         rollouts = self.roll_out(examples, step)
@@ -283,16 +285,18 @@ class GRPOTrainer(Trainer):
         self.reward_sum += metrics["reward"]
         self.reward_steps += 1
 
-    def _checkpoint_metric(self) -> float | None:
-        return self.reward_sum / self.reward_steps if self.reward_steps else None
-
-    reward_sum = 0.0
-    reward_steps = 0
-
-    def _save(self, *args: Any) -> Any:
-        path = super()._save(*args)
+    def take_checkpoint_metric(self) -> float | None:
+        """Returns the mean reward since the checkpoint before."""
+        mean = self.reward_sum / self.reward_steps if self.reward_steps else None
         self.reward_sum, self.reward_steps = 0.0, 0
-        return path
+        return mean
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "reward_sum": self.reward_sum, "reward_steps": self.reward_steps}
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        super()._load_state(state)
+        self.reward_sum, self.reward_steps = state.get("reward_sum", 0.0), state.get("reward_steps", 0)
 
     def _reward_metrics(self, rollouts: Rollouts, rewards: Tensor, valid: Tensor, advantages: Tensor) -> dict[str, Any]:
         counts = valid.sum(-1)

@@ -90,14 +90,14 @@ def observed(trainer: type[Trainer], report: Report, observer: Observer) -> type
             with report.during(phases.STARTING):
                 return super()._start(*args, **kwargs)
 
-        def _evaluate_timed(self, *args: Any, **kwargs: Any) -> Any:
+        def measure(self, *args: Any, **kwargs: Any) -> Any:
             with report.during(phases.EVALUATING):
-                return super()._evaluate_timed(*args, **kwargs)
+                return super().measure(*args, **kwargs)
 
-        def _save(self, *args: Any, **kwargs: Any) -> Any:
+        def save_to(self, *args: Any, **kwargs: Any) -> Any:
             before = report.seconds.get(phases.SAVING, 0.0)
             with report.during(phases.SAVING):
-                path = super()._save(*args, **kwargs)
+                path = super().save_to(*args, **kwargs)
             observer.saved(self, report.seconds[phases.SAVING] - before)
             return path
 

@@ -1,0 +1,159 @@
+"""The loop over steps: trains, measures, tells and saves each one, so that a run that is cut off anywhere goes on exactly there."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nemo_rl.checkpoint import Checkpoint, CheckpointStore
+from nemo_rl.data.prepare import Prepared, batches
+from nemo_rl.errors import TrainingInterrupted
+from nemo_rl.metrics import MetricsLog
+from nemo_rl.preemption import Interrupted
+
+if TYPE_CHECKING:
+    from nemo_rl.trainers.base import Trainer
+
+
+@dataclass
+class OpenStep:
+    """A step whose weights have moved, but which is not finished. Plain values: a checkpoint may hold one."""
+
+    metrics: dict[str, Any]
+    samples: list[dict[str, Any]]
+    metric: float | None = None
+    """What checkpoints are compared by, once the validation data has been scored; higher is better."""
+    told: bool = False
+    """Whether its line is written and callbacks have seen it. What may be left is the measurement of a stopped run."""
+
+
+class Loop:
+    """Takes a trainer from its current step to the last one.
+
+    A signal can end a step before its weights move, and then the next run makes it anew; or after that, while the
+    validation data is scored, and then the checkpoint holds the open step, which the next run finishes first.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        store: CheckpointStore,
+        data: Prepared,
+        validation: Prepared | None,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        """`checkpoint` is the one that the trainer has loaded, None at the start of a run."""
+        self.trainer, self.store, self.data, self.validation = trainer, store, data, validation
+        state = checkpoint.state if checkpoint else {}
+        self.metrics: dict[str, Any] = dict(state.get("metrics", {}))
+        """Those of the last step that is finished."""
+        self.open = OpenStep(**state["open_step"]) if state.get("open_step") else None
+        self.steps_per_epoch = -(-len(data.examples) // trainer.training.batch_size)
+        self.total_steps = min(trainer.training.max_steps, trainer.training.max_epochs * self.steps_per_epoch)
+        self.metrics_log: MetricsLog | None = None
+        if trainer.ranks.is_first:
+            logged = trainer.current_step - 1 if self.open and not self.open.told else trainer.current_step
+            self.metrics_log = MetricsLog(trainer.run_dir, resume_step=logged, tensorboard=trainer.training.tensorboard)
+        self._order: list[list[int]] = []
+        self._unsaved = False
+        self._settled_callbacks: Any = None
+
+    def close(self) -> None:
+        if self.metrics_log is not None:
+            self.metrics_log.close()
+
+    def run(self) -> None:
+        """Returns after the last step, or after the one in which a callback asked to stop. Raises Interrupted."""
+        trainer = self.trainer
+        while True:
+            if self.open is None:
+                if trainer.current_step >= self.total_steps or trainer.should_stop:
+                    return
+                self.open = self._train(trainer.current_step + 1)
+            self._finish(self.open)
+
+    # ------------------------------------------------------------------ one step
+
+    def _train(self, step: int) -> OpenStep:
+        trainer, training = self.trainer, self.trainer.training
+        epoch, position = divmod(step - 1, self.steps_per_epoch)
+        if position == 0:
+            trainer.callbacks.on_epoch_begin(trainer, epoch)
+        if position == 0 or not self._order:
+            self._order = batches(len(self.data.examples), training.batch_size, training.seed, training.shuffle, epoch)
+        trainer.callbacks.on_step_begin(trainer, step)
+        trainer.ranks.together(trainer.signals.check)
+        metrics = trainer.make_step(step, epoch, [self.data.examples[i] for i in self._order[position]])
+        trainer.current_step = step
+        self._unsaved = True
+        return OpenStep(metrics, trainer.samples)
+
+    def _finish(self, opened: OpenStep) -> None:
+        trainer, training = self.trainer, self.trainer.training
+        step = trainer.current_step
+        scheduled = step == self.total_steps or _due(step, training.save_every)
+        if not opened.told:
+            if scheduled or _due(step, training.eval_every):
+                self._measure(opened)
+            self._tell(opened)
+        if scheduled or trainer.should_stop:
+            self._measure(opened)
+            if self.metrics_log is not None:
+                self.metrics_log.sync()
+            own_metric = trainer.take_checkpoint_metric()
+            self._save(opened.metrics, opened.metric if self.validation is not None else own_metric)
+        self.metrics, self.open = opened.metrics, None
+        self._settled_callbacks = copy.deepcopy(trainer.callbacks.state_dict())
+
+    def _measure(self, opened: OpenStep) -> None:
+        if self.validation is not None and opened.metric is None:
+            found, opened.metric = self.trainer.measure(self.validation)
+            opened.metrics |= found
+
+    def _tell(self, opened: OpenStep) -> None:
+        trainer, step = self.trainer, self.trainer.current_step
+        epoch, position = divmod(step - 1, self.steps_per_epoch)
+        if self.metrics_log is not None:
+            self.metrics_log.log(opened.metrics)
+            self.metrics_log.log_completions(step, opened.samples)
+        trainer.display.step(opened.metrics, opened.samples)
+        trainer.callbacks.on_step_end(trainer, step, opened.metrics)
+        trainer.agree_to_stop()
+        if position == self.steps_per_epoch - 1 or step == self.total_steps or trainer.should_stop:
+            trainer.callbacks.on_epoch_end(trainer, epoch, opened.metrics)
+            trainer.agree_to_stop()
+        opened.told, self._unsaved = True, True
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _save(self, metrics: dict[str, Any], metric: float | None, **state: Any) -> None:
+        trainer = self.trainer
+        about = {"metrics": metrics, "open_step": None, "should_stop": trainer.should_stop}
+        trainer.save_to(self.store, {**trainer.state(), **about, **state}, metric)
+        self._unsaved = False
+
+    def interrupted(self, interrupted: Interrupted) -> BaseException:
+        """Saves what was done, and returns what to raise. What was cut off is made anew by the next run.
+
+        Such a checkpoint has no metric: an unbroken run would not have measured it, and chooses the same best one.
+        """
+        trainer = self.trainer
+        trainer.agree_to_stop()
+        if self._unsaved and self.open is not None:
+            self._save(self.metrics, None, open_step=dataclasses.asdict(self.open))
+        elif self._unsaved:  # what callbacks did since the last step they do again
+            self._save(self.metrics, None, callbacks=self._settled_callbacks, should_stop=False)
+        latest = self.store.latest()
+        path = str(latest.path) if latest else None
+        where = f"saved step {trainer.current_step} to {path}" if path else "before the first step; nothing to save"
+        message = f"stopped by {interrupted.signal}; {where}. Run the same call again to go on"
+        trainer.display.note(message)
+        if interrupted.signal == "SIGINT":
+            return KeyboardInterrupt(message)
+        return TrainingInterrupted(message, path, trainer.current_step)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
