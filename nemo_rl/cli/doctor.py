@@ -19,7 +19,7 @@ _EXTRAS = {
     "tensorboard": ("tensorboard", "tensorboard=True"),
     "demo": ("matplotlib", "result.plot()"),
     "kubernetes": ("kubernetes", "training on a cluster"),
-    "notebook": ("ipywidgets", "live display in notebooks"),
+    "notebook": ("ipykernel", "notebooks in this environment"),
 }
 _MARKS = {"good": "ok ", "bad": "BAD", "absent": "-  "}
 
