@@ -21,6 +21,16 @@ class Entry:
     resource: Resource | None = None
     jobs: dict[str, AttemptView] = field(default_factory=dict)
     pods: dict[str, PodView] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
+    """Names of pods that are remembered although they were deleted."""
+
+    @property
+    def telling_pods(self) -> list[PodView]:
+        """Pods to decide by. One that is gone tells why its Job failed, and nothing before that."""
+        if not self.gone:
+            return list(self.pods.values())
+        ended = {job.uid for job in self.jobs.values() if job.finished}
+        return [pod for name, pod in self.pods.items() if name not in self.gone or pod.controller in ended]
 
     @property
     def at_rest(self) -> bool:
@@ -102,12 +112,47 @@ class Cache:
         else:
             del children[name]
         self._versions.pop((kind, key[0], name), None)
+        if kind == "pod":
+            entry.gone.discard(name)
+        if kind == "job":
+            self._forget(key, entry, [n for n in entry.gone if entry.pods[n].controller == held.uid])
         if entry.empty:
             del self._entries[key]
         return key
 
+    def bury(self, raw: Mapping[str, Any]) -> Key | None:
+        """Take in the last news of a pod that is gone. The key of its job if that matters."""
+        key = key_of("pod", raw)
+        if key is None:
+            return None
+        self.put("pod", raw)
+        return self.lose(key, raw["metadata"]["name"], raw["metadata"]["uid"])
+
+    def lose(self, key: Key, name: str, uid: str) -> Key | None:
+        """A pod is gone. The key of its job if that matters.
+
+        One that had ended is remembered for as long as its Job: it explains the Job's failure, which comes later.
+        Of each index only the newest is: there may be many in the life of a Job that Kueue suspends again and again.
+        """
+        entry = self.get(key)
+        pod = entry.pods.get(name)
+        if pod is None or pod.uid != uid:
+            return None
+        if not (pod.terminal and pod.attempt and any(job.uid == pod.controller for job in entry.jobs.values())):
+            return self.drop("pod", key, name, uid)
+        older = [n for n in entry.gone if n != name and _same_place(entry.pods[n], pod)]
+        self._forget(key, entry, older)
+        entry.gone.add(name)
+        return key
+
+    def _forget(self, key: Key, entry: Entry, pods: Iterable[str]) -> None:
+        for name in pods:
+            del entry.pods[name]
+            entry.gone.discard(name)
+            self._versions.pop(("pod", key[0], name), None)
+
     def names(self, kind: Kind) -> dict[tuple[str, str], tuple[Key, str]]:
-        """(namespace, name) of every object of the kind, with its job's key and its uid."""
+        """(namespace, name) of every object of the kind that is still there, with its job's key and its uid."""
         found: dict[tuple[str, str], tuple[Key, str]] = {}
         for key, entry in self._entries.items():
             if kind == "resource":
@@ -116,7 +161,8 @@ class Cache:
                 continue
             children: Mapping[str, AttemptView | PodView] = entry.jobs if kind == "job" else entry.pods
             for name, child in children.items():
-                found[key[0], name] = (key, child.uid)
+                if kind == "job" or name not in entry.gone:
+                    found[key[0], name] = (key, child.uid)
         return found
 
     def version(self, kind: Kind, namespace: str, name: str) -> int:
@@ -142,6 +188,10 @@ class Cache:
             return True
         self._versions[place] = (meta["uid"], int(version))
         return False
+
+
+def _same_place(one: PodView, other: PodView) -> bool:
+    return (one.controller, one.index) == (other.controller, other.index)
 
 
 def _same(old: Resource, new: Resource) -> bool:

@@ -57,8 +57,9 @@ def outcome(attempt: AttemptView, pods: tuple[PodView, ...], nodes: int, settled
 
     Success is index 0's alone. A failure of a single pod is final at once, unless somebody deleted the pod: Kueue
     may have suspended the Job and resumed it already, and then another pod takes its place. Of several pods, all must
-    have ended first (the Job's Failed condition says so), for the first to fail is often not the cause. `settled`
-    says that the Job failed some seconds ago, so that no news about its pods can still be on the way.
+    have ended first, for the first to fail is often not the cause: the Job's Failed condition says so, and the news
+    about each of them must be in. `settled` says that the Job failed some seconds ago, so that none can still be on the
+    way.
     """
     pods = newest(pods)
     first = next((pod for pod in pods if pod.index == 0), None)
@@ -70,9 +71,14 @@ def outcome(attempt: AttemptView, pods: tuple[PodView, ...], nodes: int, settled
         return None
     failed = [pod for pod in pods if pod.phase == "Failed"]
     failures = [_failure(pod) for pod in failed]
-    if failures and (attempt.failed or (nodes == 1 and not any(pod.deleting for pod in failed))):
-        return min(failures, key=lambda found: found[0])[1]
-    return _from_job(attempt) if attempt.failed and settled else None
+    if not attempt.failed:
+        alone = nodes == 1 and failures and not failed[0].deleting
+        return failures[0][1] if alone else None
+    if not settled and not (failures and all(pod.terminal for pod in pods)):
+        return None
+    if _disrupted(attempt):
+        failures.append(((1, attempt.ended), _from_job(attempt)))
+    return min(failures, key=lambda found: found[0])[1] if failures else _from_job(attempt)
 
 
 def _success(pod: PodView) -> Outcome:
@@ -141,12 +147,22 @@ def _own_fault(message: str) -> bool:
     return "exceeds the" in message or "exceeded its local ephemeral storage" in message
 
 
+def _disrupted(attempt: AttemptView) -> bool:
+    return "DisruptionTarget" in attempt.message
+
+
 def _from_job(attempt: AttemptView) -> Outcome:
-    """The pods are gone; the Job's condition still says which rule of its podFailurePolicy matched."""
+    """The pods are gone; the Job's condition still says which rule of its podFailurePolicy matched.
+
+    Where none did: a Job keeps its pods when it fails, so somebody deleted them, and that is why it failed. (Or they
+    failed first and were cleaned up before the operator, which was away, could look. That costs one free attempt.)
+    """
     code = re.search(r"exit code (\d+)", attempt.message)
     if code and int(code[1]) in set(ExitCode) and (cause := EXIT_CAUSES.get(ExitCode(int(code[1])))):
         return Outcome(cause, attempt.message, exit_code=int(code[1]), ended=attempt.ended)
-    if "DisruptionTarget" in attempt.message:
+    if _disrupted(attempt):
         return Outcome(Cause.DISRUPTED, attempt.message, ended=attempt.ended)
+    if attempt.reason == "BackoffLimitExceeded":
+        return Outcome(Cause.DISRUPTED, "its pods were deleted", ended=attempt.ended)
     text = attempt.message or attempt.reason or "no reason given"
     return Outcome(Cause.UNKNOWN, f"the Job failed and its pods are gone: {text}", ended=attempt.ended)

@@ -12,7 +12,19 @@ from datetime import datetime
 
 from nemo_rl.job.status import JobStatus
 from nemo_rl_operator.observe import Observed
-from nemo_rl_operator.policies import accept, adopt, deadline, ended, finished, follow, retry, serve, start, suspend
+from nemo_rl_operator.policies import (
+    accept,
+    adopt,
+    deadline,
+    ended,
+    finished,
+    follow,
+    lost,
+    retry,
+    serve,
+    start,
+    suspend,
+)
 from nemo_rl_operator.turn import Action, Event, Need, Turn
 
 CHECKLIST: tuple[Callable[[Turn], bool], ...] = (
@@ -20,6 +32,7 @@ CHECKLIST: tuple[Callable[[Turn], bool], ...] = (
     adopt.take_in_jobs,
     ended.note_progress,
     ended.conclude,
+    lost.give_up,
     adopt.miss_deleted_job,
     deadline.enforce,
     suspend.hold,

@@ -96,7 +96,9 @@ async def run(
         deleted = event["type"] == "DELETED"
         metrics.WATCH_EVENTS.labels(kind, event["type"] or "LISTED").inc()
         key = key_of(kind, raw)
-        if key and deleted:
+        if deleted and kind == "pod":
+            key = cache.bury(raw)
+        elif key and deleted:
             key = cache.drop(kind, key, raw["metadata"]["name"], raw["metadata"].get("uid"))
         elif key:
             key = cache.put(kind, raw)

@@ -89,6 +89,10 @@ class PodView:
     ip: str
     created: str
     deleting: bool
+    gone_by: str
+    """When a pod that is being deleted should have ended."""
+    forced: bool
+    """Deleted without waiting for its node's word: kubectl delete --force."""
     scheduled: bool
     unschedulable: str
     waiting: str
@@ -227,6 +231,8 @@ def pod_view(raw: Raw) -> PodView:
         ip=status.get("podIP", ""),
         created=meta.get("creationTimestamp", ""),
         deleting=bool(meta.get("deletionTimestamp")),
+        gone_by=meta.get("deletionTimestamp") or "",
+        forced=bool(meta.get("deletionTimestamp")) and meta.get("deletionGracePeriodSeconds") == 0,
         scheduled=scheduling.get("status") == "True" or bool((raw.get("spec") or {}).get("nodeName")),
         unschedulable=scheduling.get("message", "") if scheduling.get("reason") == "Unschedulable" else "",
         waiting=waiting.get("reason", ""),

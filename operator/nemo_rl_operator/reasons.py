@@ -20,6 +20,13 @@ RESUMED = "Resumed"
 ENDING = "WaitingForPods"
 ENDING_MESSAGE = "waiting for the pods of attempt {attempt} to end"
 SETTLING = "Settling"
+DELETED_MESSAGE = "pod {pod} is being deleted{reason}; training goes on when it has ended"
+LOST = "PodLost"
+LOST_MESSAGE = (
+    "pod {pod} should have ended at {time}, and its node does not report that it has; if the node is down for good, "
+    "delete the node, or the pod: kubectl delete pod {pod} --force"
+)
+FORCED_MESSAGE = "pod {pod} was deleted by force, and its node does not report its end"
 QUEUED = "Queued"
 QUEUED_MESSAGE = "waits in queue {queue}"
 HELD_MESSAGE = "its Job {job} is suspended by somebody else; set the Job's spec.suspend to false to start it"

@@ -87,7 +87,7 @@ class Reconciler:
         if entry.resource is None:
             return None
         progress = self._progress.newest(key)
-        return observe.observe(entry.resource, entry.jobs.values(), entry.pods.values(), progress, self._image)
+        return observe.observe(entry.resource, entry.jobs.values(), entry.telling_pods, progress, self._image)
 
     async def _decide(self, key: Key) -> tuple[Observed | None, Decision]:
         """Decide, reading first what the decision asks for."""
@@ -134,7 +134,7 @@ class Reconciler:
         there = {pod["metadata"]["name"] for pod in pods}
         for pod_view in list(self._cache.get(key).pods.values()):
             if pod_view.owner == uid and pod_view.attempt == number and pod_view.name not in there:
-                self._cache.drop("pod", key, pod_view.name, pod_view.uid)
+                self._cache.lose(key, pod_view.name, pod_view.uid)
 
     async def _workload(self, namespace: str, seen: Observed, number: int) -> str:
         """Why Kueue holds the attempt."""

@@ -83,7 +83,10 @@ class Resync:
     def _drop_ghosts(self, kind: Kind, listed: Listed, version: int) -> None:
         for place, (key, uid) in self._cache.names(kind).items():
             if place not in listed and self._cache.version(kind, *place) <= version:
-                self._cache.drop(kind, key, place[1], uid)
+                if kind == "pod":
+                    self._cache.lose(key, place[1], uid)
+                else:
+                    self._cache.drop(kind, key, place[1], uid)
                 self._queue.add(key)
                 metrics.GHOSTS.inc()
 

@@ -116,7 +116,7 @@ class Kubelet:
         meta = pod["metadata"]
         played = self._play(pod)
         if "deletionTimestamp" in meta and pod["spec"].get("nodeName"):
-            if not played.stopping:
+            if not played.stopping and not played.silent:
                 played.stopping = True
                 threading.Thread(target=played.stop, daemon=True).start()
         elif kind == "ADDED" and meta["namespace"] in self.automatic and not played.automated:
@@ -150,6 +150,8 @@ class PlayedPod:
         self.server: ThreadingHTTPServer | None = None
         self.requests = 0
         self.stopping = self.automated = False
+        self.silent = False
+        """Its node does not answer: nobody stops it, or reports its end."""
         self.stop_code, self.stop_message = int(names.ExitCode.PREEMPTED), ""
 
     @property
@@ -237,6 +239,11 @@ class PlayedPod:
         """What the container does on SIGTERM: its exit code and termination message. Default: 75, saved."""
         self.stop_code = code
         self.stop_message = message if isinstance(message, str) else json.dumps(message)
+
+    def evict_by_api(self) -> None:
+        """What `kubectl drain` asks for: the API server marks the pod as disrupted and deletes it."""
+        eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": self.name}}
+        self.api.request("POST", path("pods", self.namespace, self.name, "eviction"), eviction)
 
     def stop(self) -> None:
         """What a kubelet does for a pod that is deleted: ends its container, reports that, and lets the pod go."""

@@ -25,7 +25,7 @@ def load() -> None:
         sys.modules.setdefault(unused, None)  # type: ignore[arg-type]
     from nemo_rl.job import names
     from nemo_rl_operator import assembly, progress
-    from nemo_rl_operator.policies import follow, retry
+    from nemo_rl_operator.policies import follow, lost, retry
 
     assert assembly
     names.BUNDLE_WAIT_SECONDS = BUNDLE_WAIT_SECONDS
@@ -37,6 +37,7 @@ def load() -> None:
     follow.QUIET_SECONDS = 1.0
     follow.LOOK_SECONDS = 1.0
     follow.QUEUE_SECONDS = 1.0
+    lost.PATIENCE_SECONDS = 2.0
 
 
 def start(arguments: list[str], environment: dict[str, str], log: str) -> int:

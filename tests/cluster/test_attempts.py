@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from cluster.api import eventually
 from cluster.kubelet import PlayedPod
 from cluster.manifests import failure
 from cluster.scene import Scene
@@ -157,12 +158,72 @@ def test_attempts_remember_the_steps(scene: Scene) -> None:
     assert status["attempts"][0]["toStep"] == 7
 
 
-def test_pod_deleted_by_hand_is_a_free_retry(scene: Scene) -> None:
+DELETED: dict[str, tuple[int, Cause]] = {
+    "saved": (ExitCode.PREEMPTED, Cause.PREEMPTED),
+    "killed after the grace period": (137, Cause.DISRUPTED),
+    "ended by SIGTERM": (143, Cause.DISRUPTED),
+    "behind torchrun": (1, Cause.DISRUPTED),
+}
+
+
+@pytest.mark.parametrize("case", DELETED)
+def test_pod_deleted_by_hand_is_a_free_retry(scene: Scene, case: str) -> None:
+    code, cause = DELETED[case]
     scene.submit(backoffLimit=0)
     pod = scene.attempt(1).run()
     scene.phase("Running")
+    pod.when_stopped(code)
     scene.kubectl("delete", "pod", pod.name, "--wait=false")
-    assert scene.succeed(attempt=2)["attempts"][0]["counted"] is False
+    found = scene.succeed(attempt=2)["attempts"][0]
+    assert (found["cause"], found["counted"], found["exitCode"]) == (cause, False, code)
+
+
+def test_pod_evicted_by_the_api_is_a_free_retry(scene: Scene) -> None:
+    scene.submit(backoffLimit=0)
+    pod = scene.attempt(1).run()
+    scene.phase("Running")
+    pod.when_stopped(137)
+    pod.evict_by_api()
+    found = scene.succeed(attempt=2)["attempts"][0]
+    assert (found["cause"], found["counted"]) == (Cause.DISRUPTED, False)
+
+
+def test_failure_of_a_pod_that_is_deleted_at_once_is_not_forgotten(scene: Scene) -> None:
+    scene.submit(backoffLimit=1)
+    pod = scene.attempt(1).run()
+    scene.phase("Running")
+    pod.oom()
+    scene.api.delete("pods", scene.namespace, pod.name, gracePeriodSeconds=0)
+    found = scene.succeed(attempt=2)["attempts"][0]
+    assert (found["cause"], found["counted"]) == (Cause.OUT_OF_MEMORY, True)
+
+
+def test_one_of_several_pods_deleted_is_the_cause_not_the_peer_that_lost_it(scene: Scene) -> None:
+    scene.submit(resources={"nodes": 2}, backoffLimit=0)
+    first, second = (scene.attempt(1, index=i).run() for i in (0, 1))
+    scene.phase("Running")
+    first.when_stopped(1)  # torchrun's code, whatever ended its workers
+    second.when_stopped(1)
+    scene.kubectl("delete", "pod", second.name, "--wait=false")
+    eventually(lambda: not second.alive, "it ends")
+    [scene.attempt(2, index=i).run() for i in (0, 1)]
+    found = scene.phase("Running")["attempts"][0]
+    assert (found["cause"], found["counted"]) == (Cause.DISRUPTED, False)
+
+
+def test_node_that_is_lost_is_said_and_a_forced_deletion_is_the_cure(scene: Scene) -> None:
+    scene.submit(backoffLimit=0, terminationGracePeriodSeconds=1)
+    pod = scene.attempt(1).run()
+    scene.phase("Running")
+    pod.silent = True
+    scene.kubectl("delete", "pod", pod.name, "--wait=false")
+    scene.message(f"kubectl delete pod {pod.name} --force")
+    assert scene.status()["phase"] == "Pending"
+    assert len(scene.jobs()) == 1, "the node may still run it"
+    scene.kubectl("delete", "pod", pod.name, "--force", "--wait=false")
+    status = scene.succeed(attempt=2)
+    assert (status["attempts"][0]["cause"], status["attempts"][0]["counted"]) == (Cause.DISRUPTED, False)
+    scene.gone("pods", pod.name)
 
 
 def test_job_object_deleted_by_hand_is_a_free_retry(scene: Scene) -> None:

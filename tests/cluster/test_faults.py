@@ -246,6 +246,38 @@ def test_operator_that_was_away_catches_up(scene: Scene, own_operator: MakeOpera
     scene.gone("jobs", names.attempt_job("goes", 1))
 
 
+@pytest.mark.parametrize("code", [ExitCode.PREEMPTED, 137])
+def test_pod_deleted_while_the_operator_is_away_is_a_free_retry(
+    scene: Scene, own_operator: MakeOperator, code: int
+) -> None:
+    operator = own_operator(scene.namespace).start().wait_ready()
+    scene.submit(backoffLimit=0)
+    pod = scene.attempt(1).run()
+    scene.phase("Running")
+    operator.kill()
+    pod.when_stopped(code)
+    scene.kubectl("delete", "pod", pod.name, "--wait=false")
+    scene.gone("pods", pod.name)
+    eventually(lambda: scene.jobs()[0]["status"].get("conditions"), "the Job has failed")
+    operator.start()
+    found = scene.succeed(attempt=2)["attempts"][0]
+    assert (found["cause"], found["counted"]) == (Cause.DISRUPTED, False)
+
+
+def test_user_error_of_a_pod_that_is_gone_is_known_from_the_job(scene: Scene, own_operator: MakeOperator) -> None:
+    operator = own_operator(scene.namespace).start().wait_ready()
+    scene.submit()
+    pod = scene.attempt(1).run()
+    scene.phase("Running")
+    operator.kill()
+    pod.exit(ExitCode.USER_ERROR)
+    eventually(lambda: scene.jobs()[0]["status"].get("conditions"), "the Job has failed")
+    scene.api.delete("pods", scene.namespace, pod.name, gracePeriodSeconds=0)
+    scene.gone("pods", pod.name)
+    operator.start()
+    assert scene.phase("Failed")["failure"]["cause"] == Cause.USER_ERROR
+
+
 def test_restart_writes_nothing_for_finished_jobs(proxy: FaultyProxy, scene: Scene, own_operator: MakeOperator) -> None:
     operator = own_operator(scene.namespace, proxy.kubeconfig).start().wait_ready()
     for i in range(5):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from nemo_rl.job.status import Cause
 from nemo_rl_operator import pending, reasons, timestamps
-from nemo_rl_operator.observe import AttemptView, newest
+from nemo_rl_operator.observe import AttemptView, PodView, newest
+from nemo_rl_operator.policies import lost
 from nemo_rl_operator.turn import Need, Turn
 
 QUIET_SECONDS = 10.0
@@ -43,10 +44,26 @@ def _queued(turn: Turn, attempt: AttemptView) -> None:
     turn.phase("Queued", reasons.QUEUED, message)
 
 
+def _ending(turn: Turn, pods: list[PodView]) -> None:
+    """Somebody deletes the pods. They may save first, but with their node they may also be gone without a word."""
+    late = [pod for pod in pods if lost.overdue(turn, pod)]
+    if late:
+        turn.phase("Pending", reasons.LOST, reasons.LOST_MESSAGE.format(pod=late[0].name, time=late[0].gone_by))
+        return
+    turn.wake_in(max(timestamps.seconds_until(pod.gone_by, turn.now) or 0.0 for pod in pods) + lost.PATIENCE_SECONDS)
+    message = reasons.DELETED_MESSAGE.format(
+        pod=pods[0].name, reason=f" ({pods[0].disruption})" if pods[0].disruption else ""
+    )
+    turn.phase(turn.status.phase or "Starting", reasons.ENDING, message)
+
+
 def _started(turn: Turn, attempt: AttemptView) -> None:
     nodes, pods = turn.spec.resources.nodes, newest(turn.pods)
     if any(pod.phase == "Failed" for pod in pods):
         return  # the Job says in a moment how it ended
+    if ending := [pod for pod in pods if pod.deleting and not pod.terminal]:
+        _ending(turn, ending)
+        return
     if len({pod.index for pod in pods if pod.phase in ("Running", "Succeeded")}) == nodes:
         where = "1 pod" if nodes == 1 else f"{nodes} pods"
         turn.phase("Running", reasons.RUNNING, reasons.RUNNING_MESSAGE.format(attempt=turn.number, pods=where))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from nemo_rl.job import names
 from nemo_rl.job.status import MAX_ATTEMPTS, Cause
 from nemo_rl_operator import build, reasons, timestamps
+from nemo_rl_operator.policies import lost
 from nemo_rl_operator.turn import Create, Delete, Kind, Need, Turn
 
 
@@ -12,6 +13,7 @@ def wait_for_pods(turn: Turn) -> bool:
     """Two attempts never run at once: pods of earlier ones must have ended."""
     if not turn.live_pods():
         return False
+    lost.release(turn)
     turn.phase("Starting", reasons.ENDING, reasons.ENDING_MESSAGE.format(attempt=turn.number))
     return True
 

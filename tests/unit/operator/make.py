@@ -108,6 +108,8 @@ def pod(number: int = 1, index: int = 0, **fields: Any) -> PodView:
         ip="",
         created=at(-29),
         deleting=False,
+        gone_by="",
+        forced=False,
         scheduled=True,
         unschedulable="",
         waiting="",

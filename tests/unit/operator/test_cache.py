@@ -72,3 +72,64 @@ def test_it_counts_and_names_what_it_holds() -> None:
     assert cache.sizes() == {"resource": 1, "job": 0, "pod": 1}
     assert cache.names("pod") == {("ns", "p"): (KEY, "u1")}
     assert cache.version("pod", "ns", "p") == 2
+
+
+def raw_job(version: int, uid: str = "j1", **status: Any) -> dict[str, Any]:
+    labels = {names.LABEL_JOB: "x", names.LABEL_JOB_UID: make.UID, names.LABEL_ATTEMPT: "1"}
+    metadata = {"namespace": "ns", "name": "x-1", "uid": uid, "resourceVersion": str(version), "labels": labels}
+    return {"metadata": metadata, "spec": {}, "status": status}
+
+
+OWNED = {"ownerReferences": [{"uid": "j1", "controller": True}]}
+
+
+def test_a_deleted_pod_that_had_ended_is_remembered_as_long_as_its_job() -> None:
+    cache = Cache()
+    cache.put("job", raw_job(1))
+    cache.put("pod", raw_pod(2, "Running", **OWNED))
+    assert cache.bury(raw_pod(3, "Failed", **OWNED)) == KEY
+    assert cache.get(KEY).pods["p"].phase == "Failed", "it says why the Job will have failed"
+    assert cache.names("pod") == {}, "no list will have it, and that is no ghost"
+    cache.drop("job", KEY, "x-1", "j1")
+    assert len(cache) == 0
+
+
+def test_a_deleted_pod_tells_nothing_before_its_job_has_ended() -> None:
+    cache = Cache()
+    cache.put("job", raw_job(1))
+    cache.bury(raw_pod(3, "Failed", **OWNED))
+    assert cache.get(KEY).telling_pods == [], "Kueue may have suspended the Job: another pod will take its place"
+    cache.put("job", raw_job(4, conditions=[{"type": "Failed", "status": "True"}]))
+    assert [pod.phase for pod in cache.get(KEY).telling_pods] == ["Failed"]
+
+
+def test_of_deleted_pods_only_the_newest_of_each_index_is_remembered() -> None:
+    cache = Cache()
+    cache.put("job", raw_job(1))
+    for version in range(2, 50):
+        cache.bury(raw_pod(version, "Failed", name=f"p{version}", **OWNED))
+    assert list(cache.get(KEY).pods) == ["p49"]
+    assert cache.version("pod", "ns", "p48") == 0
+
+
+def test_a_pod_that_is_missing_from_a_list_is_remembered_too() -> None:
+    cache = Cache()
+    cache.put("job", raw_job(1))
+    cache.put("pod", raw_pod(2, "Failed", **OWNED))
+    assert cache.lose(KEY, "p", "another uid") is None
+    assert cache.names("pod") != {}
+    assert cache.lose(KEY, "p", "u1") == KEY
+    assert cache.names("pod") == {}
+    assert cache.get(KEY).pods["p"].phase == "Failed"
+
+
+def test_a_deleted_pod_that_had_not_ended_or_has_no_job_is_forgotten() -> None:
+    cache = Cache()
+    cache.put("job", raw_job(1))
+    cache.put("pod", raw_pod(2, "Running", **OWNED))
+    assert cache.bury(raw_pod(3, "Running", **OWNED)) == KEY
+    assert cache.get(KEY).pods == {}
+    cache.drop("job", KEY, "x-1", "j1")
+    cache.put("pod", raw_pod(4, "Running", **OWNED))
+    cache.bury(raw_pod(5, "Failed", **OWNED))
+    assert len(cache) == 0

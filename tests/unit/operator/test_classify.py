@@ -102,16 +102,31 @@ def test_a_pod_that_was_deleted_first_is_the_cause() -> None:
             Cause.USER_ERROR,
         ),
         ("Pod ns/x-1-0 has condition DisruptionTarget matching FailJob rule at index 1", Cause.DISRUPTED),
-        ("Job has reached the specified backoff limit", Cause.UNKNOWN),
+        ("Job was active longer than specified deadline", Cause.UNKNOWN),
     ],
 )
 def test_without_pods_the_job_tells_what_it_knows(message: str, expected: Cause) -> None:
     assert cause(message=message) is expected
 
 
+def test_pods_that_are_gone_without_a_rule_that_matched_were_deleted() -> None:
+    found = cause(reason="BackoffLimitExceeded", message="Job has reached the specified backoff limit")
+    assert found is Cause.DISRUPTED
+    assert verdict(found) == "free"
+
+
+def test_a_disrupted_pod_that_is_gone_is_the_cause_not_the_peer_that_lost_it() -> None:
+    message = "Pod ns/x-1-0 has condition DisruptionTarget matching FailJob rule at index 1"
+    assert cause(make.ended_pod(1, index=1), message=message) is Cause.DISRUPTED
+    assert cause(make.ended_pod(40, index=1), message=message) is Cause.USER_ERROR
+
+
 def test_news_about_pods_are_waited_for_before_the_job_is_asked() -> None:
     assert outcome(FAILED, (), 1, False) is None
     assert outcome(FAILED, (), 1, True) is not None
+    stale = (make.running_pod(), make.ended_pod(1, index=1))
+    assert outcome(FAILED, stale, 2, False) is None
+    assert outcome(FAILED, stale, 2, True) is not None
 
 
 def test_several_pods_are_judged_when_all_have_ended() -> None:

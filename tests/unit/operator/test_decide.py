@@ -234,6 +234,42 @@ def test_a_job_deleted_by_somebody_is_started_again() -> None:
     assert "Job x-2" in made(decision)
 
 
+def test_a_pod_that_is_being_deleted_is_said_to_end_and_its_attempt_goes_on_until_then() -> None:
+    pod = make.running_pod(deleting=True, gone_by=make.at(20), disruption="DeletionByTaintManager: node is gone")
+    decision = decide(
+        make.seen(make.resource(make.status(make.record(), phase="Running")), [make.attempt()], [pod]), make.NOW
+    )
+    assert (decision.status.phase, decision.status.reason) == ("Running", "WaitingForPods")
+    assert "node is gone" in (decision.status.message or "")
+    assert decision.requeue_after == 50
+    assert decision.actions == ()
+
+
+def test_a_node_that_does_not_report_the_end_of_its_pod_is_said_to_be_lost_with_the_cure() -> None:
+    pod = make.running_pod(deleting=True, gone_by=make.at(-31))
+    decision = decide(
+        make.seen(make.resource(make.status(make.record(), phase="Running")), [make.attempt()], [pod]), make.NOW
+    )
+    assert (decision.status.phase, decision.status.reason) == ("Pending", "PodLost")
+    assert f"kubectl delete pod {pod.name} --force" in (decision.status.message or "")
+    assert decision.actions == (), "its node may still run it: never two attempts at once"
+
+
+def test_a_pod_deleted_by_force_on_a_silent_node_is_a_disruption_and_its_job_is_let_go() -> None:
+    running = make.status(make.record(), phase="Running")
+    fresh = make.running_pod(deleting=True, forced=True, gone_by=make.at(-10))
+    decision = decide(make.seen(make.resource(running), [make.attempt()], [fresh]), make.NOW)
+    assert decision.actions == (), "a node that answers reports the end in time"
+    assert decision.requeue_after == 20
+    silent = make.running_pod(deleting=True, forced=True, gone_by=make.at(-30))
+    decision = decide(make.seen(make.resource(running), [make.attempt()], [silent]), make.NOW)
+    assert deleted(decision) == ["x-1"]
+    assert (decision.status.attempts[0].cause, decision.status.attempts[0].counted) == ("Disrupted", False)
+    assert made(decision) == [], "not before the pod is gone"
+    again = decide(make.seen(make.resource(decision.status), [make.attempt()], [silent]), make.NOW)
+    assert deleted(again) == ["x-1"], "also when the deletion was refused the first time"
+
+
 def test_a_new_attempt_waits_for_the_pods_of_the_last() -> None:
     decision = decide(make.seen(make.resource(LIVE), pods=[make.running_pod(deleting=True)], verified=1), make.NOW)
     assert made(decision) == []

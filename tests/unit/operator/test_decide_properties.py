@@ -22,6 +22,7 @@ STEPS: st.SearchStrategy[tuple[Any, ...]] = st.one_of(
     st.tuples(st.just("end"), st.integers(0, 3), st.sampled_from([75, 75, 75, 1, 137, 0, 40])),
     st.tuples(st.just("evict"), st.integers(0, 3)),
     st.tuples(st.just("delete job")),
+    st.tuples(st.just("delete pod"), st.integers(0, 3), st.sampled_from([False, False, True])),
     st.tuples(st.just("kueue"), st.booleans()),
     st.tuples(st.just("suspend"), st.booleans()),
     st.tuples(st.just("time"), st.sampled_from([0.5, 3.0, 12.0, 400.0])),
@@ -59,6 +60,8 @@ def play(world: World, step: tuple[Any, ...]) -> None:
             world.end_pod(rest[0], 143, disruption="EvictionByEvictionAPI: drained")
         case "delete job":
             world.delete_job()
+        case "delete pod":
+            world.delete_pod(*rest)
         case "kueue":
             world.kueue(rest[0])
         case "suspend":
@@ -122,6 +125,27 @@ def test_every_story_comes_to_an_end(start: Start, script: list[tuple[Any, ...]]
     assert world.status.phase in ("Succeeded", "Failed")
     assert world.live_attempts() == set()
     assert world.status.condition("Finished").status == "True"  # type: ignore[union-attr]
+
+
+HARMLESS = ("tick", "reconcile", "hear", "controller", "run", "end deleted", "evict", "delete job", "delete pod")
+HARMLESS += ("kueue", "suspend", "time")
+DELETED: list[tuple[Any, ...]] = [TICK, TICK, ("delete pod", 0, False), ("end deleted",), ("controller",)]
+
+
+@MANY
+@example((1, False, {"backoffLimit": 0}), DELETED)  # the operator hears of the Job's end only, the pod is gone
+@example((1, False, {"backoffLimit": 0}), [TICK, TICK, ("delete pod", 0, True), ("time", 12.0), TICK])
+@given(st.tuples(st.sampled_from([1, 2]), st.booleans(), st.just({"backoffLimit": 0})), SCRIPTS)
+def test_what_the_cluster_does_to_a_job_never_counts(start: Start, script: list[tuple[Any, ...]]) -> None:
+    world = World(*start)
+    for step in script:
+        if step[0] in HARMLESS:
+            play(world, step)
+    world.suspend(False)
+    world.kueue(False)
+    world.settle()
+    assert world.status.phase == "Succeeded"
+    assert not world.status.counted_failures
 
 
 @MANY

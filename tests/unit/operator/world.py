@@ -14,6 +14,22 @@ from nemo_rl_operator.observe import AttemptView, Observed, PodView, Resource, o
 from nemo_rl_operator.turn import Create, Delete, Kind, Need
 from unit.operator import make
 
+RULES = (40, 41, 42)
+
+
+def _why(pods: list[PodView]) -> dict[str, str]:
+    """Reason and message of a Job that fails, by its podFailurePolicy."""
+    for pod in pods:
+        if pod.phase == "Failed" and pod.exit_code in RULES:
+            text = (
+                f"Container trainer for pod ns/{pod.name} failed with exit code {pod.exit_code} matching FailJob rule"
+            )
+            return {"reason": "PodFailurePolicy", "message": text}
+        if pod.phase == "Failed" and pod.disruption:
+            text = f"Pod ns/{pod.name} has condition DisruptionTarget matching FailJob rule at index 1"
+            return {"reason": "PodFailurePolicy", "message": text}
+    return {"reason": "BackoffLimitExceeded", "message": "Job has reached the specified backoff limit"}
+
 
 @dataclass
 class Objects:
@@ -38,6 +54,8 @@ class World:
         self.cache = Objects(self.live.resource)
         self.uids = 0
         self.released: set[str] = set()
+        self.silent: set[str] = set()
+        """Pods whose node does not answer any more."""
         self.seen_phases: list[str] = []
         self.writes = 0
 
@@ -76,6 +94,9 @@ class World:
 
     def job_controller(self) -> None:
         """Make pods, count them, end Jobs, remove what is deleted."""
+        owners = {job.uid for job in self.live.jobs.values()}
+        for pod in [p for p in self.live.pods.values() if p.forced and p.controller not in owners]:
+            del self.live.pods[pod.name]
         for job in list(self.live.jobs.values()):
             pods = [p for p in self.live.pods.values() if p.controller == job.uid]
             if job.deleting:
@@ -104,18 +125,35 @@ class World:
                     if not pod.terminal:
                         self.live.pods[pod.name] = replace(pod, deleting=True)
                 if self.hasty or all(p.terminal for p in pods):
-                    self.live.jobs[job.name] = replace(job, failed=True, ended=self.time)
+                    self.live.jobs[job.name] = replace(job, failed=True, ended=self.time, **_why(pods))
+                    self._let_go(pods)
             elif all(p.phase == "Succeeded" for p in pods):
                 self.live.jobs[job.name] = replace(job, complete=True, ended=self.time)
 
+    def _let_go(self, pods: list[PodView]) -> None:
+        """Pods that are being deleted are gone as soon as their Job has counted them."""
+        for pod in pods:
+            if pod.deleting and pod.terminal:
+                del self.live.pods[pod.name]
+
     def _remove_deleted(self, job: AttemptView, pods: list[PodView]) -> None:
         for pod in pods:
-            if pod.terminal:
+            if pod.terminal or pod.forced:
                 del self.live.pods[pod.name]
             elif not pod.deleting:
                 self.live.pods[pod.name] = replace(pod, deleting=True)
         if not [p for p in self.live.pods.values() if p.controller == job.uid]:
             del self.live.jobs[job.name]
+
+    def delete_pod(self, choice: int, forced: bool = False) -> None:
+        """Somebody deletes a pod; by force, when its node does not answer."""
+        live = sorted(n for n, p in self.live.pods.items() if not p.terminal)
+        if live:
+            pod = self.live.pods[live[choice % len(live)]]
+            gone_by = pod.gone_by or timestamps.write(self.now + timedelta(seconds=0 if forced else 30))
+            self.live.pods[pod.name] = replace(pod, deleting=True, forced=forced or pod.forced, gone_by=gone_by)
+            if forced:
+                self.silent.add(pod.uid)
 
     def kueue(self, hold: bool) -> None:
         """Kueue suspends the newest Job, or lets it go."""
@@ -132,12 +170,12 @@ class World:
     def end_deleted_pods(self) -> None:
         """Pods that were asked to stop save and exit with 75."""
         for pod in list(self.live.pods.values()):
-            if pod.deleting and not pod.terminal:
+            if pod.deleting and not pod.terminal and pod.uid not in self.silent:
                 self._end(pod, 75)
 
     def end_pod(self, choice: int, code: int, **fields: Any) -> None:
         """One of the running pods ends."""
-        running = sorted(n for n, p in self.live.pods.items() if p.phase == "Running")
+        running = sorted(n for n, p in self.live.pods.items() if p.phase == "Running" and p.uid not in self.silent)
         if running:
             self._end(self.live.pods[running[choice % len(running)]], code, **fields)
 
