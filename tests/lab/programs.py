@@ -96,8 +96,8 @@ def _build_one(name: str) -> None:
 
 def _stamps(module: str) -> list[str]:
     """Version variables for the linker: a Kubernetes of version 0 would refuse its own clients."""
+    major, minor, _ = KUBERNETES_VERSION.removeprefix("v").split(".")
     if module == "kubernetes":
-        major, minor, _ = KUBERNETES_VERSION.removeprefix("v").split(".")
         base = "k8s.io/component-base/version"
         return [
             f"{base}.gitVersion={KUBERNETES_VERSION}",
@@ -106,5 +106,10 @@ def _stamps(module: str) -> list[str]:
             f"k8s.io/client-go/pkg/version.gitVersion={KUBERNETES_VERSION}",
         ]
     if module == "helm":
-        return [f"helm.sh/helm/v3/internal/version.version={HELM_VERSION}"]
+        charts = "helm.sh/helm/v3/pkg/chartutil"  # the cluster that it assumes where it asks none
+        return [
+            f"helm.sh/helm/v3/internal/version.version={HELM_VERSION}",
+            f"{charts}.k8sVersionMajor={major}",
+            f"{charts}.k8sVersionMinor={minor}",
+        ]
     return []

@@ -53,3 +53,49 @@ allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end -}}
+
+{{- define "nemo-rl.viewRules" -}}
+- apiGroups: [nemo-rl.io]
+  resources: [rltrainingjobs, rltrainingjobs/status]
+  verbs: [get, list, watch]
+- apiGroups: [""]
+  resources: [pods, pods/log, configmaps, persistentvolumeclaims, events]
+  verbs: [get, list, watch]
+- apiGroups: [batch]
+  resources: [jobs]
+  verbs: [get, list, watch]
+{{- end -}}
+
+{{/* What the operator calls, and no more: no Secrets, no pods/exec, nothing of its own but Jobs, pods and what they need. */}}
+{{- define "nemo-rl.rules" -}}
+- apiGroups: [nemo-rl.io]
+  resources: [rltrainingjobs]
+  verbs: [get, list, watch, delete] # delete: ttlSecondsAfterFinished
+- apiGroups: [nemo-rl.io]
+  resources: [rltrainingjobs/status]
+  verbs: [patch]
+- apiGroups: [batch]
+  resources: [jobs]
+  verbs: [get, list, watch, create, delete]
+- apiGroups: [""]
+  resources: [pods]
+  verbs: [get, list, watch, create, delete] # create, delete: the pod that serves a job's output
+- apiGroups: [""]
+  resources: [configmaps, persistentvolumeclaims, services]
+  verbs: [get, create]
+- apiGroups: [""]
+  resources: [events]
+  verbs: [list, create]
+- apiGroups: [kueue.x-k8s.io]
+  resources: [workloads]
+  verbs: [list]
+{{- end -}}
+
+{{- define "nemo-rl.hook" -}}
+labels: {{- include "nemo-rl.labels" . | nindent 2 }}
+  app.kubernetes.io/component: test
+annotations:
+  helm.sh/hook: test
+  helm.sh/hook-weight: "-1"
+  helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
+{{- end -}}
