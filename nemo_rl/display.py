@@ -1,11 +1,11 @@
-"""What a person sees while a run trains: a live panel on a terminal, plain `key=value` lines everywhere else."""
+"""What a person sees while a run trains: a live panel on a terminal, an area in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol, TextIO
 
 from rich.console import Console, Group
@@ -15,9 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from nemo_rl.metrics import step_line
+from nemo_rl.metrics import SHOWN_SAMPLES, main_metrics, step_line
+from nemo_rl.notebook import NotebookDisplay, in_notebook
 
-SHOWN_SAMPLES = 2
 SAMPLE_LINES = 3
 
 
@@ -40,10 +40,12 @@ class Display(Protocol):
 def make_display(log_level: str = "info", stream: TextIO | None = None) -> Display:
     """The live display when `stream` (standard output) is a terminal that can show it, plain lines otherwise.
 
-    Nothing is shown at the log levels warning and error.
+    In a Jupyter kernel one area of the cell. Nothing is shown at the log levels warning and error.
     """
     if log_level in ("warning", "error"):
         return NullDisplay()
+    if stream is None and in_notebook():
+        return NotebookDisplay()
     stream = stream or sys.stdout
     return LiveDisplay(stream) if _is_capable(stream) else PlainDisplay(stream)
 
@@ -72,7 +74,7 @@ class NullDisplay:
 
 
 class PlainDisplay:
-    """One line per event, flushed at once: for logs, pods and notebooks."""
+    """One line per event, flushed at once: for logs and pods."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream
@@ -156,23 +158,8 @@ class LiveDisplay:
 
     def _render(self) -> Group:
         table = Table.grid(padding=(0, 3))
-        table.add_row(*(Text.assemble((f"{name} ", "dim"), value) for name, value in _main_metrics(self._metrics)))
+        table.add_row(*(Text.assemble((f"{name} ", "dim"), value) for name, value in main_metrics(self._metrics)))
         return Group(self._progress, table, *map(_sample_panel, self._samples))
-
-
-def _main_metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The metrics that matter most, as (name, text); what is absent is left out."""
-    for name, key, spread in (
-        ("reward", "reward", "reward_std"),
-        ("loss", "loss", None),
-        ("kl", "kl", None),
-        ("length", "completion_length", None),
-        ("tokens/s", "tokens_per_second", None),
-    ):
-        if metrics.get(key) is not None:
-            deviation = f" ± {metrics[spread]:.3g}" if spread and metrics.get(spread) is not None else ""
-            value = metrics[key]
-            yield name, (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}") + deviation
 
 
 def _sample_panel(sample: dict[str, Any]) -> Panel:

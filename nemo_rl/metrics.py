@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl and completions.jsonl, each step exactly once, and the one-line form of a step."""
+"""The record of a run: metrics.jsonl and completions.jsonl, each step exactly once, and steps and samples as lines of a log."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, unquote
@@ -183,17 +184,68 @@ def parse_step_line(line: str) -> dict[str, Any] | None:
     metrics: dict[str, Any] = {"step": int(first[1])}
     if first[2] is not None:
         metrics["total_steps"] = int(first[2])
-    position = first.end()
+    fields = _fields(line, first.end())
+    return None if fields is None else metrics | fields
+
+
+def _fields(line: str, position: int) -> dict[str, Any] | None:
+    """What ` name=value` pairs from that position on say; None where there is something else."""
+    found: dict[str, Any] = {}
     while position < len(line):
-        found = _FIELD.match(line, position)
-        if found is None:
+        field = _FIELD.match(line, position)
+        if field is None:
             return None
         try:
-            metrics[unquote(found[1])] = json.loads(found[2])
+            found[unquote(field[1])] = json.loads(field[2])
         except ValueError:
             return None
-        position = found.end()
-    return metrics
+        position = field.end()
+    return found
+
+
+def main_metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The metrics that matter most, as (name, text); what is absent is left out."""
+    for name, key, spread in (
+        ("reward", "reward", "reward_std"),
+        ("loss", "loss", None),
+        ("kl", "kl", None),
+        ("length", "completion_length", None),
+        ("tokens/s", "tokens_per_second", None),
+    ):
+        if metrics.get(key) is not None:
+            deviation = f" ± {metrics[spread]:.3g}" if spread and metrics.get(spread) is not None else ""
+            value = metrics[key]
+            yield name, (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}") + deviation
+
+
+# --- a sample completion as one line --------------------------------------------------------------------------------
+
+SHOWN_SAMPLES = 2
+SAMPLE_CHARACTERS = 240
+"""Of each text of a sample line; the whole is in completions.jsonl."""
+_SAMPLE = re.compile(r"sample(?= )")
+
+
+def sample_line(step: int, sample: dict[str, Any]) -> str:
+    """`sample step=12 reward=0.61 prompt="…" completion="…"`: a completion for people and for `parse_sample_line`."""
+    fields = {"step": step, "reward": sample.get("reward")}
+    fields |= {name: _excerpt(str(sample[name])) for name in ("prompt", "completion")}
+    return " ".join(["sample", *(f"{name}={_line_value(_plain(value))}" for name, value in fields.items())])
+
+
+def parse_sample_line(line: str) -> dict[str, Any] | None:
+    """Step, reward (None where the reward failed), prompt and completion of a sample line; None for any other line."""
+    line = line.rstrip("\r\n")
+    first = _SAMPLE.match(line)
+    found = _fields(line, first.end()) if first else None
+    kinds = {"step": int, "prompt": str, "completion": str, "reward": int | float | None}
+    if found is None or not all(name in found and isinstance(found[name], kind) for name, kind in kinds.items()):
+        return None
+    return found
+
+
+def _excerpt(text: str) -> str:
+    return text if len(text) <= SAMPLE_CHARACTERS else f"{text[: SAMPLE_CHARACTERS - 1]}…"
 
 
 def _line_name(name: str) -> str:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
+from nemo_rl.metrics import SHOWN_SAMPLES, sample_line
 from nemo_rl.trainers.base import Trainer
 from nemo_rl.trainers.callbacks import Callback
 from nemo_rl.worker import report as phases
 from nemo_rl.worker.grace import Grace
 from nemo_rl.worker.prometheus import TrainMetrics
 from nemo_rl.worker.report import Report, read_checkpoints
+
+SAMPLES_SECONDS = 10.0
+"""Sample completions are said at the first and the last step, and no more often than this between: logs shall be short."""
 
 
 class Observer(Callback):
@@ -21,6 +26,7 @@ class Observer(Callback):
         self._report, self._metrics = report, metrics
         self._claim, self._grace = claim, grace
         self._first = True
+        self._sampled_at: float | None = None
 
     def on_train_begin(self, trainer: Any) -> None:
         self._report.begin(trainer.current_step, trainer.total_steps)
@@ -35,6 +41,7 @@ class Observer(Callback):
         if self._first:
             self._first = False
             self._say(trainer, startup_line(self._report.seconds, metrics["step_seconds"]))
+        self._say_samples(trainer, step)
 
     def on_train_end(self, trainer: Any, result: Any) -> None:
         self._report.enter(phases.FINISHED)
@@ -47,6 +54,14 @@ class Observer(Callback):
             self._metrics.saved(checkpoint.latest_step)
         if seconds is not None and self._grace is not None:
             self._say(trainer, self._grace.after(seconds))
+
+    def _say_samples(self, trainer: Any, step: int) -> None:
+        now = time.monotonic()
+        if self._sampled_at is not None and now - self._sampled_at < SAMPLES_SECONDS and step < trainer.total_steps:
+            return
+        self._sampled_at = now
+        for sample in trainer.samples[:SHOWN_SAMPLES]:
+            self._say(trainer, sample_line(step, sample))
 
     @staticmethod
     def _say(trainer: Any, line: str | None) -> None:

@@ -11,7 +11,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nemo_rl.metrics import MetricsLog, parse_step_line, read_history, step_line
+from nemo_rl.metrics import (
+    SAMPLE_CHARACTERS,
+    MetricsLog,
+    parse_sample_line,
+    parse_step_line,
+    read_history,
+    sample_line,
+    step_line,
+)
 
 
 def write_steps(run_dir, steps, *, resume_step=0, run="a"):
@@ -177,3 +185,35 @@ def test_step_line_reads_back(step, total, metrics):
 )
 def test_other_lines_are_no_step_lines(line):
     assert parse_step_line(line) is None
+
+
+@settings(deadline=None)
+@given(st.integers(1, 10**9), st.none() | st.floats(-100, 100), st.text(max_size=300), st.text(max_size=300))
+@example(3, 0.5, '2+2=\n"?"', "\x1b[31m4\u2028")
+def test_a_sample_line_is_one_line_and_reads_back(step, reward, prompt, completion):
+    line = sample_line(step, {"prompt": prompt, "completion": completion, "reward": reward, "tokens": 3})
+    assert len(line.splitlines()) == 1
+    assert line.isascii()
+    found = parse_sample_line(line + "\n")
+    assert found["step"] == step
+    assert found["reward"] == (None if reward is None else float(f"{reward:.4g}"))
+    for name, text in (("prompt", prompt), ("completion", completion)):
+        assert len(found[name]) <= SAMPLE_CHARACTERS
+        assert text.startswith(found[name].removesuffix("…"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "sample",
+        "sample of text",
+        "sample step=1 reward=0.5",
+        'sample step=1 reward="high" prompt="a" completion="b"',
+        'sample step=1 reward=1 prompt=2 completion="b"',
+        'sample step=null reward=1 prompt="a" completion="b"',
+        'a sample step=1 reward=1 prompt="a" completion="b"',
+    ],
+)
+def test_other_lines_are_no_sample_lines(line):
+    assert parse_sample_line(line) is None

@@ -1,31 +1,27 @@
-"""What the caller sees of a job on the cluster: the local run's display, fed from status and log; one area in Jupyter."""
+"""What the caller sees of a job on the cluster: the local run's display, fed from status and log."""
 
 from __future__ import annotations
 
-import html
 import re
-import sys
-import time
-from collections.abc import Mapping
 from typing import Any
 
-from nemo_rl.display import Display, NullDisplay, PlainDisplay, make_display
+from nemo_rl.display import Display, PlainDisplay, make_display
 from nemo_rl.job.status import JobStatus
-from nemo_rl.metrics import parse_step_line, step_line
+from nemo_rl.metrics import SHOWN_SAMPLES, parse_sample_line, parse_step_line
 
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
-_NOTEBOOK_SECONDS = 0.25
-_CURVE_POINTS = 300
+_LONGEST_PARSED = 20_000
+"""A line of a pod that is longer is no step: pods print what they like."""
 
 
 class Screen:
     """Shows a job and keeps the metrics of its steps: `history` has each step once, the newest attempt's where two had it."""
 
     def __init__(self, log_level: str = "info", display: Display | None = None) -> None:
-        self._display = display if display is not None else _choose(log_level)
+        self._display = display if display is not None else make_display(log_level)
         self._steps: dict[int, dict[str, Any]] = {}
+        self._samples: list[dict[str, Any]] = []
         self._said = ""
-        self._total: int | None = None
         self._open = False
         self._closed = False
 
@@ -46,6 +42,10 @@ class Screen:
     def line(self, text: str) -> None:
         """One line of the pod's log."""
         text = printable(text)
+        sample = parse_sample_line(text) if len(text) < _LONGEST_PARSED else None
+        if sample is not None and not isinstance(self._display, PlainDisplay):
+            self._sample(sample)
+            return
         metrics = _metrics(text)
         if metrics is None:
             self._display.note(text)
@@ -55,13 +55,19 @@ class Screen:
         if isinstance(self._display, PlainDisplay):
             self._display.note(text)
             return
-        if total and (total != self._total or not self._open):
-            self._total = total
-            if not self._open:
-                self._open = True
-                self._display.start(total, "nemo-rl: training")
+        if total and not self._open:
+            self._open = True
+            self._display.start(total, "nemo-rl: training")
         if self._open:
             self._display.step(metrics, [])
+
+    def _sample(self, sample: dict[str, Any]) -> None:
+        """Samples follow the line of their step, one by one."""
+        same_step = [other for other in self._samples if other["step"] == sample["step"]]
+        self._samples = [*same_step[: SHOWN_SAMPLES - 1], sample]
+        metrics = self._steps.get(sample["step"])
+        if metrics is not None and self._open:
+            self._display.step(metrics, self._samples)
 
     def close(self) -> None:
         if not self._closed:
@@ -78,83 +84,7 @@ def printable(text: str) -> str:
 
 def _metrics(text: str) -> dict[str, Any] | None:
     """The numbers of a step line. A pod may print what only looks like one."""
-    found = parse_step_line(text) if len(text) < 20_000 else None
+    found = parse_step_line(text) if len(text) < _LONGEST_PARSED else None
     if found is None:
         return None
     return {k: v for k, v in found.items() if v is None or (isinstance(v, int | float) and not isinstance(v, bool))}
-
-
-def _choose(log_level: str) -> Display:
-    if log_level not in ("warning", "error") and in_notebook():
-        return NotebookDisplay()
-    return make_display(log_level)
-
-
-def in_notebook() -> bool:
-    """Whether this process is a Jupyter kernel. Loads nothing: a kernel has IPython loaded."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    return shell is not None and "IPKernelApp" in getattr(shell, "config", {})
-
-
-class NotebookDisplay(NullDisplay):
-    """One area of a notebook cell that is drawn anew: progress, main metrics, the reward's curve. Lines are printed below."""
-
-    def __init__(self) -> None:
-        self._handle: Any = None
-        self._total = 0
-        self._curve: list[float] = []
-        self._metrics: Mapping[str, Any] = {}
-        self._name = "reward"
-        self._drawn = 0.0
-
-    def start(self, total_steps: int, header: str) -> None:
-        from IPython.display import HTML, display
-
-        self._total = total_steps
-        self._handle = display(HTML(self._render()), display_id=True)
-
-    def step(self, metrics: Mapping[str, Any], samples: list[dict[str, Any]]) -> None:
-        self._metrics = metrics
-        self._name = "reward" if metrics.get("reward") is not None else "loss"
-        if metrics.get(self._name) is not None:
-            self._curve.append(float(metrics[self._name]))
-        if time.monotonic() - self._drawn > _NOTEBOOK_SECONDS or metrics["step"] >= self._total:
-            self._draw()
-
-    def note(self, text: str) -> None:
-        print(text, flush=True)
-
-    def close(self) -> None:
-        self._draw()
-
-    def _draw(self) -> None:
-        if self._handle is not None:
-            from IPython.display import HTML
-
-            self._drawn = time.monotonic()
-            self._handle.update(HTML(self._render()))
-
-    def _render(self) -> str:
-        step = int(self._metrics.get("step", 0))
-        line = html.escape(step_line(dict(self._metrics), self._total)) if self._metrics else "starting"
-        share = 100 * step // max(1, self._total)
-        bar = f"<progress value='{share}' max='100' style='width:360px'></progress> {step}/{self._total}"
-        return f"<div>{bar}<br><code>{line}</code>{curve(self._curve, self._name)}</div>"
-
-
-def curve(values: list[float], name: str, width: int = 360, height: int = 80) -> str:
-    """A small drawing of a metric over the steps, as HTML; empty for fewer than two values."""
-    stride = -(-len(values) // _CURVE_POINTS) or 1
-    shown = values[::stride]
-    if len(shown) < 2:
-        return ""
-    low, spread = min(shown), (max(shown) - min(shown)) or 1.0
-    points = " ".join(
-        f"{i * width / (len(shown) - 1):.1f},{height - (v - low) * height / spread:.1f}" for i, v in enumerate(shown)
-    )
-    return (
-        f"<figure style='margin:4px 0'><figcaption>{name}: {values[0]:.4g} → {values[-1]:.4g}</figcaption>"
-        f"<svg width='{width}' height='{height}'><polyline points='{points}' fill='none' stroke='#4a7' "
-        "stroke-width='2'/></svg></figure>"
-    )

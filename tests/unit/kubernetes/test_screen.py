@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import io
-import sys
-import types
+from collections.abc import Mapping
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_rl.backends.kubernetes import screen
-from nemo_rl.backends.kubernetes.screen import NotebookDisplay, Screen, printable
-from nemo_rl.display import LiveDisplay, PlainDisplay
+from nemo_rl.backends.kubernetes.screen import Screen, printable
+from nemo_rl.display import LiveDisplay, NullDisplay, PlainDisplay
 from nemo_rl.job.status import JobStatus
+from nemo_rl.metrics import sample_line
 
 
 def test_each_step_is_kept_once_and_the_later_attempt_wins() -> None:
@@ -57,36 +55,34 @@ def test_what_only_looks_like_a_step_harms_no_display(text: str) -> None:
     shown.close()
 
 
-def test_a_notebook_gets_one_area_that_is_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[str] = []
-    handles: list[Any] = []
+class Watched(NullDisplay):
+    """Keeps what it is told."""
 
-    class Handle:
-        def update(self, shown: str) -> None:
-            drawn.append(shown)
+    def __init__(self) -> None:
+        self.told: list[tuple[int, list[str]]] = []
+        self.notes: list[str] = []
 
-    def display(shown: str, display_id: bool) -> Handle:
-        drawn.append(shown)
-        handles.append(Handle())
-        return handles[-1]
+    def step(self, metrics: Mapping[str, Any], samples: list[dict[str, Any]]) -> None:
+        self.told.append((metrics["step"], [sample["completion"] for sample in samples]))
 
-    module = types.SimpleNamespace(HTML=lambda text: text, display=display)
-    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
-    monkeypatch.setitem(sys.modules, "IPython.display", module)
-    monkeypatch.setattr(screen, "_NOTEBOOK_SECONDS", 0.0)
-    shown = Screen(display=NotebookDisplay())
-    for step in (1, 2, 3):
-        shown.line(f"step={step}/3 reward=0.{step} note=<script>")
-        shown.line(f"step={step}/3 reward=0.{step} kl=0.01")
-    shown.close()
-    assert len(handles) == 1
-    assert "3/3" in drawn[-1] and "reward: 0.1 → 0.3" in drawn[-1] and "<polyline" in drawn[-1]
-    assert not any("<script>" in one for one in drawn)
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
-def test_a_kernel_is_told_from_a_plain_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "IPython", raising=False)
-    assert not screen.in_notebook()
-    shell = types.SimpleNamespace(config={"IPKernelApp": {}})
-    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
-    assert screen.in_notebook()
+def test_samples_go_to_the_display_of_their_step_and_not_among_the_lines() -> None:
+    display = Watched()
+    shown = Screen(display=display)
+    for step in (1, 2):
+        shown.line(f"step={step}/2 reward=0.5")
+        for completion in "abc":
+            shown.line(sample_line(step, {"prompt": "?", "completion": f"{completion}{step}", "reward": 1.0}))
+    assert display.told[:4] == [(1, []), (1, ["a1"]), (1, ["a1", "b1"]), (1, ["a1", "c1"])]
+    assert display.told[-1] == (2, ["a2", "c2"])
+    assert display.notes == []
+
+
+def test_a_plain_log_has_the_samples_as_they_came() -> None:
+    out = io.StringIO()
+    line = sample_line(1, {"prompt": "?", "completion": "a", "reward": None})
+    Screen(display=PlainDisplay(out)).line(line)
+    assert out.getvalue() == f"{line}\n"

@@ -1,0 +1,146 @@
+"""The display of a run in a notebook cell: one area that is drawn anew, and lines below it."""
+
+from __future__ import annotations
+
+import html
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_rl.metrics import SHOWN_SAMPLES, main_metrics
+
+REDRAW_SECONDS = 0.25
+PACE_STEPS = 20
+"""Steps whose duration the estimate of the time left follows."""
+_CURVE_POINTS = 300
+_TEXT_CHARACTERS = 240
+
+
+def in_notebook() -> bool:
+    """Whether this process is a Jupyter kernel. Loads nothing: a kernel has IPython loaded."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and "IPKernelApp" in getattr(shell, "config", {})
+
+
+class Area:
+    """A place in the output of a cell whose HTML is replaced, without a widget: front ends that know none show it too."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def show(self, content: str) -> None:
+        """The content now; the first time the place is made, below what is there."""
+        from IPython.display import HTML, display
+
+        if self._handle is None:
+            self._handle = display(HTML(content), display_id=True)
+        else:
+            self._handle.update(HTML(content))
+
+
+class NotebookDisplay:
+    """Progress and time left, the main metrics, the curve of the reward (or the loss), sample completions."""
+
+    def __init__(self) -> None:
+        self._area: Area | None = None
+        self._header = ""
+        self._total = 0
+        self._metrics: Mapping[str, Any] = {}
+        self._curve: dict[int, float] = {}
+        self._name = "reward"
+        self._samples: list[dict[str, Any]] = []
+        self._paces: deque[float] = deque(maxlen=PACE_STEPS)
+        self._drawn = 0.0
+
+    def start(self, total_steps: int, header: str) -> None:
+        self._total, self._header = total_steps, header
+        self._area = Area()
+        self._draw()
+
+    def step(self, metrics: Mapping[str, Any], samples: list[dict[str, Any]]) -> None:
+        step = int(metrics["step"])
+        if step != self._metrics.get("step") and metrics.get("step_seconds") is not None:
+            self._paces.append(float(metrics["step_seconds"]))
+        self._metrics = metrics
+        self._samples = samples[:SHOWN_SAMPLES] or self._samples
+        self._name = "reward" if metrics.get("reward") is not None else "loss"
+        if metrics.get(self._name) is not None:
+            self._curve[step] = float(metrics[self._name])
+        if time.monotonic() - self._drawn > REDRAW_SECONDS or step >= self._total:
+            self._draw()
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
+
+    def close(self) -> None:
+        self._draw()
+
+    def _draw(self) -> None:
+        if self._area is not None:
+            self._drawn = time.monotonic()
+            self._area.show(self._render())
+
+    def _render(self) -> str:
+        step = int(self._metrics.get("step", 0))
+        left = "" if not self._paces or step >= self._total else f" · {_minutes(self._seconds_left(step))} left"
+        parts = [
+            f"<b>{html.escape(self._header)}</b>",
+            f"<div>{bar(step, self._total)} step {step}/{self._total}{left}</div>",
+            _table(self._metrics),
+            curve([self._curve[number] for number in sorted(self._curve)], self._name),
+            *map(_sample, self._samples),
+        ]
+        return f"<div>{''.join(parts)}</div>"
+
+    def _seconds_left(self, step: int) -> float:
+        return (self._total - step) * sum(self._paces) / len(self._paces)
+
+
+def bar(done: float, total: float) -> str:
+    """A progress bar as HTML."""
+    share = 100 * done / total if total else 100.0
+    return f"<progress value='{share:.1f}' max='100' style='width:360px'></progress>"
+
+
+def curve(values: list[float], name: str, width: int = 360, height: int = 80) -> str:
+    """A small drawing of a metric over the steps, as HTML; empty for fewer than two values."""
+    stride = -(-len(values) // _CURVE_POINTS) or 1
+    shown = values[::stride]
+    if len(shown) < 2:
+        return ""
+    low, spread = min(shown), (max(shown) - min(shown)) or 1.0
+    points = " ".join(
+        f"{i * width / (len(shown) - 1):.1f},{height - (v - low) * height / spread:.1f}" for i, v in enumerate(shown)
+    )
+    return (
+        f"<figure style='margin:4px 0'><figcaption>{name}: {values[0]:.4g} → {values[-1]:.4g}</figcaption>"
+        f"<svg width='{width}' height='{height}'><polyline points='{points}' fill='none' stroke='#4a7' "
+        "stroke-width='2'/></svg></figure>"
+    )
+
+
+def _table(metrics: Mapping[str, Any]) -> str:
+    cells = [(html.escape(name), html.escape(text)) for name, text in main_metrics(metrics)]
+    head = "".join(f"<th style='text-align:left'>{name}</th>" for name, _ in cells)
+    body = "".join(f"<td style='text-align:left'>{text}</td>" for _, text in cells)
+    return f"<table><tr>{head}</tr><tr>{body}</tr></table>" if cells else ""
+
+
+def _sample(sample: Mapping[str, Any]) -> str:
+    reward = sample.get("reward")
+    value = f"{reward:.3g}" if isinstance(reward, int | float) else "none"
+    texts = [str(sample[name])[:_TEXT_CHARACTERS] for name in ("prompt", "completion")]
+    prompt, completion = (html.escape(text).replace("\n", "<br>") for text in texts)
+    return (
+        "<div style='border-left:3px solid #4a7;margin:4px 0;padding-left:8px'>"
+        f"<span style='opacity:.6'>{prompt}</span><br>{completion} <b>(reward {value})</b></div>"
+    )
+
+
+def _minutes(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
