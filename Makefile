@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BUILDER ?= docker
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+LAB := $(PYTHON) tests/lab/lab.py
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
-.PHONY: help demo test test-cluster bench lint images lab-up lab-down lab-status clean
+.PHONY: help demo test test-cluster e2e bench lint images lab-up lab-deploy lab-down lab-status clean
 help:            ## list the commands
 	@grep -E '^[a-z0-9 -]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 16
 
@@ -18,6 +19,15 @@ test: $(VENV)/.dev            ## unit tests; needs no cluster and no GPU
 
 test-cluster: $(VENV)/.dev            ## the operator against a real API server (built once from Go modules, or KUBECONFIG)
 	$(BIN)/python -m pytest tests/cluster
+
+e2e: $(VENV)/.dev            ## jobs in real pods: in the lab (root, Linux, Go), or in the cluster of KUBECONFIG with the operator in it
+ifdef KUBECONFIG
+	$(BIN)/python -m pytest tests/e2e
+else
+	$(LAB) up
+	$(LAB) deploy
+	$(LAB) run $(BIN)/python -m pytest tests/e2e
+endif
 
 bench: $(VENV)/.dev            ## speed and memory as ratios against TRL
 	$(BIN)/python benchmarks/engine.py
@@ -31,8 +41,8 @@ images:            ## the trainer and the operator image, with docker or another
 	$(BUILDER) build -f trainer_image/Dockerfile -t nemo-rl-trainer:$(VERSION) .
 	$(BUILDER) build -f trainer_image/operator.Dockerfile -t nemo-rl-operator:$(VERSION) .
 
-lab-up lab-down lab-status:            ## a real single-node Kubernetes on this machine (root, Linux, Go)
-	$(PYTHON) tests/lab/lab.py $(@:lab-%=%)
+lab-up lab-deploy lab-down lab-status:            ## a real single-node Kubernetes on this machine (root, Linux, Go)
+	$(LAB) $(@:lab-%=%)
 
 $(BIN)/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "nemo-rl needs Python >= 3.11, found $$($(PYTHON) --version); say PYTHON=python3.11 (or newer)"; exit 1; }

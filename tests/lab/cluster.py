@@ -12,13 +12,14 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lab import components, images, programs
 from lab.node import cgroup_roots, ctr, ready
 from lab.settings import (
+    BIN,
     BUILDER,
     CGROUP,
     HOME,
@@ -190,6 +191,21 @@ def extend(assignment: str) -> None:
         if time.monotonic() > limit:
             fail(f"the node does not offer {assignment} after 30 s")
         time.sleep(0.1)
+
+
+def run(command: Sequence[str]) -> NoReturn:
+    """Becomes the command, with the lab as its cluster and the lab's programs ahead of others."""
+    if not is_up():
+        fail("the lab is down; start it with `make lab-up`")
+    if not command:
+        fail("no command; for example `lab.py run kubectl get pods -A`")
+    found = os.environ | {"KUBECONFIG": str(KUBECONFIG), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    # by the path of the command to be, not of this process
+    program = shutil.which(command[0], path=found["PATH"])
+    if program is None:
+        fail(f"no program {command[0]}")
+    sys.stdout.flush()
+    os.execve(program, list(command), found)
 
 
 def kubectl(*words: object, **options: Any) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import tomllib
 
 from lab import cluster, images, programs
-from lab.settings import BASE_IMAGE, HOME, KUBECONFIG, SOURCE, fail, need_root, say, sh
+from lab.settings import BASE_IMAGE, HOME, KUBECONFIG, SOURCE, fail, need_root, say
 
 PROJECT = SOURCE.parents[1]
 NAMESPACE = "nemo-rl-system"
@@ -61,9 +61,11 @@ def install(trainer: str, operator: str) -> None:
         values += [f"{key}.repository={repository}", f"{key}.tag={tag}"]
     chart = PROJECT / "charts/nemo-rl-operator"
     sets = [word for value in values for word in ("--set-string", value)]
-    sh(
+    command = [
         *(programs.path("helm"), f"--kubeconfig={KUBECONFIG}", "upgrade", "--install", RELEASE, chart),
         *("--namespace", NAMESPACE, "--wait", f"--timeout={WAIT}", *sets),
-        stdout=subprocess.DEVNULL,
-    )
+    ]
+    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        cluster.kubectl("--namespace", NAMESPACE, "get", "events,pods")
+        fail(f"helm could not install {chart.relative_to(PROJECT)}; its error is above")
     say(f"{RELEASE}: ready in namespace {NAMESPACE}, trains with {trainer}")

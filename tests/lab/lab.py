@@ -6,6 +6,7 @@ lab.py up --control-plane    only etcd, API server and controller manager, as or
 lab.py status                programs with their memory, nodes and pods
 lab.py down [--purge]        stop everything; --purge removes images, keys and logs too
 lab.py kubeconfig            print the path of the administrator's kubeconfig
+lab.py run COMMAND ...       run a command with the lab's KUBECONFIG, kubectl and helm
 lab.py build [PROGRAM ...]   compile the programs into the cache (`up` does so when they are missing)
 lab.py base                  make the base image localhost/python:3.11
 lab.py image TAG FOLDER ...  build a Dockerfile (further options go to buildah) and load it into the node
@@ -37,6 +38,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     for name in ("up", "down", "status", "kubeconfig"):
         verbs.add_parser(name).add_argument("--control-plane", action="store_true")
     verbs.choices["down"].add_argument("--purge", action="store_true")
+    verbs.add_parser("run").add_argument("command", nargs=argparse.REMAINDER)
     verbs.add_parser("build").add_argument("programs", nargs="*")
     verbs.add_parser("base")
     verbs.add_parser("deploy")
@@ -78,6 +80,8 @@ def run(given: argparse.Namespace, rest: list[str]) -> None:
             cluster.status()
         case "kubeconfig":
             say(KUBECONFIG)
+        case "run":
+            cluster.run(given.command)
         case "build":
             programs.build(given.programs or programs.PROGRAMS)
         case "base":
