@@ -12,7 +12,8 @@ from typing import Any
 from aiohttp import web
 
 from nemo_rl_operator import handlers, metrics
-from nemo_rl_operator.cache import Cache, Key, Kind
+from nemo_rl_operator.cache import Cache, Key
+from nemo_rl_operator.cache import Kind as Watched
 from nemo_rl_operator.client import Api, ApiError
 from nemo_rl_operator.events import EventPoster
 from nemo_rl_operator.health import Health
@@ -20,13 +21,15 @@ from nemo_rl_operator.progress import ProgressPuller
 from nemo_rl_operator.queue import KeyedQueue
 from nemo_rl_operator.reconcile import Reconciler
 from nemo_rl_operator.resync import Resync
+from nemo_rl_operator.turn import Kind
 
 log = logging.getLogger(__name__)
 
 QUIET_SECONDS, LONGEST_QUIET_WAIT = 0.3, 10.0
 """The first lists are taken to be in when no event came for this long; waited for no longer than that."""
 
-
+REACH_SECONDS = 1.0
+"""Between two tries to reach the API server at the start."""
 SLOW_SECONDS = 0.15
 """Calls to the API server that take longer than this on average show that it has too much to do."""
 
@@ -85,7 +88,7 @@ class Operator:
         """Whether many jobs wait, or the API server is slow: then what is not needed is not written."""
         return self._queue.depth > 2 * self._options.workers or self._api.latency > SLOW_SECONDS
 
-    def _heard(self, kind: Kind, raw: dict[str, Any]) -> None:
+    def _heard(self, kind: Watched, raw: dict[str, Any]) -> None:
         self._last_event = time.monotonic()
         self._health.heard()
         meta = raw["metadata"]
@@ -94,8 +97,23 @@ class Operator:
 
     async def _start(self) -> None:
         self._servers = await self._health.serve(self._options.health_port, self._options.metrics_port)
-        jobs = [self._begin(), self._events.run(), self._progress.run(), self._resync.run()]
-        self._tasks = [asyncio.create_task(job) for job in jobs]
+        parts = {
+            "workers": self._begin(),
+            "events": self._events.run(),
+            "progress": self._progress.run(),
+            "resync": self._resync.run(),
+        }
+        self._tasks = [asyncio.create_task(part, name=name) for name, part in parts.items()]
+        for task in self._tasks:
+            task.add_done_callback(self._miss)
+
+    def _miss(self, task: asyncio.Task[None]) -> None:
+        """A part that ended by itself: the rest goes on, and liveness asks for a restart."""
+        if task.cancelled():
+            return
+        error = task.exception()
+        self._health.broken = f"{task.get_name()} ended: {error!r}"
+        log.error("%s ended, which it never should", task.get_name(), exc_info=error)
 
     async def _stop(self) -> None:
         for task in self._tasks:
@@ -107,6 +125,7 @@ class Operator:
 
     async def _begin(self) -> None:
         """Start the workers once the first lists are in; an earlier start would do no harm, but cost reads."""
+        await self._reach()
         began = time.monotonic()
         while time.monotonic() - began < LONGEST_QUIET_WAIT:
             quiet_since = self._last_event or began + 2.0
@@ -116,6 +135,22 @@ class Operator:
         log.info("ready: %d jobs known after %.1f s", len(self._cache), time.monotonic() - began)
         self._health.started = True
         await asyncio.gather(*(self._work() for _ in range(self._options.workers)))
+
+    async def _reach(self) -> None:
+        """Wait until all that is watched can be listed; readiness says meanwhile what cannot."""
+        for kind in (Kind.RESOURCE, Kind.JOB, Kind.POD):
+            for namespace in self._options.namespaces or (None,):
+                while not await self._listable(kind, namespace):
+                    await asyncio.sleep(REACH_SECONDS)
+
+    async def _listable(self, kind: Kind, namespace: str | None) -> bool:
+        try:
+            await self._api.items(kind, namespace, {"limit": "1"})
+        except ApiError as error:
+            self._health.unready = f"cannot list {kind.value[1]}: {error}"
+            log.warning("%s", self._health.unready)
+            return False
+        return True
 
     async def _work(self) -> None:
         while True:

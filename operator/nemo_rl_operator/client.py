@@ -120,7 +120,7 @@ class Api:
         body = {"metadata": {"resourceVersion": version}, "status": status}
         return await self._call("PATCH", Kind.RESOURCE, namespace, name, "status", body=body)
 
-    async def items(self, kind: Kind, namespace: str, params: Mapping[str, str]) -> list[Object]:
+    async def items(self, kind: Kind, namespace: str | None, params: Mapping[str, str]) -> list[Object]:
         """One page of a list."""
         page = await self._call("GET", kind, namespace, params=params)
         return list(page.get("items") or ())

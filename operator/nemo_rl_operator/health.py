@@ -13,7 +13,7 @@ from nemo_rl_operator.cache import Cache, Key
 from nemo_rl_operator.queue import KeyedQueue
 
 WAIT_LIMIT = 120.0
-"""Seconds that a job may wait for a worker, or a worker for a job, before something must be wrong."""
+"""Seconds that the queue may stand still, or a worker be busy with one job, before something must be wrong."""
 ECHO_LIMIT = 180.0
 """Seconds within which the watch must report our own writes back."""
 
@@ -31,7 +31,11 @@ class Health:
         self._heard = time.monotonic()
         self.deaf = ""
         """What the last resync found that the watches should have told; empty if nothing."""
+        self.broken = ""
+        """Which part of the operator ended by itself; empty while all run."""
         self.started = False
+        self.unready = "the first lists are not in yet"
+        """Why it has not started, meanwhile."""
 
     def heard(self) -> None:
         """A watch delivered an event."""
@@ -49,14 +53,13 @@ class Health:
 
     def problems(self) -> list[str]:
         found = []
-        if self._queue.oldest_wait() > WAIT_LIMIT:
-            found.append(f"a job has waited {self._queue.oldest_wait():.0f} s for a worker")
+        if self._queue.stalled() > WAIT_LIMIT:
+            found.append(f"jobs wait, and none was handed to a worker for {self._queue.stalled():.0f} s")
         if self._queue.longest_work() > WAIT_LIMIT:
             found.append(f"a worker has been busy with one job for {self._queue.longest_work():.0f} s")
         if any(self._unheard(key, since) for key, (since, _) in list(self._written.items())):
             found.append(f"the watch has not reported a write back within {ECHO_LIMIT:.0f} s")
-        if self.deaf:
-            found.append(self.deaf)
+        found += [text for text in (self.deaf, self.broken) if text]
         return found
 
     def _unheard(self, key: Key, since: float) -> bool:
@@ -88,7 +91,7 @@ class Health:
         return _answer(self.problems())
 
     async def _ready(self, _: web.Request) -> web.Response:
-        return _answer(self.problems() if self.started else ["the first lists are not in yet"])
+        return _answer(self.problems() if self.started else [self.unready])
 
     async def _metrics(self, _: web.Request) -> web.Response:
         metrics.QUEUE_DEPTH.set(self._queue.depth)

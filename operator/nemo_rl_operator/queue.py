@@ -37,6 +37,7 @@ class KeyedQueue(Generic[K]):
         self._later: dict[K, float] = {}
         self._heap: list[tuple[float, int, K]] = []
         self._sequence = 0
+        self._handed_out = float("-inf")
         self._failures: dict[K, int] = {}
         self._getters: deque[asyncio.Future[None]] = deque()
         self._timer: asyncio.TimerHandle | None = None
@@ -50,9 +51,9 @@ class KeyedQueue(Generic[K]):
     def delayed(self) -> int:
         return len(self._later)
 
-    def oldest_wait(self) -> float:
-        """Seconds that the key which is next has waited; 0 when none waits."""
-        return self._clock() - self._since[self._ready[0]] if self._ready else 0.0
+    def stalled(self) -> float:
+        """Seconds for which keys have waited and none was handed out; 0 when none waits. A long queue may still move."""
+        return self._clock() - max(self._handed_out, self._since[self._ready[0]]) if self._ready else 0.0
 
     def longest_work(self) -> float:
         """Seconds since the oldest key now being worked on was handed out; 0 when none is."""
@@ -105,7 +106,7 @@ class KeyedQueue(Generic[K]):
         key = self._ready.popleft()
         now = self._clock()
         waited = now - self._since.pop(key)
-        self._working[key] = now
+        self._working[key] = self._handed_out = now
         return key, waited
 
     def done(self, key: K) -> None:

@@ -115,6 +115,8 @@ class Reconciler:
             there = {part for part in sorted(parts) if await self._api.exists(Kind.CONFIG_MAP, namespace, part)}
             return {"bundle_parts": frozenset(there)}
         if need is Need.INCIDENT:
+            if self._busy():  # then every start is slow, for the same reason
+                return {"incident": ""}
             found = await self._incidents.newest(seen, number, self._clock(), len(self._starting))
             return {"incident": found}
         return {"workload": await self._workload(namespace, seen, number)}

@@ -114,13 +114,20 @@ class Operator:
 
     def probe(self, path: str) -> int:
         """The status code of the health server's answer; 0 when nobody answers."""
+        return self._ask(path)[0]
+
+    def say(self, path: str) -> str:
+        """The health server's words."""
+        return self._ask(path)[1]
+
+    def _ask(self, path: str) -> tuple[int, str]:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.health_port}{path}", timeout=5) as response:
-                return int(response.status)
+                return int(response.status), response.read().decode()
         except urllib.error.HTTPError as error:
-            return error.code
+            return error.code, error.read().decode()
         except OSError:
-            return 0
+            return 0, ""
 
     def metrics(self) -> dict[str, float]:
         """Every sample by its full name with labels."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from charts import CHART, Object, render
+from charts import CHART, Object, helm, render
 from cluster.api import eventually
 from cluster.manifests import bundle, job
 from cluster.operator_process import Operator
@@ -139,10 +139,24 @@ def install(cluster: Cluster, scene: Scene) -> Iterator[Callable[..., list[Objec
 def test_the_api_server_takes_what_the_chart_renders(what: str, scene: Scene, cluster: Cluster):
     values = json.loads(json.dumps(COMBINATIONS[what]).replace("NAMESPACE", scene.namespace))
     objects = render(values, namespace=scene.namespace, hooks=True)
-    out = cluster.kubectl(
-        "apply", "--dry-run=server", "--validate=strict", "-f", "-", stdin=yaml.safe_dump_all(objects)
-    )
+    pod = next(found for found in objects if found["kind"] == "Pod")
+    scene.kubectl("create", "serviceaccount", pod["spec"]["serviceAccountName"])  # a pod needs its account even dry
+    words = ("apply", "--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict", "-f", "-")
+    out = cluster.kubectl(*words, stdin=yaml.safe_dump_all(objects))
     assert len(out.strip().splitlines()) == len(objects)
+
+
+def test_the_notes_name_what_is_there(scene: Scene, cluster: Cluster):
+    values = {"crds": {"enabled": False}}
+    words = ("install", "rl", str(CHART), "--dry-run=server", "--namespace", scene.namespace)
+    result = helm(*words, values=values, kubeconfig=cluster.kubeconfig)
+    assert result.returncode == 0, result.stderr
+    notes = result.stdout.split("NOTES:\n", 1)[1]
+    assert notes.count("\n     kubectl ") == 3
+    assert f"kubectl -n {scene.namespace} rollout status deployment/rl" in notes
+    assert "--clusterrole=nemo-rl-edit" in notes
+    assert "No NetworkPolicy guards trainer pods yet" in notes
+    assert "was not installed (crds.enabled=false)" in notes
 
 
 def test_the_rights_of_the_chart_suffice_for_the_life_of_jobs(

@@ -150,6 +150,30 @@ def test_refusals_while_it_starts_are_overcome(proxy: FaultyProxy, scene: Scene,
     assert scene.succeed()["phase"] == "Succeeded"
 
 
+def test_operator_is_not_ready_before_it_can_list(proxy: FaultyProxy, scene: Scene, own_operator: MakeOperator) -> None:
+    proxy.refuse(503, 1_000_000, lambda call: call.path.partition("?")[0].endswith("/pods"))
+    operator = own_operator(scene.namespace, proxy.kubeconfig).start()
+    eventually(lambda: "cannot list pods" in operator.say("/readyz"), "readiness says what it waits for")
+    assert operator.probe("/healthz") == 200
+    proxy.refusals.clear()
+    operator.wait_ready()
+    scene.submit()
+    assert scene.succeed()["attempt"] == 1
+
+
+def test_deaf_operator_says_that_it_is_not_alive(proxy: FaultyProxy, scene: Scene, own_operator: MakeOperator) -> None:
+    operator = own_operator(scene.namespace, proxy.kubeconfig).start().wait_ready()
+    proxy.watching = False
+    proxy.cut_watches()
+    scene.submit()
+    eventually(lambda: operator.probe("/healthz") == 500, "the resync notices what the watches did not tell", 60)
+    assert "watches missed" in operator.say("/healthz")
+    proxy.watching = True
+    with operator.kept_alive():
+        assert scene.succeed()["attempt"] == 1
+    eventually(lambda: operator.probe("/healthz") == 200, "all is well again", 60)
+
+
 def test_slow_api_server_is_only_slow(proxy: FaultyProxy, scene: Scene, own_operator: MakeOperator) -> None:
     proxy.latency = 0.3
     own_operator(scene.namespace, proxy.kubeconfig).start()

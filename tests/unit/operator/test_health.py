@@ -60,7 +60,13 @@ async def test_a_queue_that_nobody_serves_is_a_problem(monkeypatch: pytest.Monke
     monkeypatch.setattr(health, "WAIT_LIMIT", -1.0)
     _, queue, found = make()
     queue.add(KEY)
-    assert "waited" in found.problems()[0]
+    assert "jobs wait" in found.problems()[0]
+
+
+async def test_a_part_that_ended_by_itself_is_a_problem() -> None:
+    found = make()[2]
+    found.broken = "resync ended: KeyError('x')"
+    assert found.problems() == ["resync ended: KeyError('x')"]
 
 
 async def test_it_is_served_over_http(unused_tcp_port: int) -> None:

@@ -119,15 +119,27 @@ async def test_a_worker_that_is_cancelled_while_it_waits_loses_no_key() -> None:
     assert key == "a"
 
 
-async def test_it_says_how_long_keys_wait_and_workers_work() -> None:
+async def test_it_says_for_how_long_it_stands_still_and_workers_work() -> None:
     clock = Clock()
     queue = make(clock)
     queue.add("a")
     clock.now = 3.0
-    assert queue.oldest_wait() == 3.0
+    assert queue.stalled() == 3.0
     await take(queue)
     clock.now = 7.0
-    assert (queue.oldest_wait(), queue.longest_work()) == (0.0, 4.0)
+    assert (queue.stalled(), queue.longest_work()) == (0.0, 4.0)
+
+
+async def test_a_long_queue_that_moves_does_not_stand_still() -> None:
+    clock = Clock()
+    queue = make(clock)
+    for key in "abc":
+        queue.add(key)
+    for now in (100.0, 200.0):
+        clock.now = now
+        await take(queue)
+    clock.now = 210.0
+    assert queue.stalled() == 10.0, "c has waited for 210 seconds, but b was served"
 
 
 @given(st.lists(st.tuples(st.sampled_from(["add", "after", "take", "done", "time"]), st.sampled_from("abc"))))

@@ -179,6 +179,29 @@ async def test_the_last_attempt_is_read_before_the_next_starts() -> None:
     assert "JOB x-2" in setting.api.made()
 
 
+async def test_a_pod_that_is_gone_still_tells_its_cause_when_the_last_attempt_is_read() -> None:
+    setting = await started()
+    setting.pod("Failed", terminated={"exitCode": 137, "reason": "OOMKilled"})
+    setting.deliver()
+    setting.cache.bury(setting.api.objects.pop((Kind.POD, "x-1-0")))
+    job = setting.api.objects[Kind.JOB, "x-1"]
+    condition = {"type": "Failed", "status": "True", "reason": "BackoffLimitExceeded", "lastTransitionTime": make.at(0)}
+    setting.api.put(Kind.JOB, {**job, "status": {"conditions": [condition]}})
+    setting.deliver()
+    await setting.reconcile(KEY)
+    assert (setting.status["attempts"][0]["cause"], setting.status["countedFailures"]) == ("OutOfMemory", 1)
+
+
+@pytest.mark.parametrize(("busy", "reads"), [(False, 1), (True, 0)])
+async def test_why_a_start_is_slow_is_not_asked_while_all_are(busy: bool, reads: int) -> None:
+    setting = await started()
+    setting.now = make.later(60)
+    setting.busy = busy
+    setting.api.calls.clear()
+    await setting.reconcile(KEY)
+    assert [verb for verb, kind, _ in setting.api.calls if kind is Kind.EVENT] == ["LIST"] * reads
+
+
 async def test_bundles_are_looked_for_until_they_are_there() -> None:
     setting = Setting()
     setting.api.put_job(bundles=[{"name": "code", "sha256": "0" * 64, "configMaps": ["b-0", "b-1"]}])
