@@ -80,7 +80,10 @@ def test_no_rule_of_the_operator_reaches_secrets_or_runs_commands(values: Any):
 def test_with_a_list_of_namespaces_nothing_is_granted_elsewhere():
     objects = render({"watchNamespaces": ["a", "b"], "userRoles": {"create": False}})
     cluster = of_kind(objects, "ClusterRole")
-    assert [r["resources"] for role in cluster for r in role["rules"]] == [["customresourcedefinitions"]]
+    assert [r["resources"] for role in cluster for r in role["rules"]] == [
+        ["customresourcedefinitions"],
+        ["namespaces"],
+    ]
     assert {role["metadata"]["namespace"] for role in of_kind(objects, "Role")} == {"a", "b"}
     command = of_kind(objects, "Deployment")[0]["spec"]["template"]["spec"]["containers"][0]["command"]
     assert [word for word in command if word.startswith("--")] == ["--namespace=a", "--namespace=b"]
@@ -151,15 +154,6 @@ def test_the_doctor_finds_the_operator_by_its_label():
 
     key, _, value = cluster_checks._OPERATOR_LABEL.partition("=")
     assert of_kind(render(), "Deployment")[0]["metadata"]["labels"][key] == value
-
-
-def test_the_notes_name_what_is_there():
-    text = helm("install", "rl", str(CHART), "--dry-run=client", "--namespace", "ml").stdout
-    notes = text.split("NOTES:\n", 1)[1]
-    assert notes.count("\n     kubectl ") == 3
-    assert "deployment/rl" in notes
-    assert "nemo-rl-edit" in notes
-    assert "No NetworkPolicy guards trainer pods yet" in notes
 
 
 def test_the_kustomize_base_is_what_the_chart_renders():
