@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 
-BUNDLE_WAIT_SECONDS = 4
+BUNDLE_WAIT_SECONDS = 10
 PR_SET_PDEATHSIG = 1
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster.api import Api, ApiError, Object, eventually, path
+from cluster.api import WAIT_SECONDS, Api, ApiError, Object, eventually, path
 from cluster.kubelet import Kubelet, PlayedPod
 from cluster.manifests import job, result
 from nemo_rl.job import names
@@ -56,7 +56,9 @@ class Scene:
         found = [c for c in self.status(name).get("conditions", []) if c["type"] == kind]
         return found[0] if found else {}
 
-    def until(self, check: Callable[[Object], Any], what: str, name: str = "x", seconds: float = 40) -> Object:
+    def until(
+        self, check: Callable[[Object], Any], what: str, name: str = "x", seconds: float = WAIT_SECONDS
+    ) -> Object:
         """The status, once the check holds; AssertionError with the last status otherwise."""
         limit = time.monotonic() + seconds
         status: Object = {}
@@ -72,13 +74,13 @@ class Scene:
             time.sleep(0.05)
         raise AssertionError(f"{self.namespace}/{name}: not within {seconds:.0f} s: {what}; last status: {status}")
 
-    def phase(self, *phases: str, name: str = "x", seconds: float = 40) -> Object:
+    def phase(self, *phases: str, name: str = "x", seconds: float = WAIT_SECONDS) -> Object:
         wanted = (*phases, *FINAL)
         status = self.until(lambda s: s.get("phase") in wanted, f"phase {' or '.join(phases)}", name, seconds)
         assert status["phase"] in phases, f"{self.namespace}/{name}: found {status}, wanted phase {phases}"
         return status
 
-    def message(self, *fragments: str, name: str = "x", seconds: float = 40) -> Object:
+    def message(self, *fragments: str, name: str = "x", seconds: float = WAIT_SECONDS) -> Object:
         """The status, once its message has all these fragments (in any case of letters)."""
 
         def check(status: Object) -> bool:
@@ -94,7 +96,7 @@ class Scene:
         found = self.api.list("jobs", self.namespace, f"{names.LABEL_JOB}={name}")
         return sorted(found, key=lambda o: int(o["metadata"]["name"].rpartition("-")[2]))
 
-    def gone(self, kind: str, name: str, seconds: float = 40) -> None:
+    def gone(self, kind: str, name: str, seconds: float = WAIT_SECONDS) -> None:
         eventually(lambda: self.api.find(kind, self.namespace, name) is None, f"{kind} {name} is gone", seconds)
 
     def record(self, name: str = "x") -> list[Object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.metadata
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ from nemo_rl.backends.kubernetes.connect import connect
 from nemo_rl.backends.kubernetes.errors import ApiError, ClusterError, JobCancelled, JobNotFound
 from nemo_rl.backends.kubernetes.job import Job
 from nemo_rl.backends.kubernetes.naming import LABEL_DIGEST
+from nemo_rl.backends.kubernetes.ship.errors import ShipError
+from nemo_rl.cli import cluster_checks
 from nemo_rl.cli.main import app
 from nemo_rl.job import names
 from nemo_rl.job.names import ExitCode
@@ -231,6 +234,37 @@ def test_what_travelled_is_what_was_given(scene: Scene, namespace: str) -> None:
         assert [json.loads(line) for line in file] == ROWS
 
 
+@pytest.fixture
+def info(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Publishes what an installation tells its users, in a namespace that is the test's own."""
+    monkeypatch.setenv(names.SYSTEM_NAMESPACE_VARIABLE, scene.namespace)
+
+    def publish(**data: str) -> None:
+        name = {"name": names.INFO_CONFIG_MAP}
+        scene.api.create("configmaps", scene.namespace, {"metadata": name, "data": data})
+
+    return publish
+
+
+def only_a_pickle_can_hold_it() -> Any:
+    space: dict[str, Any] = {"__name__": "__main__"}
+    exec("def reward(prompt, response):\n    return float(len(response))", space)
+    return space["reward"]
+
+
+def test_a_pickle_for_another_python_than_the_images_is_refused_before_a_job_is_there(
+    scene: Scene, namespace: str, info: Callable[..., None]
+) -> None:
+    info(trainerImage="trainer:1", trainerPython="3.99")
+    with pytest.raises(ShipError, match=r"3\.99 in the image"):
+        submit(namespace, reward_fn=only_a_pickle_can_hold_it())
+    assert scene.api.list(names.PLURAL, namespace) == []
+    assert submit(namespace).name, "what travels as source is not concerned"
+    assert submit(namespace, reward_fn=only_a_pickle_can_hold_it(), image="mine:1").name, (
+        "of another image nothing is known"
+    )
+
+
 # --- following
 
 
@@ -403,9 +437,26 @@ def test_train_ends_with_the_code_of_a_failed_job(
     assert "bad reward" in ended[0].output
 
 
-def test_doctor_tells_the_state_of_the_cluster(namespace: str) -> None:
+def test_doctor_tells_the_state_of_the_cluster(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(names.SYSTEM_NAMESPACE_VARIABLE, namespace)
     found = json.loads(cli("doctor", "-n", namespace, "-o", "json").stdout)
     states = {check["subject"]: check for check in found}
     assert states["cluster"]["state"] == states["definition"]["state"] == states["rights"]["state"] == "good"
     assert states["operator"]["state"] == "bad"  # it runs, but not as a Deployment
     assert "helm install" in states["operator"]["cure"]
+    assert states["versions"]["state"] == "absent"
+
+
+@pytest.mark.parametrize(
+    ("version", "python", "state"), [("", "", "good"), ("9.9.9", "", "bad"), ("", "3.99", "absent")], ids=str
+)
+def test_doctor_compares_the_versions_here_and_there(
+    namespace: str, info: Callable[..., None], version: str, python: str, state: str
+) -> None:
+    here = importlib.metadata.version("nemo-rl")
+    info(version=version or here, trainerImage="trainer:1", trainerPython=python or cluster_checks.PYTHON)
+    found = json.loads(cli("doctor", "-n", namespace, "-o", "json").stdout)
+    (told,) = (check for check in found if check["subject"] == "versions")
+    assert told["state"] == state, told
+    assert "trainer:1" in told["found"]
+    assert bool(told["cure"]) == (state != "good")
