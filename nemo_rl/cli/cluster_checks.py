@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 from collections.abc import Iterator
 from typing import Any
 
 from nemo_rl.backends.kubernetes.connect import INSTALL, INSTALL_CRD, Cluster, connect, may
 from nemo_rl.backends.kubernetes.errors import ApiError, ClusterError
+from nemo_rl.backends.kubernetes.installation import installation
 from nemo_rl.cli.doctor import Check
 from nemo_rl.job import names
+
+PYTHON = ".".join(platform.python_version_tuple()[:2])
 
 _SECONDS = 5.0
 _OPERATOR_LABEL = "app.kubernetes.io/name=nemo-rl-operator"
@@ -41,6 +46,7 @@ def _all(cluster: Cluster) -> Iterator[Check]:
     for subject, check in (
         ("definition", _definition),
         ("operator", _operator),
+        ("versions", _versions),
         ("rights", _rights),
         ("storage", _storage),
     ):
@@ -99,6 +105,26 @@ def _operator(cluster: Cluster) -> Check:
         cure = f"kubectl -n {one['metadata']['namespace']} describe deployment {one['metadata']['name']}"
         return Check("bad", "operator", f"{where} ({images}) is not ready", cure)
     return Check("good", "operator", f"{where} is ready ({images})")
+
+
+def _versions(cluster: Cluster) -> Check:
+    """Of the installation and its trainer image, beside those here."""
+    there, here = installation(cluster), importlib.metadata.version("nemo-rl")
+    if not there.version:
+        where = f"ConfigMap {names.INFO_CONFIG_MAP} in {names.SYSTEM_NAMESPACE}"
+        cure = (
+            f"if the operator lives in another namespace, set {names.SYSTEM_NAMESPACE_VARIABLE}; else upgrade its chart"
+        )
+        return Check("absent", "versions", f"not told: there is no {where}", cure)
+    found = (
+        f"operator {there.version}, trainer image {there.trainer_image} (Python {there.trainer_python or 'not told'})"
+    )
+    if there.version != here:
+        return Check("bad", "versions", f"{found}; here is {here}", f"pip install nemo-rl=={there.version}, or upgrade")
+    if there.trainer_python and there.trainer_python != PYTHON:
+        text = f"{found}; here is Python {PYTHON}: rewards travel as source, but not those that only a pickle can hold"
+        return Check("absent", "versions", text, f"use Python {there.trainer_python} here to ship any reward")
+    return Check("good", "versions", found)
 
 
 def _rights(cluster: Cluster) -> Check:

@@ -65,6 +65,12 @@ FILES_MODULE = "nemo_rl.worker.files"
 """Modules that trainer pods and the `x-files` pod run with `python -m`."""
 BACKEND_VARIABLE = "NEMO_RL_BACKEND"
 
+SYSTEM_NAMESPACE = "nemo-rl-system"
+"""Where the operator is installed, if nobody says otherwise."""
+SYSTEM_NAMESPACE_VARIABLE = "NEMO_RL_SYSTEM_NAMESPACE"
+INFO_CONFIG_MAP = "nemo-rl-info"
+"""There, for every user to read: `version`, `trainerImage` and `trainerPython` of the installation."""
+
 
 class ExitCode(IntEnum):
     """What a trainer process says by its exit code (see the failure table in docs)."""

@@ -30,7 +30,7 @@ _SERVICE_ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount
 
 INSTALL_CRD = "nemo-rl crd | kubectl apply --server-side -f -"
 INSTALL = (
-    "helm install nemo-rl-operator charts/nemo-rl-operator --namespace nemo-rl-system --create-namespace "
+    f"helm install nemo-rl-operator charts/nemo-rl-operator --namespace {names.SYSTEM_NAMESPACE} --create-namespace "
     f"(the definition alone: {INSTALL_CRD})"
 )
 CHECK_OPERATOR = "kubectl get pods --all-namespaces -l app.kubernetes.io/name=nemo-rl-operator"
@@ -147,14 +147,14 @@ def connect(namespace: str | None = None) -> Cluster:
     try:
         # Named each time: the client reads KUBECONFIG only when it is imported.
         file = os.environ.get("KUBECONFIG") or "~/.kube/config"
-        _, active = config.list_kube_config_contexts(config_file=file)
-        api = config.new_client_from_config(config_file=file)
+        _, active = config.list_kube_config_contexts(config_file=file)  # type: ignore[no-untyped-call]
+        api = config.new_client_from_config(config_file=file)  # type: ignore[no-untyped-call]
         found = (active.get("context") or {}).get("namespace")
         context = str(active.get("name"))
     except config.ConfigException as problem:
         configuration = client.Configuration()
         try:
-            config.load_incluster_config(client_configuration=configuration)
+            config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
         except config.ConfigException:
             raise ClusterError(
                 f"found no Kubernetes context that can be used ({problem}); set KUBECONFIG, or choose one with "

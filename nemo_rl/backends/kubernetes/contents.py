@@ -43,9 +43,12 @@ class Contents:
         return unique_config_maps(self.archives.values())
 
 
-def gather(run: Run) -> Contents:
-    """Captures code, data and model of a run. ShipError, DatasetError or ValueError for what cannot travel."""
-    packing = _Packing(run)
+def gather(run: Run, image_python: str | None = None) -> Contents:
+    """Captures code, data and model of a run. ShipError, DatasetError or ValueError for what cannot travel.
+
+    `image_python` ("3.11") is the Python of the trainer image where it is known.
+    """
+    packing = _Packing(run, image_python)
     packing.model()
     packing.datasets()
     packing.reward()
@@ -54,8 +57,8 @@ def gather(run: Run) -> Contents:
 
 
 class _Packing:
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, image_python: str | None) -> None:
+        self.run, self.image_python = run, image_python
         self.found = Contents(run.spec)
         self.bundles: list[BundleSpec] = list(run.spec.bundles)
         self.changes: dict[str, Any] = {}
@@ -165,7 +168,7 @@ class _Packing:
             return
         if self.run.reward_fn is None:
             raise ShipError("the reward is not here: found None; give reward_fn")
-        found = capture(self.run.reward_fn, "reward")
+        found = capture(self.run.reward_fn, "reward", image_python=self.image_python)
         self.found.reward = found
         self._tell(found)
         kept = {name: getattr(spec, name) for name in spec.model_fields_set - {"function", "bundle", "entrypoint"}}
@@ -179,7 +182,7 @@ class _Packing:
     def callbacks(self) -> None:
         shipped: list[CallbackSpec] = []
         for number, callback in enumerate(self.run.callbacks):
-            found = capture(callback, f"callback_{number}")
+            found = capture(callback, f"callback_{number}", image_python=self.image_python)
             self._tell(found)
             if found.how == "function":
                 shipped.append(CallbackSpec(function=found.function))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_rl.backends.kubernetes.connect import MERGE, Cluster, core_path, job_path
 from nemo_rl.backends.kubernetes.errors import ApiError, ClusterError, DownloadError
 from nemo_rl.backends.kubernetes.fetch import Connect, FileClient, RemoteFile, download, relative_to
+from nemo_rl.backends.kubernetes.progress import TransferBar
 from nemo_rl.checkpoint import TRAINER_STATE
 from nemo_rl.job import names
 from nemo_rl.job.spec import RLTrainingJobSpec
@@ -167,11 +167,8 @@ def _fetch_all(
         files += [file for file in inner if f"/{TRAINER_STATE}/" not in file.path]
     size = sum(file.size for file in files)
     say(f"fetching {len(files)} files ({size / 1e6:.1f} MB) to {output_dir}")
-    bar = ProgressLine(sys.stderr)
-    try:
+    with TransferBar("download") as bar:
         download(files, client, output_dir, name, bar)
-    finally:
-        bar.close()
     return output_dir / relative_to(checkpoint, name) if checkpoint is not None else None
 
 
@@ -223,32 +220,3 @@ def _load_trainer(job: dict[str, Any], output_dir: Path, checkpoint: Path) -> An
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         trainer.current_step = int(json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"])
     return trainer
-
-
-class ProgressLine:
-    """One line that is written anew while something is fetched; nothing where the stream is no terminal."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self._live = bool(getattr(stream, "isatty", lambda: False)())
-        self._begin = time.monotonic()
-        self._shown = 0.0
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if not self._live or (now - self._shown < 0.1 and done < total):
-            return
-        self._shown = now
-        share = done / total if total else 1.0
-        pace = done / 1e6 / max(1e-3, now - self._begin)
-        bar = "█" * round(30 * share)
-        print(
-            f"\r  {bar:<30} {done / 1e6:.1f}/{total / 1e6:.1f} MB  {pace:.1f} MB/s",
-            end="",
-            file=self._stream,
-            flush=True,
-        )
-
-    def close(self) -> None:
-        if self._live and self._shown:
-            print(file=self._stream, flush=True)

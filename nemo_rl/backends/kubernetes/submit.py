@@ -20,8 +20,10 @@ from nemo_rl.backends.kubernetes.connect import (
 )
 from nemo_rl.backends.kubernetes.contents import Contents, gather
 from nemo_rl.backends.kubernetes.errors import ApiError, ClusterError
+from nemo_rl.backends.kubernetes.installation import installation
 from nemo_rl.backends.kubernetes.job import Job
 from nemo_rl.backends.kubernetes.naming import ANNOTATION_COLLECTED, LABEL_DIGEST, job_name, spec_digest
+from nemo_rl.backends.kubernetes.progress import TransferBar
 from nemo_rl.backends.kubernetes.trial import try_reward
 from nemo_rl.job import names
 from nemo_rl.job.manifest import Manifest
@@ -35,7 +37,7 @@ def start(run: Run) -> Job:
     cluster = connect(run.namespace)
     require(cluster)
     say = _speaker(run)
-    contents = gather(run)
+    contents = gather(run, installation(cluster).python_of(run.spec.image))
     for note in contents.notes:
         say(note)
     existing = _find(cluster, contents, run.name)
@@ -102,7 +104,7 @@ def submit(cluster: Cluster, contents: Contents, run: Run, say: Callable[[str], 
 
 
 def upload(cluster: Cluster, contents: Contents, job: Object, say: Callable[[str], None]) -> int:
-    """Makes the ConfigMaps that are not there yet and shares those that are; the number that was made."""
+    """Makes the ConfigMaps that are not there yet and shares those that are; the bytes that were uploaded."""
     owner = {
         "apiVersion": names.API_VERSION,
         "kind": names.KIND,
@@ -112,17 +114,17 @@ def upload(cluster: Cluster, contents: Contents, job: Object, say: Callable[[str
         "blockOwnerDeletion": False,
     }
     manifests = contents.config_maps()
-    made = size = 0
-    for number, manifest in enumerate(manifests, start=1):
-        part = len(next(iter(manifest["binaryData"].values()))) * 3 // 4
-        if _place(cluster, manifest, owner):
-            made, size = made + 1, size + part
-            if len(manifests) > 2:
-                say(f"uploaded part {number} of {len(manifests)} ({size / 1e6:.1f} MB)")
-    if manifests and not made:
+    sizes = [len(next(iter(manifest["binaryData"].values()))) * 3 // 4 for manifest in manifests]
+    made = 0
+    with TransferBar("upload") as bar:
+        for number, manifest in enumerate(manifests):
+            if _place(cluster, manifest, owner):
+                made += sizes[number]
+            bar(sum(sizes[: number + 1]), sum(sizes))
+    if made:
+        say(f"uploaded {made / 1e6:.2f} MB of code and data")
+    elif manifests:
         say("code and data are on the cluster already; nothing was uploaded")
-    elif made and len(manifests) <= 2:
-        say(f"uploaded {size / 1e3:.1f} kB of code and data")
     return made
 
 

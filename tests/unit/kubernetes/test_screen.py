@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_rl.backends.kubernetes.screen import Screen, printable
@@ -37,6 +37,7 @@ def test_lines_are_printed_as_they_came_and_phases_once() -> None:
     ]
 
 
+@settings(deadline=None)
 @given(st.text(max_size=200))
 def test_no_text_of_a_pod_drives_the_terminal(text: str) -> None:
     assert all(c.isprintable() or c == "\t" for c in printable(text))
@@ -47,6 +48,7 @@ def test_colours_and_overwritten_progress_bars_leave_only_their_text() -> None:
     assert printable(" 10%|#\r 50%|#####\r100%|##########\n") == "100%|##########"
 
 
+@settings(deadline=None)
 @given(st.text(max_size=80))
 def test_what_only_looks_like_a_step_harms_no_display(text: str) -> None:
     shown = Screen(display=LiveDisplay(io.StringIO()))

@@ -285,7 +285,7 @@ def label_of(source: SourceText) -> str:
 def cell_name(filename: str) -> str:
     """A text's name on this machine: `Cell In[3]` for a cell of a running notebook, else its file name."""
     try:
-        from IPython import get_ipython  # type: ignore[import-not-found]
+        from IPython import get_ipython
 
         kind, name = get_ipython().compile.format_code_name(filename)
     except Exception:
