@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
 
-from charts import CHART, ROOT, Object, helm, helm_program, render
+from charts import CHART, ROOT, Object, helm, helm_program, load, render
 from lab import programs
 from nemo_rl.job import names
 
@@ -24,15 +22,6 @@ Objects = list[Object]
 
 def of_kind(objects: Objects, kind: str) -> Objects:
     return [found for found in objects if found["kind"] == kind]
-
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_helm_finds_nothing_to_complain_about():

@@ -1,0 +1,82 @@
+"""The pages are true: the site builds without a warning, the reference is what the code says, messages are real ones."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from charts import ROOT, load
+
+DOCS = ROOT / "docs"
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (tmp_path / "site" / "index.html").exists()
+    remote = re.findall(
+        r'<(?:script|link)[^>]*(?:src|href)="(https?://[^"]+)"', (tmp_path / "site/index.html").read_text()
+    )
+    assert [url for url in remote if "canonical" not in url] == [], "a page asks another server"
+
+
+def test_the_reference_is_what_the_code_says():
+    pages = load(DOCS / "reference.py").pages()
+    there = {path.name: path.read_text(encoding="utf-8") for path in (DOCS / "reference").glob("*.md")}
+    assert there == pages, "run python docs/reference.py"
+
+
+def test_every_page_is_in_the_navigation():
+    text = (ROOT / "mkdocs.yml").read_text()
+    missing = [str(p.relative_to(DOCS)) for p in DOCS.rglob("*.md") if str(p.relative_to(DOCS)) not in text]
+    assert missing == []
+
+
+@functools.cache
+def messages_of_the_code() -> list[str]:
+    """Every text in the code, with … for each part that is filled in."""
+    found = []
+    files = [*(ROOT / "nemo_rl").rglob("*.py"), *(ROOT / "operator").rglob("*.py")]
+    files.append(ROOT / "charts/nemo-rl-operator/files/helm_test.py")
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(p.value if isinstance(p, ast.Constant) else "…" for p in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(re.sub(r"\{\w*\}", "…", node.value))
+    policy = (ROOT / "charts/nemo-rl-operator/templates/admissionpolicy.yaml").read_text()
+    return [*found, re.sub(r"\{\{.*?\}\}", "…", " ".join(policy.split()))]
+
+
+def rows() -> list[str]:
+    """The first cell of each row of the tables of troubleshooting.md, but for those that Helm says."""
+    cells = re.findall(r"^\| (`.*?) \| ", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+    return [cell for cell in cells if "(Helm)" not in cell]
+
+
+@pytest.mark.parametrize("cell", rows())
+def test_a_message_in_the_troubleshooting_table_is_one_of_the_code(cell: str):
+    texts = messages_of_the_code()
+    for message in re.findall(r"`([^`]+)`", cell):
+        if message == "helm test":
+            continue
+        parts = [part.strip() for part in message.split("…") if len(part.strip()) > 3]
+        pattern = ".*?".join(re.escape(part) for part in parts)
+        assert any(re.search(pattern, text) for text in texts), message
+
+
+def test_values_named_in_pages_are_values_of_the_chart():
+    known = {path for path, _, _ in load(DOCS / "reference.py").values()}
+    sections = {path.split(".")[0] for path in known}
+    text = "\n".join(path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md") if path.parent.name != "reference")
+    named = {name for name in re.findall(r"`([a-z]\w+(?:\.\w+)+)", text) if name.split(".")[0] in sections}
+    fields = {"resources.memory", "metrics.jsonl"}  # of a job, and a file
+    assert len(named) > 6
+    assert {n for n in named if n not in known} - fields == set()
