@@ -31,7 +31,8 @@ def helm() -> str:
 
 def files(program: str) -> dict[str, str]:
     """Name in the base → content: a file for each template of the chart that renders something, and what ties them."""
-    command = [program, "template", "nemo-rl-operator", str(CHART), "--namespace", NAMESPACE, "--no-hooks"]
+    command = [program, "template", "nemo-rl-operator", str(CHART), "--namespace", NAMESPACE]
+    command += ["--set", "tests.enabled=false"]
     rendered = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found: dict[str, str] = {}
     for document in re.split(r"^---\n", rendered, flags=re.MULTILINE):

@@ -91,11 +91,7 @@ capabilities: {drop: [ALL]}
   verbs: [list]
 {{- end -}}
 
-{{- define "nemo-rl.hook" -}}
+{{- define "nemo-rl.testLabels" -}}
 labels: {{- include "nemo-rl.labels" . | nindent 2 }}
   app.kubernetes.io/component: test
-annotations:
-  helm.sh/hook: test
-  helm.sh/hook-weight: "-1"
-  helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
 {{- end -}}

@@ -67,7 +67,7 @@ def test_no_rule_of_the_operator_reaches_secrets_or_runs_commands(values: Any):
 
 
 def test_with_a_list_of_namespaces_nothing_is_granted_elsewhere():
-    objects = render({"watchNamespaces": ["a", "b"], "userRoles": {"create": False}})
+    objects = render({"watchNamespaces": ["a", "b"], "userRoles": {"create": False}, "tests": {"enabled": False}})
     cluster = of_kind(objects, "ClusterRole")
     assert [r["resources"] for role in cluster for r in role["rules"]] == [
         ["customresourcedefinitions"],
