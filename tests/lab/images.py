@@ -140,7 +140,7 @@ def _index_settings() -> tuple[Path, Path]:
     pip, uv = TEMPORARY / "pip.conf", TEMPORARY / "uv.toml"
     pip.write_text("\n".join(["[global]", f"cert = {CERTIFICATES}", *(f"{k} = {v}" for k, v in settings.items()), ""]))
     index = settings.get("index-url")
-    uv.write_text("native-tls = true\n" + (f'index-url = "{index}"\n' if index else ""))
+    uv.write_text("system-certs = true\n" + (f'index-url = "{index}"\n' if index else ""))
     return pip, uv
 
 

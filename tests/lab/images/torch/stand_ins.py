@@ -3,7 +3,8 @@
 
 The wheel's libraries are linked against libcudart, libcublas and others, and the dynamic loader insists on each of them.
 This writes libraries of those names into torch/lib, with the symbols and version nodes that torch asks for. All their
-functions return 100, CUDA's "no device", so that torch.cuda.is_available() is False and the CPU works as ever.
+functions return 100, CUDA's "no device", so that torch.cuda.is_available() is False and the CPU works as ever; those few
+that CPU code asks for something else are written out.
 
 Needs readelf, nm and gcc. Of no use, and in the way, on a machine with a GPU.
 """
@@ -28,6 +29,12 @@ UNVERSIONED = {
 }
 """Library -> how the names of its functions begin, where its symbols carry no version that would tell."""
 NO_DEVICE = 100
+ANSWERS = {
+    # transformers asks this before it builds a mask
+    "cudaStreamIsCapturing": "int cudaStreamIsCapturing(void *stream, int *status) { *status = 0; return 0; }",
+}
+TEXT = re.compile(r"\w*Get(Last)?(Error|Status)(String|Name)")
+"""Functions whose result is a text, which is printed with an error."""
 
 Symbols = dict[str, str]
 """Symbol -> its version node, or an empty word."""
@@ -84,10 +91,16 @@ def write(path: Path, symbols: Symbols) -> None:
         nodes[version].append(symbol)
     with tempfile.TemporaryDirectory() as folder:
         source, script = Path(folder, "stand_in.c"), Path(folder, "stand_in.map")
-        source.write_text("".join(f"int {symbol}(void) {{ return {NO_DEVICE}; }}\n" for symbol in sorted(symbols)))
+        source.write_text("\n".join(function(symbol) for symbol in sorted(symbols)))
         script.write_text("".join(version_script(nodes)))
         options = ["-w", "-shared", "-fPIC", "-nostdlib", f"-Wl,-soname,{path.name}", f"-Wl,--version-script={script}"]
         output("gcc", *options, "-o", path, source)
+
+
+def function(symbol: str) -> str:
+    if TEXT.fullmatch(symbol):
+        return f'const char *{symbol}(void) {{ return "no CUDA here: a stand-in"; }}'
+    return ANSWERS.get(symbol, f"int {symbol}(void) {{ return {NO_DEVICE}; }}")
 
 
 def version_script(nodes: dict[str, list[str]]) -> Iterable[str]:
