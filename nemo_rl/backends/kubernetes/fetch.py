@@ -24,6 +24,7 @@ _TRIES = 8
 _BLOCK = 1 << 20
 _PART = ".part"
 _READ_SECONDS = 120.0
+"""Without a byte. Digests of large files take a while before the list of them goes on."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Connect = Callable[[], Any]
@@ -98,8 +99,9 @@ class FileClient:
 
     def _get(self, path: str, headers: dict[str, str]) -> http.client.HTTPResponse:
         if self._connection is None:
-            connection = http.client.HTTPConnection("localhost", timeout=_READ_SECONDS)
+            connection = http.client.HTTPConnection("localhost")
             connection.sock = self._connect()
+            connection.sock.settimeout(_READ_SECONDS)
             self._connection = connection
         self._connection.request("GET", path, headers=headers)
         return self._connection.getresponse()

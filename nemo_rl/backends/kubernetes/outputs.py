@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_rl.backends.kubernetes.connect import MERGE, Cluster, core_path, job_path
 from nemo_rl.backends.kubernetes.errors import ApiError, ClusterError, DownloadError
-from nemo_rl.backends.kubernetes.fetch import Connect, FileClient, RemoteFile, download, relative_to
+from nemo_rl.backends.kubernetes.fetch import FileClient, RemoteFile, download, relative_to
 from nemo_rl.backends.kubernetes.progress import TransferBar
+from nemo_rl.backends.kubernetes.tunnel import open_tunnel
 from nemo_rl.checkpoint import TRAINER_STATE
 from nemo_rl.job import names
 from nemo_rl.job.spec import RLTrainingJobSpec
@@ -32,17 +33,12 @@ Opener = Callable[[str], contextlib.AbstractContextManager[FileClient]]
 
 
 @contextlib.contextmanager
-def file_server(
-    cluster: Cluster, job: str, connect_to: Callable[[Cluster, str], Connect] | None = None
-) -> Iterator[FileClient]:
-    """A client of the job's file server, which is up while the block runs. ClusterError where it does not come up.
-
-    `connect_to(cluster, pod)` makes what opens connections; by default a port-forward through the API server.
-    """
+def file_server(cluster: Cluster, job: str) -> Iterator[FileClient]:
+    """A client of the job's file server, which is up while the block runs. ClusterError where it does not come up."""
     until = _serve_until(cluster, job)
     try:
         pod = _wait_for_pod(cluster, job)
-        client = FileClient((connect_to or forward)(cluster, pod))
+        client = FileClient(lambda: open_tunnel(cluster, pod, names.FILES_PORT))
         try:
             yield client
         finally:
@@ -98,26 +94,6 @@ def _why(pod: dict[str, Any]) -> str:
             return f"{waiting.get('reason')}: {waiting.get('message', '')}".rstrip(": ")
     unmet = [c for c in status.get("conditions") or [] if c.get("status") == "False"]
     return str(unmet[0].get("message") or unmet[0].get("reason")) if unmet else str(status.get("phase"))
-
-
-def forward(cluster: Cluster, pod: str) -> Connect:
-    """Opens connections to the file server's port of a pod, through the API server's port-forward."""
-    from kubernetes import client
-    from kubernetes.stream import portforward
-
-    # Of its own: the client's port-forward replaces a method of the ApiClient while it connects.
-    api = client.CoreV1Api(client.ApiClient(cluster.client.configuration))
-
-    def connect() -> Any:
-        try:
-            forwarded = portforward(
-                api.connect_get_namespaced_pod_portforward, pod, cluster.namespace, ports=str(names.FILES_PORT)
-            )
-        except client.ApiException as error:
-            raise ConnectionError(f"port-forward to {pod}: {error.reason}") from None
-        return forwarded.socket(names.FILES_PORT)
-
-    return connect
 
 
 def collect(
