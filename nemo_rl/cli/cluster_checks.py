@@ -27,7 +27,8 @@ _RIGHTS = (
     ("patch", "configmaps", "", "", "share shipped data between jobs"),
     ("list", "pods", "", "", "find the pods of a job"),
     ("get", "pods", "", "log", "read logs"),
-    ("create", "pods", "", "portforward", "fetch results"),
+    ("get", "pods", "", "portforward", "fetch results"),
+    ("create", "pods", "", "portforward", "fetch results from newer clusters"),
 )
 
 
