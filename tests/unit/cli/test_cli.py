@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -211,8 +212,20 @@ def _process(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPr
 def test_help_lists_the_commands():
     result = _process("--help")
     assert result.returncode == 0
-    for command in ("train", "crd", "doctor", "version"):
-        assert command in result.stdout
+    commands = ("train", "ps", "logs", "status", "wait", "cancel", "resume", "rm", "cp", "doctor", "crd", "version")
+    for command in commands:
+        assert f"  {command} " in result.stdout
+
+
+def test_help_takes_less_than_a_third_of_a_second():
+    def processor_seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        _process("--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+    # of the processor, so that other work on this machine does not count
+    assert min(processor_seconds() for _ in range(3)) < 0.3
 
 
 def test_a_missing_file_ends_a_process_with_2_and_one_line(tmp_path: Path):
