@@ -5,8 +5,9 @@
 The floor is what the cluster needs without any operator: the same Jobs, created directly. For each number of jobs the
 floor runs first, then the operator, on the same API server; what is compared is the ratio. All times are taken where a
 user stands, by watches of this process. Without --kubeconfig a control plane is started for the benchmark (see
-tests/lab). (The file is not called operator.py: beside it, that would hide the standard library's.) Pods run as soon as they are made and succeed five seconds later. The thresholds at the end are the goals of
-the project; the exit code is 1 if one is missed.
+tests/lab). Pods run as soon as they are made and succeed five seconds later. The thresholds at the end are the goals of
+the project; the exit code is 1 if one is missed. (The file is not called operator.py: beside it, that would hide the
+standard library's.)
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import asyncio
 import base64
 import json
+import math
 import os
 import re
 import signal
@@ -170,6 +172,7 @@ class Times:
 
     posted: dict[str, float] = field(default_factory=dict)
     job: dict[str, float] = field(default_factory=dict)
+    pod: dict[str, float] = field(default_factory=dict)
     pod_running: dict[str, float] = field(default_factory=dict)
     pod_ended: dict[str, float] = field(default_factory=dict)
     running: dict[str, float] = field(default_factory=dict)
@@ -197,6 +200,7 @@ async def watching(server: Server, namespace: str, resource: bool) -> AsyncItera
 
     def see_pod(found: Object) -> None:
         name, phase = found["metadata"]["labels"].get(names.LABEL_JOB, ""), found["status"].get("phase")
+        _first(times.pod, name)
         if phase == "Running":
             _first(times.pod_running, name)
         elif phase == "Succeeded":
@@ -272,12 +276,35 @@ def job_names(count: int) -> list[str]:
     return [f"j{n:05d}" for n in range(count)]
 
 
+def plane_cpu() -> dict[str, float]:
+    """Seconds of CPU so far of the control plane's programs; empty where they are somebody else's."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            before, _, after = stat.read_text().rpartition(")")
+        except OSError:  # it ended meanwhile
+            continue
+        name, fields = before.partition("(")[2], after.split()
+        if int(fields[1]) == os.getpid() and name.startswith(("kube-", "etcd")):
+            found[name] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return found
+
+
+def plane_cost(before: dict[str, float], count: int) -> Object:
+    """Milliseconds of CPU per job since then: of the API server, and of etcd and the Job controller."""
+    spent = {name: 1000 * (value - before[name]) / count for name, value in plane_cpu().items()}
+    return {
+        "server_ms": spent.get("kube-apiserver", math.nan),
+        "rest_ms": sum(value for name, value in spent.items() if name != "kube-apiserver") if spent else math.nan,
+    }
+
+
 async def run_floor(server: Server, count: int) -> Object:
     """The Jobs that the operator would make, without it."""
     from nemo_rl_operator import build
     from nemo_rl_operator.observe import Resource
 
-    spec = RLTrainingJobSpec.model_validate(JOB)
+    spec, load = RLTrainingJobSpec.model_validate(JOB), os.getloadavg()[0]
     async with namespace_of(server, f"floor-{count}-{os.getpid()}") as namespace:
         bodies = {}
         for name in job_names(count):
@@ -286,9 +313,17 @@ async def run_floor(server: Server, count: int) -> Object:
             del body["metadata"]["ownerReferences"]
             bodies[name] = body
         async with watching(server, namespace, resource=False) as times:
+            before = plane_cpu()
             await post_all(server, f"/apis/batch/v1/namespaces/{namespace}/jobs", bodies, times)
             wall = await wait_all(times, count, 60 + count)
-    return {"wall": wall, "job_p95": percentile(times.job, times.posted, 95)}
+            cost = plane_cost(before, count)
+    return {
+        "load": load,
+        "wall": wall,
+        "job_p95": percentile(times.job, times.posted, 95),
+        "pod_p95": percentile(times.pod, times.posted, 95),
+        **cost,
+    }
 
 
 class Operator:
@@ -359,6 +394,7 @@ class Operator:
 
 
 async def run_operator(server: Server, operator: Operator, count: int) -> Object:
+    load = os.getloadavg()[0]
     operator.start()
     await operator.wait_ready()
     idle_cpu, idle_calls = operator.cpu(), operator.calls()
@@ -367,14 +403,19 @@ async def run_operator(server: Server, operator: Operator, count: int) -> Object
         bodies = {name: {**base, "metadata": {"name": name}} for name in job_names(count)}
         path = f"/apis/{names.API_VERSION}/namespaces/{namespace}/{names.PLURAL}"
         async with watching(server, namespace, resource=True) as times:
+            before = plane_cpu()
             await post_all(server, path, bodies, times)
             wall = await wait_all(times, count, 60 + count)
+            cost = plane_cost(before, count)
         await operator.wait_idle()
         calls = operator.calls()
         result = {
+            "load": load,
             "wall": wall,
             "job_p50": percentile(times.job, times.posted, 50),
             "job_p95": percentile(times.job, times.posted, 95),
+            "pod_p95": percentile(times.pod, times.posted, 95),
+            **cost,
             "running_lag_p50": percentile(times.running, times.pod_running, 50),
             "running_lag_p95": percentile(times.running, times.pod_running, 95),
             "ended_lag_p50": percentile(times.ended, times.pod_ended, 50),
@@ -407,11 +448,15 @@ def percentile(later: dict[str, float], earlier: dict[str, float], share: int) -
 # --- the report
 
 ROWS = (
+    ("load average of the machine before the floor", "floor_load", "{:.1f}"),
+    ("load average before the operator", "load", "{:.1f}"),
     ("all Complete, s", "wall", "{:.1f}"),
     ("floor: all Complete, s", "floor_wall", "{:.1f}"),
     ("create → Job p50, s", "job_p50", "{:.3f}"),
     ("create → Job p95, s", "job_p95", "{:.3f}"),
     ("floor: create → Job p95, s", "floor_job_p95", "{:.3f}"),
+    ("create → pod p95, s", "pod_p95", "{:.3f}"),
+    ("floor: create → pod p95, s", "floor_pod_p95", "{:.3f}"),
     ("Running, lag behind the pod p50, s", "running_lag_p50", "{:.3f}"),
     ("Running, lag behind the pod p95, s", "running_lag_p95", "{:.3f}"),
     ("Succeeded, lag behind the pod p50, s", "ended_lag_p50", "{:.3f}"),
@@ -421,6 +466,10 @@ ROWS = (
     ("Events per job", "events", "{:.2f}"),
     ("reads per job", "reads", "{:.2f}"),
     ("CPU per job, ms", "cpu_ms", "{:.1f}"),
+    ("CPU per job of the API server, ms", "server_ms", "{:.1f}"),
+    ("floor: CPU per job of the API server, ms", "floor_server_ms", "{:.1f}"),
+    ("CPU per job of etcd and controllers, ms", "rest_ms", "{:.1f}"),
+    ("floor: CPU per job of etcd and controllers, ms", "floor_rest_ms", "{:.1f}"),
     ("peak memory, MiB", "peak_mib", "{:.0f}"),
     ("restart: ready after, s", "restart_ready", "{:.1f}"),
     ("restart: CPU, s", "restart_cpu", "{:.1f}"),
@@ -475,7 +524,10 @@ async def measure(kubeconfig: Path, counts: list[int], rounds: int, folder: Path
 
 
 def report(found: dict[int, list[Object]]) -> bool:
-    """Print medians and goals; whether all goals are reached."""
+    """Print conditions, medians and goals; whether all goals are reached."""
+    uname = os.uname()
+    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    print(f"{when}, {os.cpu_count()} cores, {uname.sysname} {uname.release}, Python {sys.version.split()[0]}\n")
     print("| | " + " | ".join(f"N = {count}" for count in found) + " |\n|---|" + "---|" * len(found))
     medians = {
         count: {name: statistics.median(r[name] for r in results) for name in results[0]}

@@ -27,6 +27,16 @@ UNCHANGEABLE: list[tuple[str, Object]] = [
     ("spec.image", {"image": "another"}),
     ("spec.env", {"env": [{"name": "A", "value": "b"}]}),
     ("spec.labels", {"labels": {"a": "b"}}),
+    ("spec.tolerations", {"tolerations": [{"key": "gpu", "operator": "Exists"}]}),
+    ("spec.serviceAccountName", {"serviceAccountName": "another"}),
+    # deep down: other values, values that come, and values that go
+    ("spec.dataset.split", {"dataset": {"split": "test"}}),
+    ("spec.reward.timeoutSeconds", {"reward": {"timeoutSeconds": 5}}),
+    ("spec.training.warmupSteps", {"training": {"warmupSteps": 5}}),
+    ("spec.training.loraRank", {"training": {"loraRank": 8}}),
+    ("spec.resources.cpu", {"resources": {"cpu": "2"}}),
+    ("spec.output.retain", {"output": {"retain": False}}),
+    ("spec.cache.claim", {"cache": {"claim": "other"}}),
 ]
 
 
@@ -98,11 +108,18 @@ def test_what_is_fixed_after_creation_says_so(bad_scene: Scene, field: str, chan
 
 
 def test_removing_a_section_is_a_change_too(bad_scene: Scene) -> None:
-    body = job("removal", suspend=True, grpo={"temperature": 0.5}, image="one")
+    body = job("removal", suspend=True, grpo={"temperature": 0.5}, image="one", validationDataset={"name": "a/b"})
     bad_scene.api.create(names.PLURAL, bad_scene.namespace, body)
-    for field in ("grpo", "image"):
+    for field in ("grpo", "image", "validationDataset"):
         with pytest.raises(ApiError, match=f"spec.{field} cannot change"):
             bad_scene.change("removal", **{field: None})
+
+
+def test_null_where_a_value_was_is_a_change_too(bad_scene: Scene) -> None:
+    bad_scene.submit("null", suspend=True)
+    patch = '[{"op": "replace", "path": "/spec/training/maxGradNorm", "value": null}]'
+    said = bad_scene.kubectl("patch", names.SHORT_NAME, "null", "--type=json", "-p", patch, check=False)
+    assert "spec.training.maxGradNorm cannot change" in said
 
 
 def test_what_may_change_does(bad_scene: Scene) -> None:
