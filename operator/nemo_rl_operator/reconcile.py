@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from nemo_rl.job import names
 from nemo_rl.job.status import JobStatus
-from nemo_rl_operator import metrics, observe, timestamps
+from nemo_rl_operator import incidents, metrics, observe, timestamps
 from nemo_rl_operator.cache import Cache, Key
 from nemo_rl_operator.client import Api, ApiError, Object
 from nemo_rl_operator.decide import Decision, decide
@@ -24,6 +24,9 @@ from nemo_rl_operator.turn import Kind, Need
 log = logging.getLogger(__name__)
 
 DEFER_SECONDS = 5.0
+FIRST_WORD_SECONDS = 0.3
+"""For so long, and longer with every other job that starts, the status does not say that a job starts: it soon runs,
+and then that is all there is to say."""
 
 
 class Witness(Protocol):
@@ -51,7 +54,7 @@ class Reconciler:
         self._witness, self._image, self._busy, self._clock = witness, image, busy, clock
         self._executor = Executor(api, cache)
         self._incidents = Incidents(api)
-        self._starting: set[Key] = set()
+        self._starting: dict[Key, datetime] = {}
 
     async def __call__(self, key: Key) -> float | None:
         if self._cache.get(key).at_rest:
@@ -62,9 +65,9 @@ class Reconciler:
             self._forget(key)
             return None
         if decision.status.phase == "Starting":
-            self._starting.add(key)
+            self._starting.setdefault(key, self._clock())
         else:
-            self._starting.discard(key)
+            self._starting.pop(key, None)
         if decision.actions:
             try:
                 blocked = await self._executor.run(seen.resource, decision.actions)
@@ -80,7 +83,7 @@ class Reconciler:
 
     def _forget(self, key: Key) -> None:
         self._progress.forget(key)
-        self._starting.discard(key)
+        self._starting.pop(key, None)
 
     def _see(self, key: Key) -> Observed | None:
         entry = self._cache.get(key)
@@ -153,8 +156,9 @@ class Reconciler:
         old, new = seen.status.dump(), decision.status.dump()
         if old == new or resource.deleting:
             return decision.requeue_after
-        if self._busy() and _can_wait(old, new):
-            return min(DEFER_SECONDS, decision.requeue_after or DEFER_SECONDS)
+        wait = self._may_wait(key, old, new)
+        if wait > 0:
+            return min(wait, decision.requeue_after or wait)
         try:
             written = await self._api.patch_status(*key, resource.version, merge_patch(old, new))
         except ApiError as error:
@@ -172,6 +176,15 @@ class Reconciler:
         if old.get("phase") != new.get("phase"):
             log.info("%s/%s: %s: %s", *key, new.get("phase"), new.get("message"))
         return decision.requeue_after
+
+    def _may_wait(self, key: Key, old: Object, new: Object) -> float:
+        """Seconds for which this need not be written, since the next status may make it superfluous."""
+        if "phase" not in old and new.get("phase") == "Starting":
+            others = len(self._starting) - 1
+            patience = FIRST_WORD_SECONDS + others * incidents.PATIENCE_PER_JOB
+            return patience - (self._clock() - self._starting[key]).total_seconds()
+        progress_only = all(old.get(name) == new.get(name) for name in {*old, *new} - {"progress", "checkpoint"})
+        return DEFER_SECONDS if progress_only and self._busy() else 0.0
 
     def _follow_progress(self, key: Key, seen: Observed, status: JobStatus) -> None:
         """Pull progress from the pod with index 0 while it runs."""
@@ -197,14 +210,6 @@ def merge_patch(old: Object, new: Object) -> Object:
             continue
         patch[name] = merge_patch(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
     return patch
-
-
-def _can_wait(old: Object, new: Object) -> bool:
-    """While many jobs wait, what the next status makes superfluous is not written: that the first attempt starts, and
-    progress."""
-    if "phase" not in old:
-        return new.get("phase") == "Starting"
-    return all(old.get(name) == new.get(name) for name in {*old, *new} - {"progress", "checkpoint"})
 
 
 def _count_ends(old: JobStatus, new: JobStatus) -> None:

@@ -17,6 +17,7 @@ def take_in_jobs(turn: Turn) -> bool:
         if turn.open:
             _close_superseded(turn)
         turn.begin(number, attempt.created or turn.time)
+        turn.event(reasons.EVENT_STARTED, reasons.STARTING_MESSAGE.format(attempt=number), key=str(number))
     return False
 
 

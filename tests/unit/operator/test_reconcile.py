@@ -81,8 +81,12 @@ class Setting:
 
 
 async def started() -> Setting:
+    """After an attempt has started so long ago that the status says so."""
     setting = Setting()
     setting.api.put_job()
+    setting.deliver()
+    await setting.reconcile(KEY)
+    setting.now = make.later(1)
     setting.deliver()
     await setting.reconcile(KEY)
     return setting
@@ -119,22 +123,36 @@ async def test_nothing_new_writes_nothing() -> None:
     assert setting.api.calls == []
 
 
-async def test_the_first_word_is_left_out_while_many_jobs_wait() -> None:
-    setting = Setting(busy=True)
+async def test_that_it_starts_is_not_written_of_a_job_that_runs_at_once() -> None:
+    setting = Setting()
     setting.api.put_job()
     setting.deliver()
-    assert await setting.reconcile(KEY) == 5.0
+    wake = await setting.reconcile(KEY)
+    assert wake == pytest.approx(0.3)
     assert setting.status == {}
     setting.pod("Running", running={})
     setting.deliver()
     await setting.reconcile(KEY)
-    assert setting.status["phase"] == "Running", "what matters is never left out"
+    assert setting.status["phase"] == "Running"
+    assert [e.reason for e in setting.events] == ["AttemptStarted"], "the Event is posted nevertheless"
+
+
+async def test_the_more_jobs_start_the_later_it_is_written_that_they_do() -> None:
+    setting = Setting()
+    for number in range(100):
+        body = setting.api.put_job()
+        meta = body["metadata"] | {"name": f"x{number}", "uid": f"uid-{number}"}
+        setting.cache.put("resource", body | {"metadata": meta})
+        wake = await setting.reconcile(("ns", f"x{number}"))
+    assert wake == pytest.approx(0.3 + 99 * 0.06)
 
 
 async def test_a_status_that_comes_too_late_is_computed_again() -> None:
     setting = Setting()
     setting.api.put_job()
     setting.deliver()
+    await setting.reconcile(KEY)
+    setting.now = make.later(1)
     setting.api.put_job()  # a newer version that the cache has not heard of
     with pytest.raises(ApiError, match="modified"):
         await setting.reconcile(KEY)
