@@ -10,6 +10,8 @@ from nemo_rl_operator.turn import Need, Turn
 
 QUIET_SECONDS = 10.0
 """A start that says nothing for this long is looked into: its Events are read. Before, it is not worth a word."""
+ORDINARY = (reasons.PODS_PENDING, reasons.STARTING, reasons.UNBOUND_CLAIM)
+"""What every start goes through for a moment; a new claim is bound while its pod waits."""
 LOOK_SECONDS = 10.0
 QUEUE_SECONDS = 30.0
 
@@ -73,7 +75,7 @@ def _started(turn: Turn, attempt: AttemptView) -> None:
     if found.fatal:
         turn.fail(Cause.INVALID_IMAGE, found.message)
         return
-    if found.reason not in (reasons.PODS_PENDING, reasons.STARTING) and not turn.seen.incident:
+    if found.reason not in ORDINARY and not turn.seen.incident:
         turn.phase(found.phase, found.reason, found.message)
         return
     quiet = QUIET_SECONDS + (timestamps.seconds_until(attempt.created, turn.now) or 0.0)

@@ -141,6 +141,15 @@ def test_a_start_is_quiet_at_first_and_then_looked_into() -> None:
     assert decide(make.seen(make.resource(LIVE), [old], [make.pod()]), make.NOW).needs == {Need.INCIDENT}
 
 
+def test_a_claim_that_is_not_bound_yet_is_worth_a_word_only_when_it_stays_so() -> None:
+    pods = [make.pod(unschedulable="0/2 nodes are available: pod has unbound immediate PersistentVolumeClaims.")]
+    young, old = make.attempt(created=make.at(-2)), make.attempt(created=make.at(-30))
+    first = decide(make.seen(make.resource(LIVE), [young], pods), make.NOW)
+    assert (first.status.phase, first.status.message, first.requeue_after) == ("Starting", "attempt 1 starts", 8.0)
+    later = decide(make.seen(make.resource(LIVE), [old], pods, incident=""), make.NOW)
+    assert (later.status.phase, later.status.reason) == ("Pending", "UnboundClaim")
+
+
 def test_success_is_read_from_index_0_before_the_job_says_so() -> None:
     word = TerminationMessage(
         kind="result", total_steps=500, metrics={"reward": 0.9}, checkpoint=Checkpoint(best="x/best", best_step=450)
