@@ -1,0 +1,68 @@
+"""Fixtures: the operator of the current cluster, the model that all jobs train, and a namespace for each test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from e2e.manifests import Manifests, model_archive
+from e2e.operator_pod import OperatorPod
+from e2e.scene import Scene
+
+TEST_SECONDS = 900
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+            item.add_marker(pytest.mark.timeout(TEST_SECONDS))
+
+
+@pytest.fixture(scope="session")
+def operator() -> OperatorPod:
+    found = OperatorPod()
+    found.wait_ready()
+    return found
+
+
+@pytest.fixture(scope="session")
+def manifests(tmp_path_factory: pytest.TempPathFactory) -> Manifests:
+    return Manifests(model_archive(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def new_scene(operator: OperatorPod, manifests: Manifests) -> Iterator[Callable[[str], Scene]]:
+    """Makes scenes that are closed after the tests of the module."""
+    made: list[Scene] = []
+
+    def make(word: str) -> Scene:
+        made.append(Scene(word, manifests).open())
+        return made[-1]
+
+    yield make
+    for scene in made:
+        scene.close()
+
+
+@pytest.fixture
+def scene(operator: OperatorPod, manifests: Manifests, request: pytest.FixtureRequest) -> Iterator[Scene]:
+    made = Scene(request.node.name.removeprefix("test_"), manifests).open()
+    yield made
+    made.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """A failure shows the operator's log and what was in the namespaces of the test."""
+    report = yield
+    if report.failed and report.when != "teardown":
+        arguments = getattr(item, "funcargs", {})
+        if isinstance(arguments.get("operator"), OperatorPod):
+            report.sections.append(("operator log", arguments["operator"].log()))
+        for scene in {id(s): s for s in arguments.values() if isinstance(s, Scene)}.values():
+            for title, text in scene.describe():
+                report.sections.append((f"{title} of {scene.namespace}", text))
+    return report
