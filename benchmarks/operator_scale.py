@@ -54,6 +54,7 @@ JOB = {
     "output": {"claim": "shared"},
     "resources": {"gpusPerNode": 0},
 }
+KINDS = ("writes", "events", "reads", "refused")
 WORD = TerminationMessage(kind="result", total_steps=100, metrics={"loss": 0.5}).encode()
 Object = dict[str, Any]
 
@@ -357,13 +358,14 @@ class Operator:
         return time.monotonic() - begin
 
     def calls(self) -> dict[str, int]:
-        """API calls by what they are: writes, Events, reads."""
+        """API calls by what they are: writes, Events, reads; and how many of all were refused."""
         with urllib.request.urlopen("http://127.0.0.1:18187/metrics", timeout=10) as answer:
             text = answer.read().decode()
         found: dict[str, int] = defaultdict(int)
-        for resource, verb, value in re.findall(
-            r'api_calls_total\{code="\d+",resource="([^"]+)",verb="([A-Z]+)"\} (\S+)', text
+        for code, resource, verb, value in re.findall(
+            r'api_calls_total\{code="(\d+)",resource="([^"]+)",verb="([A-Z]+)"\} (\S+)', text
         ):
+            found["refused"] += int(float(value)) if not code.startswith("2") else 0
             kind = "reads" if verb == "GET" else "events" if resource == "events" else "writes"
             found[kind] += int(float(value))
         return found
@@ -423,7 +425,7 @@ async def run_operator(server: Server, operator: Operator, count: int) -> Object
             "shown_running": 100 * len(times.running) / count,
             "cpu_ms": 1000 * (operator.cpu() - idle_cpu) / count,
             "peak_mib": operator.peak(),
-            **{kind: (calls.get(kind, 0) - idle_calls.get(kind, 0)) / count for kind in ("writes", "events", "reads")},
+            **{kind: (calls.get(kind, 0) - idle_calls.get(kind, 0)) / count for kind in KINDS},
             "sigterm": operator.stop(),
         }
         operator.start()
@@ -447,6 +449,7 @@ def percentile(later: dict[str, float], earlier: dict[str, float], share: int) -
 
 # --- the report
 
+
 ROWS = (
     ("load average of the machine before the floor", "floor_load", "{:.1f}"),
     ("load average before the operator", "load", "{:.1f}"),
@@ -465,6 +468,7 @@ ROWS = (
     ("writes per job", "writes", "{:.2f}"),
     ("Events per job", "events", "{:.2f}"),
     ("reads per job", "reads", "{:.2f}"),
+    ("refused calls per job", "refused", "{:.2f}"),
     ("CPU per job, ms", "cpu_ms", "{:.1f}"),
     ("CPU per job of the API server, ms", "server_ms", "{:.1f}"),
     ("floor: CPU per job of the API server, ms", "floor_server_ms", "{:.1f}"),

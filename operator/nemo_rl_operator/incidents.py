@@ -13,8 +13,8 @@ from nemo_rl_operator.turn import Kind
 
 PER_SECOND, BURST = 5.0, 20.0
 """Reads of all jobs together."""
-PATIENCE_PER_JOB = 0.06
-"""Seconds of patience that each job which starts at the same time adds: a thousand at once take a minute."""
+PATIENCE_PER_JOB = 0.1
+"""Seconds of patience that each job which starts at the same time adds: a thousand at once take a minute or two."""
 
 
 class Incidents:

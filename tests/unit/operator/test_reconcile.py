@@ -144,7 +144,7 @@ async def test_the_more_jobs_start_the_later_it_is_written_that_they_do() -> Non
         meta = body["metadata"] | {"name": f"x{number}", "uid": f"uid-{number}"}
         setting.cache.put("resource", body | {"metadata": meta})
         wake = await setting.reconcile(("ns", f"x{number}"))
-    assert wake == pytest.approx(0.3 + 99 * 0.06)
+    assert wake == pytest.approx(0.3 + 99 * 0.1)
 
 
 async def test_a_status_that_comes_too_late_is_computed_again() -> None:
