@@ -19,6 +19,7 @@ from nemo_rl.backends.kubernetes.logs import LineResumer
 from nemo_rl.backends.kubernetes.naming import ANNOTATION_COLLECTED
 from nemo_rl.backends.kubernetes.outputs import collect, file_server
 from nemo_rl.backends.kubernetes.screen import Screen, printable
+from nemo_rl.backends.kubernetes.traces import told_here
 from nemo_rl.errors import TrainingFailed
 from nemo_rl.job.manifest import Manifest
 from nemo_rl.job.spec import RLTrainingJobSpec
@@ -264,11 +265,9 @@ class Job:
         failure = status.failure
         cause = failure.cause if failure else "Unknown"
         words = (failure.message if failure else None) or status.message or "no reason is known"
-        step = status.progress.step if status.progress else None
+        step = self._last_step(status)
         checkpoint = (status.checkpoint.latest if status.checkpoint else None) or None
-        trace = (failure.traceback if failure else None) or ""
-        for label, origin in self._origins.items():
-            trace = trace.replace(label, origin)
+        trace = told_here((failure.traceback if failure else None) or "", self._origins)
         kept = f"; its last checkpoint is {checkpoint} on the claim" if checkpoint else ""
         at = f" at step {step}" if step is not None else ""
         error = TrainingFailed(
@@ -281,6 +280,13 @@ class Job:
         if trace:
             error.add_note(f"\nIn the pod:\n{trace}")
         return error
+
+    def _last_step(self, status: JobStatus) -> int | None:
+        """The latest of what is known: progress is asked for now and then, and a job may end between."""
+        known = [row["step"] for row in self.history[-1:]]
+        known += [status.progress.step] if status.progress else []
+        known += [status.checkpoint.latest_step or 0] if status.checkpoint else []
+        return max(known, default=None)
 
     def __repr__(self) -> str:
         status = self.last_status

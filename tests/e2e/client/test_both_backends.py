@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import nemo_rl
+from e2e.client import shipped
 from e2e.client.conftest import Rows
 from e2e.client.desk import Desk
 from e2e.scene import metrics_of
@@ -20,39 +20,6 @@ from nemo_rl.metrics import read_history
 BACKENDS = ("local", "kubernetes")
 ALGORITHMS = ("grpo", "sft", "dpo")
 STEPS = {"grpo": 4, "sft": 3, "dpo": 3}
-
-
-def right(prompt: str, response: str, answer: str) -> float:
-    return sum(given == wanted for given, wanted in zip(response, answer, strict=False)) / len(answer)
-
-
-async def short(prompt: str, response: str) -> float:
-    return -len(response) / 10
-
-
-class Watch(nemo_rl.Callback):
-    """Prints every step and ends the run after the fourth."""
-
-    def on_step_end(self, trainer: Any, step: int, metrics: dict[str, Any]) -> None:
-        print(f"watched step {step} of {trainer.total_steps}")
-        if step == 4:
-            trainer.should_stop = True
-
-
-def fails_later(calls: int = 40) -> Callable[[str, str], float]:
-    """A reward that is well for its first calls, preflight included."""
-
-    class Counting:
-        def __init__(self) -> None:
-            self.calls = 0
-
-        def __call__(self, prompt: str, response: str) -> float:
-            self.calls += 1
-            if self.calls > calls:
-                raise ZeroDivisionError("this reward divides by nothing")
-            return self.calls % 7 / 7
-
-    return Counting()
 
 
 class Runs:
@@ -66,8 +33,8 @@ class Runs:
 
     def of(self, algorithm: str, backend: str) -> nemo_rl.TrainResult:
         if (algorithm, backend) not in self.results:
-            if backend == "kubernetes" and not self.jobs:
-                self.jobs = {each: self.train(each, backend, wait=False) for each in ALGORITHMS}
+            if backend == "kubernetes":
+                self._submit_two(algorithm)
             output = io.StringIO()
             with contextlib.redirect_stdout(output):
                 found = self.jobs[algorithm].result() if backend == "kubernetes" else self.train(algorithm, backend)
@@ -75,12 +42,16 @@ class Runs:
             self.outputs[algorithm, backend] = output.getvalue()
         return self.results[algorithm, backend]
 
+    def _submit_two(self, algorithm: str) -> None:
+        """This one, and the next beside it."""
+        place = ALGORITHMS.index(algorithm)
+        for each in ALGORITHMS[place : place + 2]:
+            self.jobs[each] = self.jobs.get(each) or self.train(each, "kubernetes", wait=False)
+
     def train(self, algorithm: str, backend: str, **more: Any) -> Any:
         keywords = {**self.settings, "max_steps": STEPS[algorithm], "learning_rate": 1e-3, "seed": 3}
-        keywords |= {"output_dir": f"{backend}-{algorithm}", "backend": backend} | more
-        return nemo_rl.train(
-            self.model, self._data(algorithm), algorithm=algorithm, **self._only(algorithm), **keywords
-        )
+        keywords |= {"output_dir": f"{backend}-{algorithm}", "backend": backend} | self._only(algorithm) | more
+        return nemo_rl.train(self.model, self._data(algorithm), algorithm=algorithm, **keywords)
 
     def _data(self, algorithm: str) -> Rows:
         if algorithm == "sft":
@@ -95,7 +66,7 @@ class Runs:
         if algorithm != "grpo":
             return {}
         return {
-            "reward_fn": {"right": right, "short": short},
+            "reward_fn": {"right": shipped.right, "short": shipped.short},
             "reward_weights": {"short": 0.5},
             "max_steps": 9,
             "num_generations_per_prompt": 4,
@@ -103,7 +74,7 @@ class Runs:
             "validation_dataset": self.rows[:4],
             "eval_every": 2,
             "save_every": 2,
-            "callbacks": [Watch()],
+            "callbacks": [shipped.Watch()],
         }
 
 
@@ -174,25 +145,13 @@ def test_parts_of_the_reward_and_validation_are_in_the_metrics(runs: Runs, backe
 # --- what goes wrong
 
 
-def returns_nothing(prompt: str, response: str) -> None:
-    return None
-
-
-def raises(prompt: str, response: str) -> float:
-    raise KeyError("no such key")
-
-
-def names_a_column_that_is_not_there(prompt: str, response: str, truth: str) -> float:
-    return 1.0
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("more", "error", "words"),
     [
-        ({"reward_fn": returns_nothing}, nemo_rl.RewardError, "None"),
-        ({"reward_fn": raises}, nemo_rl.RewardError, "no such key"),
-        ({"reward_fn": names_a_column_that_is_not_there}, TypeError, "truth"),
+        ({"reward_fn": shipped.returns_nothing}, nemo_rl.RewardError, "None"),
+        ({"reward_fn": shipped.raises}, nemo_rl.RewardError, "no such key"),
+        ({"reward_fn": shipped.names_a_column_that_is_not_there}, TypeError, "truth"),
         ({"reward_fn": None}, ValueError, "reward_fn is required"),
         ({"max_stepz": 3}, TypeError, "max_steps"),
         ({"dataset": [{"colour": "red"}]}, nemo_rl.DatasetError, "colour"),
@@ -201,14 +160,14 @@ def names_a_column_that_is_not_there(prompt: str, response: str, truth: str) -> 
     ids=["None", "raises", "column", "no reward", "keyword", "rows", "model"],
 )
 def test_a_mistake_is_said_before_anything_starts(
-    desk: Desk, runs: Runs, more: dict[str, Any], error: type[Exception], words: str, backend: str
+    desk: Desk, runs: Runs, more: dict[str, Any], error: type[Exception], words: str, backend: str, tmp_path: Path
 ) -> None:
     before = len(desk.jobs())
-    arguments = {"model": runs.model, "dataset": runs.rows, "reward_fn": right, "max_steps": 2} | runs.settings
+    arguments = {"model": runs.model, "dataset": runs.rows, "reward_fn": shipped.right, "max_steps": 2} | runs.settings
     with pytest.raises(error, match=words):
-        nemo_rl.train(**arguments | {"backend": backend, "output_dir": "mistake"} | more)
+        nemo_rl.train(**arguments | {"backend": backend, "output_dir": tmp_path} | more)
     assert len(desk.jobs()) == before
-    assert not Path("mistake", "metrics.jsonl").exists()
+    assert read_history(tmp_path / "metrics.jsonl") == []
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -216,13 +175,13 @@ def test_a_reward_that_fails_later_raises_here_with_the_users_line(runs: Runs, b
     keywords = runs.settings | {"num_generations_per_prompt": 4, "max_new_tokens": 4, "max_steps": 9, "save_every": 1}
     with pytest.raises((nemo_rl.RewardError, nemo_rl.TrainingFailed), match="divides by nothing") as caught:
         nemo_rl.train(
-            runs.model, runs.rows, fails_later(), backend=backend, output_dir=f"{backend}-failing", **keywords
+            runs.model, runs.rows, shipped.fails_later(), backend=backend, output_dir=f"{backend}-failing", **keywords
         )
     assert isinstance(caught.value, nemo_rl.TrainingFailed) == (backend == "kubernetes")
     assert "in __call__" in caught.value.traceback
     assert 'raise ZeroDivisionError("this reward divides by nothing")' in caught.value.traceback
     if isinstance(caught.value, nemo_rl.TrainingFailed):
-        assert caught.value.step is not None and caught.value.step >= 1
+        assert caught.value.step is not None and 1 <= caught.value.step < 9
         assert caught.value.checkpoint is not None and "/checkpoints/step-" in caught.value.checkpoint
         assert caught.value.cause
 

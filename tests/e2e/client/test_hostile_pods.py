@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import nemo_rl
+from e2e.client import shipped
 from e2e.client.conftest import Rows
 from e2e.client.desk import Desk
 from e2e.kubectl import Object, eventually
@@ -84,37 +85,6 @@ while True:
 """
 
 
-def prints_rubbish(prompt: str, response: str) -> float:
-    return len(response) / 10
-
-
-class Rubbish(nemo_rl.Callback):
-    """Prints what no terminal should get and what no parser expects, and serves a gigabyte as its progress."""
-
-    def on_train_begin(self, trainer: Any) -> None:
-        from nemo_rl.worker import server
-
-        def endless(handler: Any, *_: Any) -> None:
-            handler.send_response(200)
-            handler.end_headers()
-            for _ in range(1024):
-                handler.wfile.write(b"x" * (1 << 20))
-
-        server._Handler._answer = endless  # type: ignore[method-assign]
-
-    def on_step_end(self, trainer: Any, step: int, metrics: dict[str, Any]) -> None:
-        import os
-        import sys
-
-        for _ in range(200):
-            os.write(sys.stdout.fileno(), os.urandom(500) + b"\n")
-        os.write(sys.stdout.fileno(), b"A" * 3_000_000 + b"\n")
-        print("\x1b]0;owned\x07\x1b[2J\x1b[31mred", flush=True)
-        print('step=999999/3 reward=1e308 kl={"a":', flush=True)
-        print('step=77/4 reward="<script>alert(1)</script>"', flush=True)
-        print('sample step=1 reward=[1,2] prompt="x" completion=7', flush=True)
-
-
 def restarts(pod: Object) -> int:
     return sum(int(container["restartCount"]) for container in pod["status"]["containerStatuses"])
 
@@ -126,11 +96,11 @@ def test_what_a_pod_prints_and_serves_harms_neither_client_nor_operator(
     result = nemo_rl.train(
         tiny,
         rows,
-        prints_rubbish,
+        shipped.by_length,
         max_steps=STEPS,
         num_generations_per_prompt=2,
         max_new_tokens=4,
-        callbacks=[Rubbish()],
+        callbacks=[shipped.Rubbish()],
         name="rubbish",
         output_dir="rubbish",
         **settings,
