@@ -1,4 +1,4 @@
-"""Training on several ranks: who computes which share, how all ranks go on or end together, and the sharded model.
+"""Training on several ranks: who computes which share, and how all ranks go on or end together.
 
 Run the same program on every rank under `torchrun` (its variables RANK, WORLD_SIZE, LOCAL_RANK). Every rank reads the same
 data and knows the whole optimizer batch; each computes a share of it, and shares are put together in the order of the
@@ -8,10 +8,11 @@ batch. Totals, weights and metrics are therefore those of one rank, whatever the
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import pickle
+import re
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +21,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from nemo_rl.preemption import Interrupted
 
@@ -34,25 +34,29 @@ COLLECTIVE_SECONDS = 1800.0
 CHECK_SECONDS = 0.5
 """Between two looks at whether another rank ended."""
 
+RETRY_SECONDS = 5.0
+"""How long one try to reach the first rank may take: between two tries, signals are seen."""
+
 _runs = count()
 
 
 class RankFailed(RuntimeError):
-    """Another rank ended the run. The message has its number and its error."""
+    """Another rank ended the run. The message has its number and its error, as far as they are known."""
 
 
-class _Left(Exception):
-    """Another rank left its work; which error that was, the next exchange tells."""
+class _Asked(Exception):
+    """Another rank asked this one to leave its work and come to the exchange, which tells why."""
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """How the work of one rank ended: a value, the name of a signal, an error, or none of them where it followed another."""
+    """How the work of one rank ended: a value, the name of a signal, an error, or none where it was asked to leave it."""
 
     value: Any = None
     signal: str | None = None
     error: str | None = None
     pickled: bytes | None = None
+    asked: bool = False
 
 
 # --- ranks ----------------------------------------------------------------------------------------------------------
@@ -63,14 +67,19 @@ class Ranks:
 
     `gather`, `together`, `first`, `map` and `sum` are collective: every rank calls them, in the same order. The work given
     to them must contain no collective call. When it ends by an exception on one rank, all ranks leave the call by that
-    exception (`Interrupted` after a signal).
+    exception (`Interrupted` after a signal). A rank that waits for others notices signals, which `requested` tells, and
+    ranks that ended elsewhere (RankFailed).
     """
 
     def __init__(self, rank: int = 0, size: int = 1, store: Any = None) -> None:
         self.rank, self.size, self._store = rank, size, store
-        self._ended = f"nemo_rl/ended/{next(_runs)}"
-        self._next_check = 0.0
+        self.requested: Callable[[], str | None] = lambda: None
+        run = next(_runs)
+        self._asked = f"nemo_rl/asked/{run}"
+        self._left = f"nemo_rl/left/{run}"
+        self._next_look = 0.0
         self._agreed = False
+        self._in_flight = False
 
     @property
     def is_first(self) -> bool:
@@ -82,29 +91,66 @@ class Ranks:
         if self.size == 1:
             return [work()]
         failure: BaseException | None = None
-        outcome = _Outcome()
         try:
             outcome = _Outcome(value=work())
-        except _Left:
-            pass
+        except RankFailed:  # that rank will not come to the exchange
+            raise
+        except _Asked:
+            outcome = _Outcome(asked=True)
         except Interrupted as interrupted:
             outcome = _Outcome(signal=interrupted.signal)
         except BaseException as error:
             failure, outcome = error, _Outcome(error=_text_of(error), pickled=_pickled(error))
-        if outcome.signal or outcome.error:
-            self._tell(f"rank {self.rank}: {outcome.error or outcome.signal}")
-        outcomes: list[Any] = [None] * self.size
-        dist.all_gather_object(outcomes, outcome)
-        self._agreed = any(other.error or other.signal for other in outcomes)
+        try:
+            if outcome.signal or outcome.error:
+                self._ask(outcome.signal or "")
+            outcomes = self._exchange(outcome)
+        except RankFailed:
+            if failure is not None:
+                raise failure
+            raise
+        self._agreed = any(other.error or other.signal or other.asked for other in outcomes)
         if failure is not None:
             raise failure
         for rank, other in enumerate(outcomes):
             if other.error is not None:
                 raise _error_of(rank, other)
-        for other in outcomes:
-            if other.signal is not None:
-                raise Interrupted(other.signal)
+        if self._agreed:
+            signals = [other.signal for other in outcomes if other.signal]
+            raise Interrupted(signals[0] if signals else self._store.get(self._asked).decode())
         return [other.value for other in outcomes]
+
+    def _exchange(self, outcome: _Outcome) -> list[_Outcome]:
+        """Returns the outcomes of all ranks."""
+        data = torch.frombuffer(bytearray(pickle.dumps(outcome)), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.long) for _ in range(self.size)]
+        self._wait(lambda: dist.all_gather(sizes, torch.tensor([len(data)]), async_op=True))
+        longest = max(int(size) for size in sizes)
+        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+        padded = torch.cat([data, data.new_zeros(longest - len(data))])
+        self._wait(lambda: dist.all_gather(parts, padded, async_op=True))
+        return [pickle.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+
+    def _wait(self, begin: Callable[[], Any]) -> None:
+        """Waits for a collective in Python, where signals are seen, and not for ranks that will never come."""
+        pause = 1e-4
+        try:
+            self._in_flight = True
+            operation = begin()
+            while not operation.is_completed():
+                time.sleep(pause)
+                pause = min(2 * pause, 0.02)
+                if self._may_look():
+                    self._look()
+                    if signal := self.requested():
+                        self._ask(signal)
+            self._in_flight = False
+            operation.wait()
+        except (RuntimeError, dist.DistError) as error:
+            if isinstance(error, RankFailed):
+                raise
+            self._in_flight = False
+            raise RankFailed(self._story(error)) from error
 
     def together(self, work: Callable[[], T]) -> T:
         """Returns what `work` returned on this rank, once all ranks have done theirs."""
@@ -143,10 +189,8 @@ class Ranks:
 
     def check(self) -> None:
         """Ends this rank's work in `gather` soon after another rank's ended by an exception. Cheap: call it in loops."""
-        if self.size > 1 and time.monotonic() >= self._next_check:
-            self._next_check = time.monotonic() + CHECK_SECONDS
-            if self._store.check([self._ended]):
-                raise _Left
+        if self.size > 1 and self._may_look() and self._look():
+            raise _Asked
 
     def leave(self, error: BaseException) -> BaseException:
         """Tells the other ranks that this one's run ends by `error`; returns what to raise.
@@ -155,22 +199,46 @@ class Ranks:
         """
         if self.size == 1 or self._agreed:
             return error
-        said = self._said()
-        if said is None:
-            self._tell(f"rank {self.rank}: {_text_of(error)}")
-            return error
-        broken = type(error) is RuntimeError or isinstance(error, dist.DistError | _Left)
-        return RankFailed(f"another rank ended this run, {said}") if broken else error
+        if _is_broken(error) and not isinstance(error, RankFailed):
+            error = RankFailed(self._story(error))
+        with contextlib.suppress(RuntimeError, dist.DistError):  # the rank that kept the store may be gone
+            if not self._store.check([self._left]):
+                self._store.set(self._left, f"rank {self.rank}: {_text_of(error)}")
+        if not self._in_flight:
+            _disconnect()  # ranks that wait for this one must not do so for as long as its process lives
+        return error
 
-    def _tell(self, text: str) -> None:
-        if self._said() is None:
-            self._store.set(self._ended, text)
+    def _may_look(self) -> bool:
+        return time.monotonic() >= self._next_look
 
-    def _said(self) -> str | None:
+    def _look(self) -> bool:
+        """Whether this rank is asked to leave its work. RankFailed where another one will come to no exchange any more."""
+        self._next_look = time.monotonic() + CHECK_SECONDS
         try:
-            return self._store.get(self._ended).decode() if self._store.check([self._ended]) else None
+            if self._store.check([self._left]):
+                raise RankFailed(self._story(None))
+            return bool(self._store.check([self._asked]))
+        except (RuntimeError, dist.DistError) as error:
+            if isinstance(error, RankFailed):
+                raise
+            raise RankFailed(self._story(error)) from error
+
+    def _ask(self, signal: str) -> None:
+        """Asks the other ranks to leave their work and come to the exchange."""
+        with contextlib.suppress(RuntimeError, dist.DistError):  # the exchange, which comes next, tells it better
+            self._store.set(self._asked, signal)
+
+    def _story(self, error: BaseException | None) -> str:
+        """What is known of the rank that ended the run."""
+        try:
+            if self._store.check([self._left]):
+                return f"another rank ended this run, {self._store.get(self._left).decode()}"
         except (RuntimeError, dist.DistError):  # the rank that kept the store is gone
-            return f"rank 0 of {self.size} cannot be reached; see its log"
+            return f"another rank ended this run: rank 0 of {self.size} cannot be reached; see its log"
+        text = " ".join(str(error).split())
+        return (
+            f"another rank ended this run without a word, as a killed process does ({text}); see the other ranks' logs"
+        )
 
 
 def join(device: torch.device, seconds: float = JOIN_SECONDS) -> Ranks:
@@ -190,19 +258,20 @@ def join(device: torch.device, seconds: float = JOIN_SECONDS) -> Ranks:
 def _connect(device: torch.device, rank: int, size: int, seconds: float) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    cure = "see whether all pods or processes started, and whether this one can reach that address"
-    store: Any = None
-    try:
-        store, rank, size = next(iter(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=seconds))))
-        if store.add("nemo_rl/joined", 1) == size:
-            store.set("nemo_rl/complete", "")
-        store.wait(["nemo_rl/complete"], timedelta(seconds=seconds))
-    except (dist.DistError, RuntimeError, ValueError) as error:
-        came = f"{store.add('nemo_rl/joined', 0)} of {size} ranks" if store is not None else "no connection"
-        raise RuntimeError(
-            f"rank {rank} waited {seconds:.0f} s at {where} and found {came}; expected all {size}: {cure}"
-        ) from error
+    deadline = time.monotonic() + seconds
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    store = _reach_store(rank, deadline)
+    came = store.add("nemo_rl/joined", 1) if store is not None else 0
+    if came == size:
+        store.set("nemo_rl/complete", "")
+    while store is None or not store.check(["nemo_rl/complete"]):
+        if store is None or time.monotonic() > deadline:
+            found = f"{store.add('nemo_rl/joined', 0)} of {size} ranks" if store is not None else "no connection"
+            raise RuntimeError(
+                f"rank {rank} waited {seconds:.0f} s at {where} and found {found}; expected all {size}: see whether all "
+                "pods or processes started, and whether this one can reach that address"
+            )
+        time.sleep(0.05)
     store.set_timeout(timedelta(seconds=COLLECTIVE_SECONDS))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -214,13 +283,48 @@ def _connect(device: torch.device, rank: int, size: int, seconds: float) -> None
     atexit.register(_disconnect)
 
 
+def _reach_store(rank: int, deadline: float) -> Any:
+    """Returns the key-value store at MASTER_ADDR:MASTER_PORT; None if it cannot be reached in time.
+
+    torchrun serves it where it says so, else the first rank does. Unlike torch's own rendezvous this one tries again in
+    Python, where a signal ends the waiting.
+    """
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            return dist.TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=serves,
+                timeout=timedelta(seconds=max(min(left, RETRY_SECONDS), 0.1)),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+        except dist.DistError as error:
+            if serves:
+                raise RuntimeError(
+                    f"rank 0 cannot serve at port {os.environ['MASTER_PORT']} ({error}); set MASTER_PORT to a free one"
+                ) from error
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.1)
+
+
 def _disconnect() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+def _is_broken(error: BaseException) -> bool:
+    """Whether an error says that communication with another rank failed."""
+    return isinstance(error, dist.DistError | RankFailed) or (type(error) is RuntimeError and "gloo" in str(error))
+
+
 def _text_of(error: BaseException) -> str:
-    return traceback.format_exception_only(error)[-1].strip()
+    """The type and text of an error in one line, with the notes on it."""
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return " ".join(f"{text} {' '.join(f'({note})' for note in getattr(error, '__notes__', []))}".split())
 
 
 def _pickled(error: BaseException) -> bytes | None:
@@ -234,7 +338,7 @@ def _pickled(error: BaseException) -> bytes | None:
 
 
 def _error_of(rank: int, outcome: _Outcome) -> BaseException:
-    error: BaseException = RankFailed(f"rank {rank} ended this run: {outcome.error}")
+    error: BaseException = RankFailed(f"another rank ended this run, rank {rank}: {outcome.error}")
     if outcome.pickled is not None:
         try:
             error = pickle.loads(outcome.pickled)
@@ -242,58 +346,3 @@ def _error_of(rank: int, outcome: _Outcome) -> BaseException:
             return error
         error.add_note(f"on rank {rank}, which ended this run")
     return error
-
-
-# --- the model ------------------------------------------------------------------------------------------------------
-
-
-class ShardedModel:
-    """A model whose trained parameters are sharded over the ranks by FSDP2 whenever the optimizer works on them.
-
-    The optimizer's state exists once over all ranks, and frozen parameters stay as they are. For the passes of a step the
-    parameters are made whole once, not layer by layer for each micro-batch: rollouts and the packed forward read them
-    without FSDP's hooks, ranks may run different numbers of micro-batches, and a step moves each weight and each gradient
-    once. During a step each rank therefore holds the whole weights and gradients (8 bytes a trained parameter).
-    """
-
-    def __init__(self, model: nn.Module, ranks: Ranks, device: torch.device) -> None:
-        """Shards the model in place. Weights must be equal on all ranks."""
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        self.mesh = init_device_mesh(device.type, (ranks.size,))
-        frozen = {p for p in model.parameters() if not p.requires_grad}
-        self.model: Any = fully_shard(model, mesh=self.mesh, reshard_after_forward=False, ignored_params=frozen)
-        # Where a path does call the module, its hooks must neither reduce nor reshard: `reduce` does, once a step.
-        self.model.set_requires_gradient_sync(False)
-        self.model.set_reshard_after_backward(False)
-        self.shards = [p for p in self.model.parameters() if p.requires_grad]
-
-    def make_whole(self) -> None:
-        """Makes the parameters plain, whole tensors on every rank. Collective unless they are whole already."""
-        self.model.unshard()
-
-    def reduce(self) -> None:
-        """Leaves the parameters sharded, each with its part of the gradient summed over the ranks.
-
-        A parameter without gradient on all ranks stays without one, as on a single rank.
-        """
-        from torch.distributed.tensor import DTensor, Partial
-
-        self.model.unshard()
-        whole = [p for p in self.model.parameters() if p.requires_grad]
-        gradients: list[Tensor | None] = [p.grad for p in whole]
-        used = torch.tensor([g is not None for g in gradients], dtype=torch.int32, device=self.mesh.device_type)
-        dist.all_reduce(used, dist.ReduceOp.MAX)
-        shapes = [p.shape for p in whole]
-        for p in whole:
-            p.grad = None
-        self.model.reshard()
-        for i, (shard, is_used) in enumerate(zip(self.shards, used.tolist(), strict=True)):
-            if is_used:
-                gradient = gradients[i]
-                if gradient is None:
-                    gradient = torch.zeros(shapes[i], dtype=shard.dtype, device=shard.device)
-                partial = DTensor.from_local(gradient, self.mesh, [Partial("sum")], run_check=False)
-                shard.grad = partial.redistribute(placements=shard.placements)
-            gradients[i] = None

@@ -15,11 +15,12 @@ from nemo_rl.checkpoint import Checkpoint, CheckpointStore
 from nemo_rl.data.module import train_and_validation
 from nemo_rl.data.prepare import Prepared, describe_example, prepare
 from nemo_rl.display import NullDisplay, make_display
-from nemo_rl.distributed import Ranks, ShardedModel, join
+from nemo_rl.distributed import Ranks, join
 from nemo_rl.job.spec import Algorithm, RLTrainingJobSpec
 from nemo_rl.model import Policy, choose_device, limit_threads, load_model, load_tokenizer, prepare_model
 from nemo_rl.preemption import Interrupted, StopSignals
 from nemo_rl.runs import Run, differences, open_run
+from nemo_rl.sharding import ShardedModel
 from nemo_rl.trainers.callbacks import CallbackList
 from nemo_rl.trainers.loop import Loop
 from nemo_rl.trainers.optimizer import Optimizer, learning_rate
@@ -128,6 +129,7 @@ class Trainer(Passes, ABC):
         try:
             with StopSignals() as signals:
                 self.signals = signals
+                self.ranks.requested = lambda: signals.requested
                 result = self._run(run, data, validation)
             if self.ranks.is_first:
                 run.finish()

@@ -20,6 +20,8 @@ from nemo_rl.worker.bundles import BundleError
 
 OTHER = 1
 """Exit code of every error that a retry may cure."""
+FOLLOWED = "RankFailed"
+"""The cause of a rank that ended because another one had (nemo_rl.distributed.RankFailed, which loads torch)."""
 _USER_CODE = "in the job's own code: "
 _CALLBACK = "in callback "
 _MEMORY = ("DefaultCPUAllocator: can't allocate memory", "Unable to allocate", "CUDA out of memory", "std::bad_alloc")
@@ -48,6 +50,8 @@ def meaning(error: BaseException) -> tuple[int, str]:
     """
     if isinstance(error, TrainingInterrupted | KeyboardInterrupt):
         return ExitCode.PREEMPTED, Cause.PREEMPTED
+    if type(error).__name__ == FOLLOWED:  # whatever it was in the midst of
+        return OTHER, FOLLOWED
     if _is_memory(error):
         return OTHER, Cause.OUT_OF_MEMORY
     if _is_disk(error):
@@ -124,7 +128,7 @@ def failure(error: BaseException, *, step: int, checkpoint: Checkpoint | None) -
         exit_code=code,
         cause=cause,
         message=_sentence(error) + _cure(cause),
-        traceback=traceback_of(error),
+        traceback=traceback_of(error) if cause != FOLLOWED else None,
     )
 
 
@@ -143,6 +147,8 @@ def stopped(message: str, *, step: int, checkpoint: Checkpoint | None) -> Termin
 def write(word: TerminationMessage, path: Path) -> None:
     """Leaves the word in the termination log. A word that is there already stays: the first failure is the cause.
 
+    Only a rank that merely followed another one's end gives way to the one that knows the cause.
+
     It is written in place and by one call, for the kubelet's file cannot be replaced; a lock keeps several processes of
     a pod apart. A log that cannot be written is told on stderr only.
     """
@@ -151,7 +157,8 @@ def write(word: TerminationMessage, path: Path) -> None:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX)
             present = os.read(descriptor, 1 << 16).decode(errors="replace")
-            if TerminationMessage.parse(present) is None:  # what users' code may have put there is no word
+            there = TerminationMessage.parse(present)
+            if there is None or there.cause == FOLLOWED:  # what users' code may have put there is no word
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, word.encode().encode(), 0)
         finally:
@@ -163,7 +170,7 @@ def write(word: TerminationMessage, path: Path) -> None:
 def for_the_log(error: BaseException, word: TerminationMessage) -> str:
     """What the pod's log says about the end: all of the traceback where it is not a plain refusal."""
     lines = [f"nemo-rl: {word.message}"]
-    if word.exit_code == ExitCode.PREEMPTED:
+    if word.exit_code == ExitCode.PREEMPTED or word.cause == FOLLOWED:
         return lines[0]
     if isinstance(error, RewardError) and error.traceback:
         lines.insert(0, error.traceback.rstrip())

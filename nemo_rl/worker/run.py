@@ -86,7 +86,7 @@ def _attempt(job: Job, pod: Pod, report: Report) -> TerminationMessage:
     """Trains; returns the word of success. Raises whatever ends the run otherwise."""
     spec = job.spec
     _configure_logging(spec.training.log_level)
-    claim = pod.path(names.OUTPUT_DIR)
+    claim = pod.path(names.OUTPUT_DIR).resolve()
     output = claim / job.name
     metrics = TrainMetrics()
     if spec.reward is not None:

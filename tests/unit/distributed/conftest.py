@@ -16,8 +16,8 @@ import pytest
 from unit.trainers.conftest import write_model
 
 PROGRAM = Path(__file__).with_name("ranks.py")
-SECONDS = 120
-"""After which a run counts as hanging: its ranks are ended, and their codes are negative."""
+SECONDS = 200
+"""Far beyond what any run takes, after which a run counts as hanging: its ranks are ended, and their codes are negative."""
 
 
 def free_port() -> int:
@@ -35,6 +35,8 @@ class Launcher:
         self.server = subprocess.Popen(
             [sys.executable, str(PROGRAM)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
+        assert self.server.stdout
+        assert self.server.stdout.readline() == "ready\n"
 
     def run(self, size: int, output: Path, seconds: float = SECONDS, **job: Any) -> list[int]:
         """Trains on that many ranks, in the environment that torchrun makes; returns their exit codes, by rank."""

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -36,21 +37,59 @@ def rows_of(algorithm: str, count: int) -> list[dict[str, str]]:
     return [{name: row[name] for name in keep} for row in rows]
 
 
-class SignalRank:
-    """Sends SIGTERM to its own process, on one rank only, in the middle of training."""
+def slow_on_rank_1(prompt: str, response: str) -> float:
+    if os.environ["RANK"] == "1" and Path(os.environ["SLOW"]).exists():
+        time.sleep(150)
+    return float(len(response))
 
-    def __init__(self, rank: int, step: int) -> None:
-        self.rank, self.step = rank, step
+
+REWARDS = {"count": count_a, "fails on rank 1": fail_on_rank_1, "slow on rank 1": slow_on_rank_1}
+
+
+class SignalRank:
+    """Sends a signal to its own process, on one rank only, in the middle of training."""
+
+    def __init__(self, rank: int, step: int, number: int = signal.SIGTERM, after: float = 0.0) -> None:
+        self.rank, self.step, self.number, self.after = rank, step, number, after
 
     def on_train_begin(self, trainer: Any) -> None: ...
     def on_epoch_begin(self, trainer: Any, epoch: int) -> None: ...
     def on_step_begin(self, trainer: Any, step: int) -> None:
         if step == self.step and trainer.ranks.rank == self.rank:
-            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Timer(self.after, os.kill, (os.getpid(), self.number)).start()
+            while not self.after and self.number == signal.SIGTERM and trainer.signals.requested is None:
+                time.sleep(0.01)
 
     def on_step_end(self, trainer: Any, step: int, metrics: dict[str, Any]) -> None: ...
     def on_epoch_end(self, trainer: Any, epoch: int, metrics: dict[str, Any]) -> None: ...
     def on_train_end(self, trainer: Any, result: Any) -> None: ...
+
+
+class SignalWaitingRank0(SignalRank):
+    """Sends SIGTERM to rank 0 while rank 1 is at its rewards, from now on slow."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 2, after=3.0)
+
+    def on_step_begin(self, trainer: Any, step: int) -> None:
+        if step == self.step:
+            Path(os.environ["SLOW"]).touch()
+        super().on_step_begin(trainer, step)
+
+
+class SignalInEvaluation(SignalRank):
+    """Sends SIGTERM to its own process, on one rank only, when the validation data is scored after a step."""
+
+    def on_train_begin(self, trainer: Any) -> None:
+        evaluate = trainer.evaluate
+
+        def signalled(validation: Any) -> Any:
+            super(SignalInEvaluation, self).on_step_begin(trainer, trainer.current_step)
+            return evaluate(validation)
+
+        trainer.evaluate = signalled
+
+    def on_step_begin(self, trainer: Any, step: int) -> None: ...
 
 
 class StopOnRank1(SignalRank):
@@ -77,6 +116,10 @@ class RaiseOnRank1(SignalRank):
 CALLBACKS = {
     "signal 0": lambda: SignalRank(0, 3),
     "signal 1": lambda: SignalRank(1, 3),
+    "evaluation 1": lambda: SignalInEvaluation(1, 2),
+    "kill 0": lambda: SignalRank(0, 3, signal.SIGKILL),
+    "kill 1": lambda: SignalRank(1, 3, signal.SIGKILL),
+    "signal waiting 0": SignalWaitingRank0,
     "stop": StopOnRank1,
     "raise": RaiseOnRank1,
 }
@@ -93,12 +136,14 @@ def main(job: dict[str, Any]) -> None:
     rows = rows_of(algorithm, job.get("rows", 10))
     reward = None
     if algorithm == "grpo":
-        reward = fail_on_rank_1 if job.get("failing_reward") else count_a
+        reward = REWARDS[job.get("reward", "count")]
         job["keywords"] = {"num_generations_per_prompt": 4, "max_new_tokens": 6, "logged_completions": 4} | job[
             "keywords"
         ]
     callbacks = [CALLBACKS[job["callback"]]()] if "callback" in job else None
-
+    said = Path(f"{job['output']}.rank{os.environ.get('RANK', '0')}")
+    if job.get("validation"):
+        job["keywords"]["validation_dataset"] = rows[:3]
     try:
         nemo_rl.train(
             job["model"],
@@ -112,22 +157,31 @@ def main(job: dict[str, Any]) -> None:
             **{"max_steps": 3, "max_epochs": 9, "batch_size": 4, "learning_rate": 1e-3, "seed": 7, **job["keywords"]},
         )
     except TrainingInterrupted as interrupted:
-        Path(f"{job['output']}.rank{os.environ.get('RANK', '0')}").write_text(str(interrupted))
+        said.write_text(str(interrupted))
         os._exit(75)
     except BaseException as error:
         notes = " ".join(getattr(error, "__notes__", []))
-        Path(f"{job['output']}.rank{os.environ.get('RANK', '0')}").write_text(
-            f"{type(error).__name__}: {error} {notes}"
-        )
+        said.write_text(f"{type(error).__name__}: {error} {notes}")
+        if job.get("lives_on") and said.suffix == ".rank1":
+            deadline = time.monotonic() + 150
+            while not said.with_suffix(".rank0").exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
         raise
 
 
 def serve() -> None:
+    # a forked rank imports nothing that takes time: seconds of each run, else
+    import datasets  # noqa: F401
+    import peft  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
     import nemo_rl.api.training
+    import nemo_rl.checkpoint_tensors
     import nemo_rl.trainers.dpo
     import nemo_rl.trainers.grpo
-    import nemo_rl.trainers.sft  # noqa: F401 — forked ranks have it all loaded
+    import nemo_rl.trainers.sft  # noqa: F401
 
+    print("ready", flush=True)
     while line := sys.stdin.readline():
         job = json.loads(line)
         ranks = [fork(job, rank) for rank in range(job["size"])]
@@ -149,6 +203,7 @@ def fork(job: dict[str, Any], rank: int) -> int:
         return pid
     try:
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"]), "WORLD_SIZE": str(job["size"])}
+        where["SLOW"] = f"{job['output']}.slow"
         os.environ |= where | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         log = os.open(f"{job['output']}.log{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -55,20 +57,54 @@ def test_a_signal_to_one_rank_saves_and_ends_both(launcher: Launcher, tiny_model
         assert "SIGTERM" in (tmp_path / f"run.rank{rank}").read_text()
 
 
+def test_a_signal_in_the_evaluation_of_a_step_leaves_its_end_to_the_next_run(
+    launcher: Launcher, tiny_model: str, tmp_path: Path
+) -> None:
+    job = {"algorithm": "grpo", "model": tiny_model, "validation": True, "keywords": {"max_steps": 4, "eval_every": 2}}
+    assert launcher.run(1, tmp_path / "unbroken", **job) == [0]
+    assert launcher.run(2, tmp_path / "broken", callback="evaluation 1", **job) == [75, 75]
+    assert len(metrics_of(tmp_path / "broken")) == 1
+    assert launcher.run(2, tmp_path / "broken", **job) == [0, 0]
+    assert_same_run(tmp_path / "broken", tmp_path / "unbroken", 4)
+
+
+def test_a_signal_to_a_rank_that_waits_ends_the_work_of_the_other_one(
+    launcher: Launcher, tiny_model: str, tmp_path: Path
+) -> None:
+    begin = time.monotonic()
+    job = {"algorithm": "grpo", "model": tiny_model, "reward": "slow on rank 1", "keywords": {"reward_timeout": 180.0}}
+    assert launcher.run(2, tmp_path / "run", callback="signal waiting 0", **job) == [75, 75]
+    assert time.monotonic() - begin < 100, "the reward of rank 1 takes 150 s"
+
+
 def test_a_reward_that_raises_on_one_rank_ends_both_with_its_error(
     launcher: Launcher, tiny_model: str, tmp_path: Path
 ) -> None:
-    assert launcher.run(2, tmp_path / "run", 60, algorithm="grpo", model=tiny_model, failing_reward=True) == [1, 1]
+    assert launcher.run(2, tmp_path / "run", algorithm="grpo", model=tiny_model, reward="fails on rank 1") == [1, 1]
     for rank in range(2):
         assert "the reward of rank 1" in (tmp_path / f"run.rank{rank}").read_text()
     assert "on rank 1" in (tmp_path / "run.rank0").read_text()
 
 
-def test_a_callback_that_raises_on_one_rank_ends_both(launcher: Launcher, tiny_model: str, tmp_path: Path) -> None:
-    assert launcher.run(2, tmp_path / "run", 60, algorithm="sft", model=tiny_model, callback="raise") == [1, 1]
+def test_a_callback_that_raises_on_one_rank_ends_both_also_if_its_process_lives_on(
+    launcher: Launcher, tiny_model: str, tmp_path: Path
+) -> None:
+    job = {"algorithm": "sft", "model": tiny_model, "callback": "raise", "lives_on": True}
+    begin = time.monotonic()
+    assert launcher.run(2, tmp_path / "run", **job) == [1, 1]
+    assert time.monotonic() - begin < 100, "the process of rank 1 waits 150 s for the end of rank 0"
     said = (tmp_path / "run.rank0").read_text()
-    assert said.startswith("RankFailed")
-    assert "the callback of rank 1" in said
+    assert said.startswith("RankFailed: another rank ended this run, rank 1: KeyError: 'the callback of rank 1'")
+    assert "RaiseOnRank1.on_step_begin" in said
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_ends_the_other_one(killed: int, launcher: Launcher, tiny_model: str, tmp_path: Path) -> None:
+    job = {"algorithm": "grpo", "model": tiny_model, "keywords": {"max_steps": 5, "save_every": 1}}
+    expected = [-signal.SIGKILL, 1] if killed == 0 else [1, -signal.SIGKILL]
+    assert launcher.run(2, tmp_path / "run", callback=f"kill {killed}", **job) == expected
+    assert "RankFailed: another rank ended this run" in (tmp_path / f"run.rank{1 - killed}").read_text()
+    assert launcher.run(2, tmp_path / "run", **job) == [0, 0], "the run goes on from its last checkpoint"
 
 
 def test_a_callback_that_stops_one_rank_stops_both(launcher: Launcher, tiny_model: str, tmp_path: Path) -> None:

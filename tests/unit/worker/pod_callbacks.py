@@ -34,3 +34,11 @@ class Hungry:
 
     def on_step_begin(self, trainer: Any, step: int) -> None:
         bytearray(1 << 62)
+
+
+class BrokenOnRank1:
+    """A user's mistake that only one of the ranks makes."""
+
+    def on_step_end(self, trainer: Any, step: int, metrics: dict[str, Any]) -> None:
+        if trainer.ranks.rank == 1 and step == 2:
+            print(metrics["rewrad"])

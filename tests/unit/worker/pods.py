@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,10 +30,14 @@ import json, os, sys
 import torch, transformers, datasets, transformers.models.qwen2.modeling_qwen2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import nemo_rl.trainers.grpo, nemo_rl.trainers.sft, nemo_rl.worker.run, nemo_rl.data.loading
+import torch._dynamo, torch.distributed.checkpoint, torch.distributed.fsdp, nemo_rl.checkpoint_tensors
 from nemo_rl.worker.__main__ import main
 torch.set_num_threads(1)
 for line in sys.stdin:
     log, environment = json.loads(line)
+    if log is None:
+        print(os.waitstatus_to_exitcode(os.waitpid(environment, 0)[1]), flush=True)
+        continue
     pid = os.fork()
     if pid == 0:
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -44,7 +49,6 @@ for line in sys.stdin:
         finally:
             sys.stdout.flush(); os._exit(code)
     print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
@@ -58,7 +62,7 @@ def until(check: Callable[[], Any], what: str) -> Any:
 
 
 class Engine:
-    """A process with the engine loaded, which forks one pod at a time."""
+    """A process with the engine loaded, which forks the pods."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
@@ -70,12 +74,16 @@ class Engine:
         )
 
     def start(self, log: Path, environment: Mapping[str, str]) -> int:
-        assert self.process.stdin and self.process.stdout
-        print(json.dumps([str(log), dict(environment)]), file=self.process.stdin, flush=True)
-        return int(self.process.stdout.readline())
+        """Starts a process of a pod; returns its number."""
+        return self._ask(str(log), dict(environment))
 
-    def wait(self) -> int:
-        assert self.process.stdout
+    def wait(self, pid: int) -> int:
+        """The exit code of a process."""
+        return self._ask(None, pid)
+
+    def _ask(self, *request: Any) -> int:
+        assert self.process.stdin and self.process.stdout
+        print(json.dumps(request), file=self.process.stdin, flush=True)
         return int(self.process.stdout.readline())
 
     def close(self) -> None:
@@ -126,12 +134,12 @@ class Pod:
         self.pid = self.engine.start(self.log, self.environment(**environment))
         return self
 
-    def stop(self) -> None:
-        os.kill(self.pid, signal.SIGTERM)
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        os.kill(self.pid, number)
 
     def end(self) -> int:
         """The exit code."""
-        return self.engine.wait()
+        return self.engine.wait(self.pid)
 
     def run(self, **environment: str) -> int:
         return self.start(**environment).end()
@@ -163,6 +171,32 @@ class Pod:
         """The steps of metrics.jsonl without what clocks say."""
         rows = [json.loads(line) for line in (self.output / "metrics.jsonl").read_text().splitlines()]
         return [{k: v for k, v in row.items() if not k.endswith(("_seconds", "_per_second"))} for row in rows]
+
+
+class Job:
+    """The pods of a job, one rank in each, with one output claim for all and the environment that torchrun makes."""
+
+    def __init__(self, root: Path, engine: Engine, spec: Mapping[str, Any], size: int = 2) -> None:
+        self.pods = [Pod(root / f"pod-{rank}", engine, spec) for rank in range(size)]
+        for pod in self.pods[1:]:
+            pod.path(names.OUTPUT_DIR).rmdir()
+            pod.path(names.OUTPUT_DIR).symlink_to(self.pods[0].path(names.OUTPUT_DIR))
+
+    def start(self, **environment: str) -> Job:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        for rank, pod in enumerate(self.pods):
+            where = {"RANK": str(rank), "WORLD_SIZE": str(len(self.pods)), "LOCAL_RANK": "0"}
+            pod.start(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **where, **environment)
+        return self
+
+    def end(self) -> list[int]:
+        """The exit codes, by rank."""
+        return [pod.end() for pod in self.pods]
+
+    def run(self, **environment: str) -> list[int]:
+        return self.start(**environment).end()
 
 
 def mount(pod_root: Path, name: str, archive: Archive, python: str | None = None) -> dict[str, Any]:
