@@ -62,7 +62,7 @@ def configure(settings: kopf.OperatorSettings) -> None:
     # server side, else every pod of the cluster would be streamed to us
     settings.watching.label_selectors["v1/pods"] = names.LABEL_JOB
     settings.watching.label_selectors["batch", "v1", "jobs"] = names.LABEL_JOB
-    settings.watching.chunk_size = 500
+    settings.watching.chunk_size = 100  # whole pages are in memory, as text and as objects
     settings.watching.server_timeout = 300
     settings.watching.client_timeout = 330
     settings.watching.connect_timeout = 10
@@ -71,6 +71,7 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.networking.error_backoffs = [0.5, 1, 1, 2, 2, 3, 3, 5, 5, 5, 5, 5, 5, 10, 10, 10]
     settings.persistence.diffbase_storage = _NoEssence()
     settings.persistence.progress_storage = _NoRecords()  # both together: half of kopf's time per event
+    settings.queueing.idle_timeout = 0.5  # of a task per object: at a start there is one for each
     settings.queueing.exit_timeout = 0.2  # nothing is lost: all state is in the cluster
     settings.execution.max_workers = 1  # all handlers are asynchronous
 

@@ -178,8 +178,9 @@ class Turn:
         record.end_time = (found.ended if found else "") or self.time
         record.cause, record.counted, record.message = cause, counted, message[:200] or None
         record.exit_code = found.exit_code if found else None
-        if self.status.progress:
-            record.to_step = self.status.progress.step
+        record.to_step = self.status.progress.step if self.status.progress else None
+        if found and found.word and found.word.total_steps is not None:
+            record.to_step = found.word.total_steps  # steps since the last look at its progress
         if counted:
             self.status.counted_failures = (self.status.counted_failures or 0) + 1
 
