@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from nemo_rl.errors import TrainingInterrupted
 from nemo_rl.preemption import Interrupted
 
 T = TypeVar("T")
@@ -197,8 +198,8 @@ class Ranks:
 
         That is `error` itself, or RankFailed where communication broke because another rank had ended before.
         """
-        if self.size == 1 or self._agreed:
-            return error
+        if self.size == 1 or self._agreed or isinstance(error, TrainingInterrupted | KeyboardInterrupt):
+            return error  # all ranks end by it
         if _is_broken(error) and not isinstance(error, RankFailed):
             error = RankFailed(self._story(error))
         with contextlib.suppress(RuntimeError, dist.DistError):  # the rank that kept the store may be gone
@@ -235,7 +236,7 @@ class Ranks:
                 return f"another rank ended this run, {self._store.get(self._left).decode()}"
         except (RuntimeError, dist.DistError):  # the rank that kept the store is gone
             return f"another rank ended this run: rank 0 of {self.size} cannot be reached; see its log"
-        text = " ".join(str(error).split())
+        text = re.sub(r"^\[\S*\] ", "", " ".join(str(error).split())).split(". ")[0]  # without gloo's advice
         return (
             f"another rank ended this run without a word, as a killed process does ({text}); see the other ranks' logs"
         )

@@ -129,7 +129,7 @@ class Trainer(Passes, ABC):
         try:
             with StopSignals() as signals:
                 self.signals = signals
-                self.ranks.requested = lambda: signals.requested
+                self.ranks.requested = self.stop_requested
                 result = self._run(run, data, validation)
             if self.ranks.is_first:
                 run.finish()
@@ -210,6 +210,10 @@ class Trainer(Passes, ABC):
     def agree_to_stop(self) -> None:
         """Stops all ranks where one was asked to."""
         self.should_stop = any(self.ranks.gather(lambda: self.should_stop))
+
+    def stop_requested(self) -> str | None:
+        """Returns the signal that asked this process to stop; called again and again while it waits for other ranks."""
+        return self.signals.requested
 
     def take_checkpoint_metric(self) -> float | None:
         """Returns the number by which checkpoints are compared when there is no validation data; called once for each."""

@@ -120,6 +120,10 @@ def observed(trainer: type[Trainer], report: Report, observer: Observer) -> type
             report.beat()
             super().poll()
 
+        def stop_requested(self) -> str | None:
+            report.beat()
+            return super().stop_requested()
+
     Observed.__name__ = trainer.__name__
     Observed.__qualname__ = trainer.__qualname__
     return Observed

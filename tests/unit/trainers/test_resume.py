@@ -111,7 +111,7 @@ def outcome(output: Path) -> dict[str, object]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("algorithm", list(KILLS))
 def test_killed_runs_equal_an_unbroken_one(algorithm: str, runs: Runs, tmp_path: Path) -> None:
     draw = random.Random(algorithm)
