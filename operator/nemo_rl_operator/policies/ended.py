@@ -5,6 +5,7 @@ from __future__ import annotations
 from nemo_rl.job.status import Checkpoint, Progress, Result, TerminationMessage
 from nemo_rl_operator import reasons, timestamps
 from nemo_rl_operator.classify import Outcome, outcome
+from nemo_rl_operator.observe import newest
 from nemo_rl_operator.policies import retry
 from nemo_rl_operator.turn import Turn
 
@@ -13,18 +14,37 @@ SETTLE_SECONDS = 5.0
 
 
 def note_progress(turn: Turn) -> bool:
-    """Copy what the trainer last reported."""
-    progress = turn.seen.progress
-    if progress is None or not turn.open:
+    """Copy what the trainer last reported; when its pod has ended, that is its last word."""
+    if not turn.open:
         return False
-    turn.status.progress = progress
-    if progress.checkpoint:
-        old = turn.status.checkpoint.latest_step if turn.status.checkpoint else None
-        turn.status.checkpoint = progress.checkpoint
-        step = progress.checkpoint.latest_step
-        if step is not None and step != old:
-            turn.event(reasons.EVENT_CHECKPOINT, f"checkpoint at step {step}", key=str(step))
+    progress = turn.seen.progress
+    if progress is not None:
+        turn.status.progress = progress
+        if progress.checkpoint:
+            _note_checkpoint(turn, progress.checkpoint)
+    word = _last_word(turn)
+    if word is not None and word.checkpoint:
+        _note_checkpoint(turn, word.checkpoint)
+    old = turn.status.progress
+    if word is not None and word.total_steps is not None and old is not None and word.total_steps > old.step:
+        turn.status.progress = Progress(
+            step=word.total_steps, total_steps=old.total_steps, metrics=old.metrics, time=old.time
+        )
     return False
+
+
+def _last_word(turn: Turn) -> TerminationMessage | None:
+    """What the pod with index 0 left when it ended."""
+    first = next((pod for pod in newest(turn.pods) if pod.index == 0 and pod.terminal), None)
+    return TerminationMessage.parse(first.termination) if first else None
+
+
+def _note_checkpoint(turn: Turn, found: Checkpoint) -> None:
+    old = turn.status.checkpoint or Checkpoint()
+    turn.status.checkpoint = old.model_copy(update=found.model_dump(exclude_none=True))
+    step = found.latest_step
+    if step is not None and step != old.latest_step:
+        turn.event(reasons.EVENT_CHECKPOINT, f"checkpoint at step {step}", key=str(step))
 
 
 def conclude(turn: Turn) -> bool:
@@ -41,8 +61,7 @@ def conclude(turn: Turn) -> bool:
             return True
         return False
     if found.word and found.word.checkpoint:
-        newer = found.word.checkpoint.model_dump(exclude_none=True)
-        turn.status.checkpoint = (turn.status.checkpoint or Checkpoint()).model_copy(update=newer)
+        _note_checkpoint(turn, found.word.checkpoint)
     if found.cause is None:
         _succeed(turn, found)
         return True

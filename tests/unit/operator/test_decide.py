@@ -296,6 +296,23 @@ def test_suspend_stops_the_pods_and_then_says_so() -> None:
     assert conditions(gone)["Suspended"] == "True"
 
 
+def test_the_last_word_of_a_suspended_pod_says_where_it_saved() -> None:
+    progress = Progress(step=5, total_steps=9)
+    running = make.resource(make.status(make.record(), phase="Running", progress=progress), suspend=True)
+    word = TerminationMessage(
+        kind="failure", exit_code=75, total_steps=7, checkpoint=Checkpoint(latest="x/step-7", latest_step=7)
+    )
+    saved = make.ended_pod(75, word=word, deleting=True)
+    stopping = decide(make.seen(running, [make.attempt(deleting=True)], [saved]), make.NOW)
+    assert stopping.status.checkpoint is not None
+    assert stopping.status.checkpoint.latest_step == 7
+    gone = decide(make.seen(make.resource(stopping.status, suspend=True), verified=1), make.later(5))
+    assert gone.status.phase == "Suspended"
+    assert gone.status.progress is not None
+    assert gone.status.progress.text == "7/9"
+    assert gone.status.attempts[-1].to_step == 7
+
+
 def test_a_job_created_suspended_starts_nothing() -> None:
     decision = decide(make.seen(make.resource(suspend=True)), make.NOW)
     assert (decision.status.phase, decision.actions) == ("Suspended", ())
