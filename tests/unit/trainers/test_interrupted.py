@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ class Runs:
     """Runs of one algorithm with the same settings, and what came of them."""
 
     def __init__(self, algorithm: str, model: str, **keywords: Any) -> None:
-        self.algorithm, self.model = algorithm, model
+        self.algorithm, self.model, self.rows = algorithm, model, ROWS[algorithm]
+        self.more_callbacks: Callable[[], list[Any]] = list
         self.keywords = {"max_steps": STEPS, "max_epochs": 9, "batch_size": 4, "learning_rate": 1e-2, "save_every": 3}
         if algorithm == "grpo":
             self.keywords |= {"num_generations_per_prompt": 4, "max_new_tokens": 6, "logged_completions": 4}
@@ -93,10 +95,10 @@ class Runs:
         try:
             return nemo_rl.train(
                 self.model,
-                ROWS[self.algorithm],
+                self.rows,
                 share_of_a if self.algorithm == "grpo" else None,
                 algorithm=self.algorithm,
-                callbacks=[recorder, terminate or Terminate()],
+                callbacks=[recorder, terminate or Terminate(), *self.more_callbacks()],
                 output_dir=output,
                 backend="local",
                 log_level="warning",
@@ -174,6 +176,38 @@ def test_a_stop_between_checkpoints_changes_neither_the_best_one_nor_what_callba
         for path in (tmp_path / "unbroken").glob("checkpoints/step-*/state.json")
     }
     assert metrics.items() >= unbroken.items()
+
+
+@pytest.mark.parametrize("keywords", [{"in_evaluation_of": 3}, {"before": 3}])
+def test_adapters_and_their_reference_go_on(keywords: dict[str, int], tiny_model: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    runs = Runs("grpo", tiny_model, lora_rank=2, beta=0.1, num_iterations=2)
+    expected = runs.outcome(runs.run(tmp_path / "unbroken"), tmp_path / "unbroken")
+    output = tmp_path / "broken"
+    runs.stopped(output, Terminate(**keywords))
+    assert runs.outcome(runs.run(output), output) == expected
+
+
+class Split(nemo_rl.DataModule):
+    """Rows of its own to train and to validate on."""
+
+    def train_rows(self) -> list[dict[str, str]]:
+        return ROWS["sft"]
+
+    def validation_rows(self) -> list[dict[str, str]]:
+        return [{"prompt": "1=", "completion": "c"}]  # gets worse as training goes on
+
+
+def test_a_data_module_and_early_stopping_go_on_where_they_were(tiny_model: str, tmp_path: Path) -> None:
+    runs = Runs("sft", tiny_model, validation_dataset=None, max_steps=9, eval_every=1, learning_rate=3e-2)
+    runs.rows = Split()  # type: ignore[assignment]
+    runs.more_callbacks = lambda: [nemo_rl.EarlyStoppingCallback("validation_loss", patience=3)]
+    expected = runs.outcome(runs.run(tmp_path / "unbroken"), tmp_path / "unbroken")
+    assert 3 < expected["steps"] < 9, "it stopped early"
+    output = tmp_path / "broken"
+    runs.stopped(output, Terminate(in_evaluation_of=expected["steps"] - 2))
+    runs.stopped(output, Terminate(before=expected["steps"]))
+    assert runs.outcome(runs.run(output), output) == expected
 
 
 def test_a_run_that_ended_early_and_was_killed_before_it_said_so_does_not_go_on(
