@@ -7,7 +7,7 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 LAB := $(PYTHON) tests/lab/lab.py
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
-.PHONY: help demo test test-cluster e2e bench lint images lab-up lab-deploy lab-down lab-status clean
+.PHONY: help demo test test-cluster e2e bench lint docs generate images lab-up lab-deploy lab-down lab-status clean
 help:            ## list the commands
 	@grep -E '^[a-z0-9 -]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 16
 
@@ -36,6 +36,12 @@ lint: $(VENV)/.dev            ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.dev            ## the documentation as a site in site/; a warning is an error
+	$(BIN)/mkdocs build --strict
+
+generate: $(VENV)/.dev            ## write every generated file anew: crds/, deploy/base, docs/reference, tables of the README
+	$(BIN)/python tests/generated.py
 
 images:            ## the trainer and the operator image, with docker or another builder (BUILDER=...)
 	$(BUILDER) build -f trainer_image/Dockerfile -t nemo-rl-trainer:$(VERSION) .
