@@ -1,0 +1,65 @@
+"""Two pods train one job, and a pod that is killed costs the steps since the last checkpoint, but not the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from e2e.kubectl import Object
+from e2e.scene import Scene, TrainingJob, metrics_of
+
+STEPS = 16
+SAVE_EVERY = 4
+KILL = """
+import os, signal
+for entry in filter(str.isdigit, os.listdir("/proc")):
+    words = open(f"/proc/{entry}/cmdline").read().split("\\0")
+    # the worker, and not torchrun, which is process 1 and cannot be killed from within the pod
+    if int(entry) not in (1, os.getpid()) and "nemo_rl.worker" in words and "torch.distributed.run" not in words:
+        os.kill(int(entry), signal.SIGKILL)
+        print("killed")
+"""
+
+
+def two_nodes(scene: Scene, name: str) -> Object:
+    training = {"saveEvery": SAVE_EVERY}
+    return scene.manifests.grpo(name, steps=STEPS, pause=0.03, training=training, resources={"nodes": 2})
+
+
+@pytest.fixture(scope="module")
+def nodes(new_scene: Any) -> Scene:
+    return new_scene("nodes")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nodes: Scene, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingJob, list[Object]]:
+    """A job of two pods that nobody disturbs, and its metrics."""
+    job = nodes.apply(two_nodes(nodes, "calm"))
+    job.phase("Succeeded")
+    return job, metrics_of(job.read_output(tmp_path_factory.mktemp("calm")))
+
+
+def test_two_pods_train_one_job(undisturbed: tuple[TrainingJob, list[Object]]):
+    job, records = undisturbed
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert len(job.pods(attempt=1)) == 2
+    assert job.status["result"]["totalSteps"] == STEPS
+    assert f"step={STEPS}/{STEPS}" in job.log(index=0)
+    assert "step=" not in job.log(index=1)  # rank 0 speaks for all
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_job_goes_on_from_its_last_checkpoint_when_either_pod_is_killed(
+    nodes: Scene, undisturbed: tuple[TrainingJob, list[Object]], index: int, tmp_path: Path
+):
+    job = nodes.apply(two_nodes(nodes, f"killed-{index}"))
+    job.until(lambda status: status["checkpoint"]["latestStep"] >= SAVE_EVERY, "a checkpoint")
+    assert "killed" in job.execute("python", "-c", KILL, index=index)
+    status = job.phase("Succeeded")
+    first, second = status["attempts"]
+    assert (first["cause"], first["counted"], second["cause"]) == ("Error", True, "Succeeded")
+    assert SAVE_EVERY <= second["fromStep"] <= STEPS
+    assert second["fromStep"] % SAVE_EVERY == 0
+    assert metrics_of(job.read_output(tmp_path)) == undisturbed[1]
