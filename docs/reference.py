@@ -159,7 +159,7 @@ def fields_page() -> str:
         "# Fields of RLTrainingJob",
         f"`apiVersion: {names.API_VERSION}`, `kind: {names.KIND}`, short name `{names.SHORT_NAME}`. "
         f"`kubectl explain {names.SHORT_NAME}.spec` says the same. After creation only "
-        + ", ".join(f"`{field}`" for field in (*MUTABLE, "output.serveUntil"))
+        + ", ".join(f"`{field}`" for field in sorted(MUTABLE))
         + " may change.",
     ]
     for part in ("spec", "status"):

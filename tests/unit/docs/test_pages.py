@@ -80,3 +80,22 @@ def test_values_named_in_pages_are_values_of_the_chart():
     fields = {"resources.memory", "metrics.jsonl"}  # of a job, and a file
     assert len(named) > 6
     assert {n for n in named if n not in known} - fields == set()
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "README.md", "examples/README.md"])
+def test_files_that_a_page_names_are_there(page: str):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    folders = ("nemo_rl", "operator", "tests", "docs", "charts", "examples", "trainer_image", "deploy", ".ci")
+    named = {word for word in re.findall(r"`([\w./-]+)`", text) if word.split("/")[0] in folders and "/" in word}
+    assert named or page == "README.md"
+    assert [word for word in sorted(named) if not (ROOT / word).exists()] == []
+
+
+def test_make_has_the_commands_that_pages_name():
+    targets = set(re.findall(r"^([a-z][\w -]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    known = {word for target in targets for word in target.split()}
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        named = {w for w in re.findall(r"(?:^|`)make ([a-z][\w-]*)", text, re.MULTILINE)}
+        assert named <= known, page
