@@ -94,13 +94,13 @@ def open_run(output_dir: Path, settings: dict[str, Any], resume: Literal["auto",
             found = any((directory / name).exists() for name in RUN_ENTRIES)
             if found and (resume == "never" or obstacle is not None):
                 aside = _step_aside(directory, whole=bool(record and record.get("owns_directory")))
-                notices.append(f"{obstacle or 'found a run there'}; moved it to {aside} and begin anew in {directory}")
+                notices.append(f"{obstacle or 'found a run there'}; moved it to {_from_here(aside)} and begin anew")
                 _unlock(directory, lock)
                 continue
             # An empty directory may be one that another caller has just made for the same run: it is the run's own.
             owns = record["owns_directory"] if record else created or os.listdir(directory) == [LOCK_FILE]
             if found:
-                notices.append(f"continuing the unfinished run in {directory}")
+                notices.append(f"continuing the unfinished run in {_from_here(directory)}")
             else:
                 _write_record(directory, settings, "unfinished", owns)
             return Run(directory, found, "; ".join(notices) or None, settings, owns, lock)
@@ -118,10 +118,16 @@ def _obstacle(directory: Path, record: dict[str, Any] | None, settings: dict[str
     if record is None:
         return f"{directory} holds no readable {RUN_FILE}"
     if record["status"] == "finished":
-        return f"{directory} holds a finished run"
+        return f"{_from_here(directory)} holds a finished run"
     if record["sha256"] != _digest(settings):
-        return f"{directory} holds a run of other settings: {'; '.join(differences(record['settings'], settings))}"
+        return f"{_from_here(directory)} holds a run of other settings: {'; '.join(differences(record['settings'], settings))}"
     return None
+
+
+def _from_here(directory: Path) -> Path:
+    """As seen from the current folder, where it lies below that."""
+    here = Path.cwd()
+    return directory.relative_to(here) if directory.is_relative_to(here) else directory
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:

@@ -122,7 +122,11 @@ def upload(cluster: Cluster, contents: Contents, job: Object, say: Callable[[str
                 made += sizes[number]
             bar(sum(sizes[: number + 1]), sum(sizes))
     if made:
-        say(f"uploaded {made / 1e6:.2f} MB of code and data")
+        say(
+            f"uploaded {made / 1e6:.1f} MB of code and data"
+            if made > 1e5
+            else f"uploaded {made / 1e3:.1f} kB of code and data"
+        )
     elif manifests:
         say("code and data are on the cluster already; nothing was uploaded")
     return made
