@@ -79,6 +79,8 @@ class Manifests:
             "bundles": [self.archive.spec(MODEL).model_dump(mode="json", by_alias=True, exclude_none=True)],
             "output": {"size": "1Gi"},
             "terminationGracePeriodSeconds": 60,
+            # a model this small gains nothing from more, and several pods share the machine
+            "env": [{"name": "OMP_NUM_THREADS", "value": "1"}],
         }
         more = {key: value for key, value in spec.items() if key not in ("training", "resources")}
         base |= more
