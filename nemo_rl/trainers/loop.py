@@ -130,7 +130,7 @@ class Loop:
 
     def _save(self, metrics: dict[str, Any], metric: float | None, **state: Any) -> None:
         trainer = self.trainer
-        about = {"metrics": metrics, "open_step": None, "should_stop": trainer.should_stop}
+        about = {"metrics": _numbers(metrics), "open_step": None, "should_stop": trainer.should_stop}
         trainer.save_to(self.store, {**trainer.state(), **about, **state}, metric)
         self._unsaved = False
 
@@ -142,7 +142,8 @@ class Loop:
         trainer = self.trainer
         trainer.agree_to_stop()
         if self._unsaved and self.open is not None:
-            self._save(self.metrics, None, open_step=dataclasses.asdict(self.open))
+            opened = dataclasses.replace(self.open, metrics=_numbers(self.open.metrics))
+            self._save(self.metrics, None, open_step=dataclasses.asdict(opened))
         elif self._unsaved:  # what callbacks did since the last step they do again
             self._save(self.metrics, None, callbacks=self._settled_callbacks, should_stop=False)
         latest = self.store.latest()
@@ -153,6 +154,11 @@ class Loop:
         if interrupted.signal == "SIGINT":
             return KeyboardInterrupt(message)
         return TrainingInterrupted(message, path, trainer.current_step)
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The metrics with the number in place of a tensor or array of one element, such as a callback may have added."""
+    return {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -231,3 +231,16 @@ def test_a_trainer_that_was_stopped_early_trains_again_when_it_is_asked_to(tiny_
     )
     assert trainer.fit(ROWS["sft"], callbacks=[Recorder(stop_after=2)]).total_steps == 2
     assert trainer.fit(ROWS["sft"]).total_steps == 3
+
+
+def test_what_a_callback_adds_to_the_metrics_is_in_the_result_and_in_no_checkpoints_way(
+    tiny_model: str, tmp_path: Path
+) -> None:
+    class Adds(nemo_rl.Callback):
+        def on_step_end(self, trainer: Any, step: int, metrics: dict[str, Any]) -> None:
+            metrics["mine"] = torch.tensor(float(step))
+
+    runs = Runs("sft", tiny_model, validation_dataset=None)
+    runs.more_callbacks = lambda: [Adds()]
+    runs.stopped(tmp_path, Terminate(before=3))
+    assert runs.run(tmp_path).metrics["mine"] == STEPS
