@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from charts import CHART, Object, helm, render
+from charts import CHART, ROOT, Object, helm, render
 from cluster.api import eventually
 from cluster.manifests import bundle, job
 from cluster.operator_process import Operator
@@ -135,15 +135,50 @@ def install(cluster: Cluster, scene: Scene) -> Iterator[Callable[..., list[Objec
         cluster.kubectl("delete", "--ignore-not-found", "--wait=false", "-f", "-", stdin=yaml.safe_dump_all(made))
 
 
+@pytest.fixture(scope="module")
+def plurals(cluster: Cluster) -> dict[tuple[str, str], str]:
+    """(apiVersion, kind) of all that the API server serves → plural, as it says itself."""
+    groups = cluster.api.request("GET", "/apis")["groups"]
+    versions = ["v1", *(v["groupVersion"] for group in groups for v in group["versions"])]
+    found = {}
+    for version in versions:
+        for resource in cluster.api.request("GET", prefix_of(version))["resources"]:
+            if "/" not in resource["name"]:
+                found[version, resource["kind"]] = resource["name"]
+    return found
+
+
+def prefix_of(version: str) -> str:
+    return f"/apis/{version}" if "/" in version else f"/api/{version}"
+
+
+@pytest.fixture(scope="module")
+def stage(new_scene: Callable[[str], Scene]) -> Iterator[Scene]:
+    """A namespace with the accounts that dry pods need."""
+    made = new_scene("chart")
+    for name in ("rl-test", "trainer-operator-test"):
+        made.api.create("serviceaccounts", made.namespace, {"metadata": {"name": name}})
+    yield made
+    made.close()
+
+
 @pytest.mark.parametrize("what", COMBINATIONS)
-def test_the_api_server_takes_what_the_chart_renders(what: str, scene: Scene, cluster: Cluster):
-    values = json.loads(json.dumps(COMBINATIONS[what]).replace("NAMESPACE", scene.namespace))
-    objects = render(values, namespace=scene.namespace, hooks=True)
-    pod = next(found for found in objects if found["kind"] == "Pod")
-    scene.kubectl("create", "serviceaccount", pod["spec"]["serviceAccountName"])  # a pod needs its account even dry
-    words = ("apply", "--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict", "-f", "-")
-    out = cluster.kubectl(*words, stdin=yaml.safe_dump_all(objects))
-    assert len(out.strip().splitlines()) == len(objects)
+def test_the_api_server_takes_what_the_chart_renders(
+    what: str, stage: Scene, cluster: Cluster, plurals: dict[tuple[str, str], str]
+):
+    """As `kubectl apply --server-side --dry-run=server --validate=strict` would ask it, object by object."""
+    values = json.loads(json.dumps(COMBINATIONS[what]).replace("NAMESPACE", stage.namespace))
+    objects = render(values, namespace=stage.namespace, hooks=True)
+    assert len(objects) > 15
+    for found in objects:
+        plural = plurals[found["apiVersion"], found["kind"]]
+        meta = found["metadata"]
+        place = f"/namespaces/{meta['namespace']}" if "namespace" in meta else ""
+        query = "?dryRun=All&fieldManager=test&force=true&fieldValidation=Strict"
+        path = f"{prefix_of(found['apiVersion'])}{place}/{plural}/{meta['name']}{query}"
+        body = json.dumps(found).encode()
+        answer = cluster.api.request("PATCH", path, body, "application/apply-patch+yaml")
+        assert answer["metadata"]["name"] == meta["name"]
 
 
 def test_the_notes_name_what_is_there(scene: Scene, cluster: Cluster):
@@ -157,6 +192,35 @@ def test_the_notes_name_what_is_there(scene: Scene, cluster: Cluster):
     assert "--clusterrole=nemo-rl-edit" in notes
     assert "No NetworkPolicy guards trainer pods yet" in notes
     assert "was not installed (crds.enabled=false)" in notes
+
+
+def test_the_api_server_takes_the_kustomize_base(cluster: Cluster):
+    namespace = "nemo-rl-system"
+    cluster.kubectl("create", "namespace", namespace)
+    try:
+        words = ("apply", "--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict")
+        out = cluster.kubectl(*words, "-k", str(ROOT / "deploy" / "base"))
+    finally:
+        cluster.kubectl("delete", "namespace", namespace, "--wait=false")
+    for what in ("deployment.apps/nemo-rl-operator", "customresourcedefinition", "clusterrole", "networkpolicy"):
+        assert what in out
+
+
+def test_uninstalling_keeps_the_definition_and_all_jobs(scene: Scene, cluster: Cluster):
+    values = {"userRoles": {"prefix": scene.namespace, "aggregate": False}, "watchNamespaces": [scene.namespace]}
+    there = ("--namespace", scene.namespace)
+    # the definition is there already, made by kubectl
+    refused = helm("install", "rl", str(CHART), *there, values=values, kubeconfig=cluster.kubeconfig)
+    assert "invalid ownership metadata" in refused.stderr
+    owned = ("install", "rl", str(CHART), *there, "--take-ownership")
+    installed = helm(*owned, values=values, kubeconfig=cluster.kubeconfig)
+    assert installed.returncode == 0, installed.stderr
+    uid = scene.submit()["metadata"]["uid"]
+    removed = helm("uninstall", "rl", *there, kubeconfig=cluster.kubeconfig)
+    assert removed.returncode == 0, removed.stderr
+    assert "kept due to the resource policy" in removed.stdout + removed.stderr
+    assert scene.job()["metadata"]["uid"] == uid
+    assert scene.api.find("serviceaccounts", scene.namespace, "rl") is None
 
 
 def test_the_rights_of_the_chart_suffice_for_the_life_of_jobs(
