@@ -12,6 +12,8 @@ from e2e.operator_pod import OperatorPod
 from e2e.scene import Scene
 
 TEST_SECONDS = 900
+SCENES: list[Scene] = []
+"""The namespaces that are open now."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -39,30 +41,40 @@ def new_scene(operator: OperatorPod, manifests: Manifests) -> Iterator[Callable[
     made: list[Scene] = []
 
     def make(word: str) -> Scene:
-        made.append(Scene(word, manifests).open())
+        made.append(opened(word, manifests))
         return made[-1]
 
     yield make
     for scene in made:
-        scene.close()
+        closed(scene)
 
 
 @pytest.fixture
 def scene(operator: OperatorPod, manifests: Manifests, request: pytest.FixtureRequest) -> Iterator[Scene]:
-    made = Scene(request.node.name.removeprefix("test_"), manifests).open()
+    made = opened(request.node.name.removeprefix("test_"), manifests)
     yield made
-    made.close()
+    closed(made)
+
+
+def opened(word: str, manifests: Manifests) -> Scene:
+    SCENES.append(Scene(word, manifests))
+    return SCENES[-1].open()
+
+
+def closed(scene: Scene) -> None:
+    SCENES.remove(scene)
+    scene.close()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """A failure shows the operator's log and what was in the namespaces of the test."""
+    """A failure shows the operator's log and what was in the namespaces that were open."""
     report = yield
     if report.failed and report.when != "teardown":
-        arguments = getattr(item, "funcargs", {})
-        if isinstance(arguments.get("operator"), OperatorPod):
-            report.sections.append(("operator log", arguments["operator"].log()))
-        for scene in {id(s): s for s in arguments.values() if isinstance(s, Scene)}.values():
+        operator = getattr(item, "funcargs", {}).get("operator")
+        if isinstance(operator, OperatorPod):
+            report.sections.append(("operator log", operator.log()))
+        for scene in SCENES:
             for title, text in scene.describe():
                 report.sections.append((f"{title} of {scene.namespace}", text))
     return report

@@ -36,7 +36,13 @@ class Kubectl:
 
     def apply(self, *objects: Object) -> None:
         """Server-side: the client's own way keeps a copy in an annotation, for which a part of a bundle is too large."""
-        self("apply", "--server-side", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": list(objects)}))
+        self(
+            "apply",
+            "--server-side",
+            "-f",
+            "-",
+            stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": list(objects)}),
+        )
 
     def stream(self, *words: str) -> subprocess.Popen[str]:
         """A command that goes on until it is ended, such as `get -w` or `logs -f`; both outputs in one."""
