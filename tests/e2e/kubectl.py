@@ -82,24 +82,30 @@ class Watch:
 
     def __init__(self, kubectl: Kubectl, *words: str) -> None:
         self.states: list[tuple[float, Object]] = []
-        self.deleted: set[str] = set()
         self.changed = threading.Condition()
-        self.other: list[str] = []
-        self.process = kubectl.stream("get", *words, "-o", "json", "--watch", "--output-watch-events")
-        threading.Thread(target=self._read, name=f"watch {words[0]}", daemon=True).start()
+        self.kubectl = kubectl
+        self.words = ("get", *words, "-o", "json", "--watch", "--output-watch-events")
+        self.closed = False
+        self.process = kubectl.stream(*self.words)
+        threading.Thread(target=self._follow, name=f"watch {words[0]}", daemon=True).start()
+
+    def _follow(self) -> None:
+        """Servers end a watch now and then, and each of them when the definition of a resource changes."""
+        while not self.closed:
+            self._read()
+            time.sleep(0.2)
+            with self.changed:
+                if not self.closed:
+                    self.process = self.kubectl.stream(*self.words)
 
     def _read(self) -> None:
         assert self.process.stdout
-        for line in self.process.stdout:  # one event a line
-            if not line.startswith("{"):
-                self.other.append(line)
-                continue
-            event = json.loads(line)
-            with self.changed:
-                self.states.append((time.monotonic(), event["object"]))
-                if event["type"] == "DELETED":
-                    self.deleted.add(event["object"]["metadata"]["name"])
-                self.changed.notify_all()
+        for line in self.process.stdout:  # one event a line; what is no event is what kubectl says when it ends
+            if line.startswith("{"):
+                with self.changed:
+                    self.states.append((time.monotonic(), json.loads(line)["object"]))
+                    self.changed.notify_all()
+        self.process.wait()
 
     def until(self, check: Callable[[], Any], seconds: float) -> Any:
         """The first true answer of a check that is asked after each change; None at the deadline."""
@@ -113,7 +119,9 @@ class Watch:
         return found
 
     def close(self) -> None:
-        self.process.kill()
+        with self.changed:
+            self.closed = True
+            self.process.kill()
         self.process.wait()
 
 

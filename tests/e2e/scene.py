@@ -114,10 +114,6 @@ class TrainingJob:
     def step(self) -> int:
         return int(self.status.get("progress", {}).get("step", 0))
 
-    @property
-    def deleted(self) -> bool:
-        return self.name in self._watch.deleted
-
     def until(self, check: Callable[[Object], Any], what: str, seconds: float = SECONDS) -> Object:
         """The status, once the check holds; AssertionError at the deadline, or when the job is over without it."""
 
@@ -151,7 +147,8 @@ class TrainingJob:
         )
 
     def gone(self, seconds: float = SECONDS) -> None:
-        assert self._watch.until(lambda: self.deleted, seconds), f"{self.name} is still there: {self.status}"
+        get = ("get", names.PLURAL, self.name, "--ignore-not-found")
+        eventually(lambda: not self.kubectl(*get), f"{self.name} is gone; found {self.status}", seconds)
 
     # --- its pods
 
