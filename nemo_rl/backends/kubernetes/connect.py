@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,11 +80,23 @@ class Cluster:
 
     def _send(
         self, method: str, path: str, body: Any, query: Mapping[str, Any], content_type: str, timeout: Any
-    ) -> Any:
-        import urllib3
-
+    ) -> _Answer:
+        """The answer, asked for again where the server says to come back later, for as long as one answer may take."""
         given = {name: value for name, value in query.items() if value is not None}
         url = self.client.configuration.host + path + (f"?{urlencode(given)}" if given else "")
+        limit = time.monotonic() + (timeout[0] if isinstance(timeout, tuple) else timeout)
+        while True:
+            answer = self._send_once(method, path, url, body, content_type, timeout)
+            if answer.status < 400:
+                return answer
+            words = _words(answer.read())
+            if answer.retry_after is None or time.monotonic() + answer.retry_after > limit:
+                raise ApiError(answer.status, words)
+            time.sleep(answer.retry_after)
+
+    def _send_once(self, method: str, path: str, url: str, body: Any, content_type: str, timeout: Any) -> _Answer:
+        import urllib3
+
         headers = {"Accept": JSON, "User-Agent": "nemo-rl"}
         if body is not None:
             headers["Content-Type"] = content_type
@@ -102,10 +115,7 @@ class Cluster:
             raise ClusterError(
                 f"the cluster of context {self.context} does not answer: {_short(error)}; check kubectl cluster-info"
             ) from None
-        answer = _Answer(response)
-        if response.status >= 400:
-            raise ApiError(response.status, _words(answer.read()))
-        return answer
+        return _Answer(response)
 
 
 class _Answer:
@@ -113,6 +123,13 @@ class _Answer:
 
     def __init__(self, response: Any) -> None:
         self.response = response
+        self.status = int(response.status)
+
+    @property
+    def retry_after(self) -> float | None:
+        """Seconds after which a busy server wants to be asked again: it has not done anything yet."""
+        said = self.response.headers.get("Retry-After", "")
+        return max(0.1, float(said)) if said.isdecimal() and self.status in (429, 503) else None
 
     def read(self) -> bytes:
         import urllib3

@@ -1,13 +1,13 @@
 """The documented examples as a notebook: its cells are the README's, and it is run against the current cluster.
 
-`python -m e2e.client.notebook`, in the folder tests, runs it and writes docs/on_a_cluster.ipynb with its outputs.
+Tests run it; with NEMO_RL_WRITE_NOTEBOOK=1 they keep it, with its outputs, as docs/on_a_cluster.ipynb.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +65,10 @@ def run(book: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
         book, timeout=CELL_SECONDS, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     )
     client.execute()
-    return without_times(book)
-
-
-def without_times(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Without what nbclient notes of the execution of each cell: it would differ each time."""
     for cell in book.cells:
-        cell.metadata.pop("execution", None)
+        cell.metadata.pop("execution", None)  # when each cell ran: it would differ each time
+    if os.environ.get("NEMO_RL_WRITE_NOTEBOOK") == "1":
+        nbformat.write(book, NOTEBOOK)
     return book
 
 
@@ -79,9 +76,3 @@ def outputs(book: nbformat.NotebookNode, heading: str) -> list[Any]:
     """What the example of a heading left in the notebook."""
     titles = [cell.source for cell in book.cells]
     return list(book.cells[titles.index(f"## {heading}") + 1].outputs)
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as place:
-        write_inputs(Path(place))
-        nbformat.write(run(build(), Path(place)), NOTEBOOK)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from documented import EXAMPLES, example
 from e2e.client import notebook
 from e2e.client.desk import Desk, Program
 from e2e.scene import SECONDS
-from nemo_rl.job import names
 from nemo_rl.metrics import read_history
 
 
@@ -37,9 +37,9 @@ def scripts(desk: Desk, inputs: Path) -> dict[str, Program]:
         if number >= 2:
             found[EXAMPLES[number - 2]].end(2 * SECONDS)
         found[heading] = Program(
-            [os.sys.executable, "-u", "example.py"],
+            [sys.executable, "-u", "example.py"],
             folder,
-            {**os.environ, **desk.environment},  # type: ignore[attr-defined]
+            {**os.environ, **desk.environment},
         )
     return found
 
@@ -103,4 +103,3 @@ def test_nothing_is_left_of_the_secrets_and_paths_of_this_machine_in_the_noteboo
     text = nbformat.writes(executed)
     assert str(inputs) not in text
     assert str(Path.home()) not in text
-    assert names.BACKEND_VARIABLE not in text
