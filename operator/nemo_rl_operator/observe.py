@@ -138,6 +138,8 @@ class Observed:
     progress: Progress | None = None
     image: str = ""
     """Trainer image of jobs that name none."""
+    begun: int = 0
+    """Number of the attempt that was made just now, and that the status does not tell of yet."""
     verified: int = 0
     """Number of the attempt whose Job and pods were just read from the API server rather than from the cache."""
     bundle_parts: frozenset[str] | None = None

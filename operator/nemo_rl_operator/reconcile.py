@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Protocol
 
 from nemo_rl.job import names
 from nemo_rl.job.status import JobStatus
-from nemo_rl_operator import incidents, metrics, observe, timestamps
+from nemo_rl_operator import incidents, metrics, observe, reasons, timestamps
 from nemo_rl_operator.cache import Cache, Key
 from nemo_rl_operator.client import Api, ApiError, Object
 from nemo_rl_operator.decide import Decision, decide
@@ -29,10 +29,23 @@ FIRST_WORD_SECONDS = 0.3
 and then that is all there is to say."""
 
 
+MOST_READS = 10
+"""Rounds of reading before one decision; two are what happens."""
+
+
 class Witness(Protocol):
     """Hears of every write, to notice when the watch does not report it back."""
 
     def wrote(self, key: Key, version: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Start:
+    """An attempt that starts: its job's uid, its number, and when it began to."""
+
+    uid: str
+    number: int
+    time: datetime
 
 
 class Reconciler:
@@ -54,7 +67,7 @@ class Reconciler:
         self._witness, self._image, self._busy, self._clock = witness, image, busy, clock
         self._executor = Executor(api, cache)
         self._incidents = Incidents(api)
-        self._starting: dict[Key, datetime] = {}
+        self._starting: dict[Key, _Start] = {}
 
     async def __call__(self, key: Key) -> float | None:
         if self._cache.get(key).at_rest:
@@ -65,7 +78,9 @@ class Reconciler:
             self._forget(key)
             return None
         if decision.status.phase == "Starting":
-            self._starting.setdefault(key, self._clock())
+            uid, number = seen.resource.uid, decision.status.attempt or 0
+            if self._begun(key, uid) != number:
+                self._starting[key] = _Start(uid, number, self._clock())
         else:
             self._starting.pop(key, None)
         if decision.actions:
@@ -89,13 +104,19 @@ class Reconciler:
         entry = self._cache.get(key)
         if entry.resource is None:
             return None
-        progress = self._progress.newest(key)
-        return observe.observe(entry.resource, entry.jobs.values(), entry.telling_pods, progress, self._image)
+        progress, begun = self._progress.newest(key), self._begun(key, entry.resource.uid)
+        seen = observe.observe(entry.resource, entry.jobs.values(), entry.telling_pods, progress, self._image)
+        return replace(seen, begun=begun) if begun else seen
+
+    def _begun(self, key: Key, uid: str) -> int:
+        """Number of the attempt of this very job that starts, as far as this process knows; 0 if none does."""
+        start = self._starting.get(key)
+        return start.number if start and start.uid == uid else 0
 
     async def _decide(self, key: Key) -> tuple[Observed | None, Decision]:
         """Decide, reading first what the decision asks for."""
         known: dict[str, Any] = {}
-        while True:
+        for _ in range(MOST_READS):
             seen = self._see(key)
             if seen is None:
                 return None, Decision(JobStatus())
@@ -105,6 +126,7 @@ class Reconciler:
                 return seen, decision
             for need in decision.needs:
                 known |= await self._read(need, key, seen)
+        raise RuntimeError(f"the decision asks for {decision.needs} again and again")
 
     async def _read(self, need: Need, key: Key, seen: Observed) -> dict[str, Any]:
         namespace = key[0]
@@ -179,10 +201,10 @@ class Reconciler:
 
     def _may_wait(self, key: Key, old: Object, new: Object) -> float:
         """Seconds for which this need not be written, since the next status may make it superfluous."""
-        if "phase" not in old and new.get("phase") == "Starting":
+        if "phase" not in old and new.get("reason") == reasons.STARTING:
             others = len(self._starting) - 1
             patience = FIRST_WORD_SECONDS + others * incidents.PATIENCE_PER_JOB
-            return patience - (self._clock() - self._starting[key]).total_seconds()
+            return patience - (self._clock() - self._starting[key].time).total_seconds()
         progress_only = all(old.get(name) == new.get(name) for name in {*old, *new} - {"progress", "checkpoint"})
         return DEFER_SECONDS if progress_only and self._busy() else 0.0
 
@@ -197,8 +219,8 @@ class Reconciler:
 
 
 def newest_attempt(seen: Observed) -> int:
-    """Number of the newest attempt, by status and Jobs."""
-    return max([seen.status.attempt or 0, *seen.attempts])
+    """Number of the newest attempt, by status and Jobs, and by what was made just now."""
+    return max([seen.status.attempt or 0, seen.begun, *seen.attempts])
 
 
 def merge_patch(old: Object, new: Object) -> Object:

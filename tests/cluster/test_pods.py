@@ -55,7 +55,7 @@ def test_several_nodes_are_one_indexed_job_with_a_headless_service(scene: Scene)
         assert found["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "4"
     claim = scene.api.get("persistentvolumeclaims", scene.namespace, names.output_claim("x"))
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
-    assert scene.kubectl("get", names.SHORT_NAME, "x", "-o", "jsonpath={.status.gpus}") == "8"
+    scene.until(lambda s: s["gpus"] == 8, "the number of GPUs is shown")
 
 
 def test_one_node_needs_no_service_and_a_claim_of_one_writer(scene: Scene) -> None:

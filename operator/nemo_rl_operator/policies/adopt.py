@@ -9,14 +9,15 @@ from nemo_rl_operator.turn import Need, Turn
 
 
 def take_in_jobs(turn: Turn) -> bool:
-    """Record attempts whose Job was made but whose beginning was never written."""
-    for number in sorted(turn.seen.attempts):
-        attempt = turn.seen.attempts[number]
+    """Record attempts whose Job was made but whose beginning was never written; it may be gone already."""
+    made = {*turn.seen.attempts, *([turn.seen.begun] if turn.seen.begun else [])}
+    for number in sorted(made):
+        attempt = turn.seen.attempts.get(number)
         if number < turn.number or (number == turn.number and turn.record):
             continue
         if turn.open:
             _close_superseded(turn)
-        turn.begin(number, attempt.created or turn.time)
+        turn.begin(number, attempt.created if attempt and attempt.created else turn.time)
         turn.event(reasons.EVENT_STARTED, reasons.STARTING_MESSAGE.format(attempt=number), key=str(number))
     return False
 

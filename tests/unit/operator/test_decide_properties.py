@@ -31,8 +31,8 @@ SCRIPTS = st.lists(STEPS, min_size=15, max_size=50)
 FIELDS = st.sampled_from(
     [{}, {"backoffLimit": 0}, {"backoffLimit": 1000}, {"activeDeadlineSeconds": 600}, {"suspend": True}]
 )
-Start = tuple[int, bool, dict[str, Any]]
-WORLDS: st.SearchStrategy[Start] = st.tuples(st.sampled_from([1, 2]), st.booleans(), FIELDS)
+Start = tuple[int, bool, dict[str, Any], bool]
+WORLDS: st.SearchStrategy[Start] = st.tuples(st.sampled_from([1, 2]), st.booleans(), FIELDS, st.booleans())
 MANY = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -88,10 +88,13 @@ UNHEARD: list[tuple[Any, ...]] = [("reconcile", None), ("controller",), ("run",)
 
 
 @MANY
-@example((2, True, {}), OUTLIVED)  # the Job is called failed while one of its pods still saves
-@example((1, False, {}), PREEMPTED)  # Kueue takes the quota back and gives it again while the pod still saves
-@example((2, True, {}), DEAF_TO_PODS)  # the operator hears of the failed Job, but not of its pods
-@example((1, False, {}), [*UNHEARD, ("controller",)])  # the operator never heard of the pod that outlives its Job
+@example((2, True, {}, False), OUTLIVED)  # the Job is called failed while one of its pods still saves
+@example((1, False, {}, False), PREEMPTED)  # Kueue takes the quota back and gives it again while the pod still saves
+@example((2, True, {}, False), DEAF_TO_PODS)  # the operator hears of the failed Job, but not of its pods
+@example(
+    (1, False, {}, False), [*UNHEARD, ("controller",)]
+)  # the operator never heard of the pod that outlives its Job
+@example((1, False, {}, True), [*UNHEARD, ("controller",)])  # nor did it write that the attempt had begun
 @given(WORLDS, SCRIPTS)
 def test_there_are_never_two_live_attempts(start: Start, script: list[tuple[Any, ...]]) -> None:
     world = World(*start)
@@ -133,9 +136,9 @@ DELETED: list[tuple[Any, ...]] = [TICK, TICK, ("delete pod", 0, False), ("end de
 
 
 @MANY
-@example((1, False, {"backoffLimit": 0}), DELETED)  # the operator hears of the Job's end only, the pod is gone
-@example((1, False, {"backoffLimit": 0}), [TICK, TICK, ("delete pod", 0, True), ("time", 12.0), TICK])
-@given(st.tuples(st.sampled_from([1, 2]), st.booleans(), st.just({"backoffLimit": 0})), SCRIPTS)
+@example((1, False, {"backoffLimit": 0}, False), DELETED)  # the operator hears of the Job's end only, the pod is gone
+@example((1, False, {"backoffLimit": 0}, False), [TICK, TICK, ("delete pod", 0, True), ("time", 12.0), TICK])
+@given(st.tuples(st.sampled_from([1, 2]), st.booleans(), st.just({"backoffLimit": 0}), st.booleans()), SCRIPTS)
 def test_what_the_cluster_does_to_a_job_never_counts(start: Start, script: list[tuple[Any, ...]]) -> None:
     world = World(*start)
     for step in script:

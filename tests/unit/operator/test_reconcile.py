@@ -137,6 +137,25 @@ async def test_that_it_starts_is_not_written_of_a_job_that_runs_at_once() -> Non
     assert [e.reason for e in setting.events] == ["AttemptStarted"], "the Event is posted nevertheless"
 
 
+async def test_an_attempt_whose_job_is_deleted_before_the_status_tells_of_it_is_not_forgotten() -> None:
+    setting = Setting()
+    setting.api.put_job()
+    setting.deliver()
+    await setting.reconcile(KEY)
+    assert setting.status == {}
+    setting.pod("Running", running={})  # it outlives its Job, and the watch has not told of it yet
+    del setting.api.objects[Kind.JOB, "x-1"]
+    setting.cache.drop("job", KEY, "x-1")
+    await setting.reconcile(KEY)
+    assert "JOB x-2" not in setting.api.made(), "never two attempts at once"
+    assert setting.api.made().count("JOB x-1") == 1
+    del setting.api.objects[Kind.POD, "x-1-0"]
+    setting.cache.drop("pod", KEY, "x-1-0")
+    await setting.reconcile(KEY)
+    assert "JOB x-2" in setting.api.made()
+    assert setting.status["attempts"][0]["cause"] == "JobDeleted"
+
+
 async def test_the_more_jobs_start_the_later_it_is_written_that_they_do() -> None:
     setting = Setting()
     for number in range(100):

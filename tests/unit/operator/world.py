@@ -8,9 +8,10 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from nemo_rl.job.status import JobStatus, TerminationMessage
-from nemo_rl_operator import timestamps
+from nemo_rl_operator import reasons, timestamps
 from nemo_rl_operator.decide import Decision, decide
 from nemo_rl_operator.observe import AttemptView, Observed, PodView, Resource, observe
+from nemo_rl_operator.reconcile import newest_attempt
 from nemo_rl_operator.turn import Create, Delete, Kind, Need
 from unit.operator import make
 
@@ -46,6 +47,8 @@ class World:
     hasty: bool = False
     """The Job controller ends a Job before all of its pods have ended, as before Kubernetes 1.31."""
     fields: dict[str, Any] = field(default_factory=dict)
+    patient: bool = False
+    """The operator does not write at once that the first attempt starts, but keeps it in mind."""
 
     def __post_init__(self) -> None:
         self.now: datetime = make.NOW
@@ -53,6 +56,7 @@ class World:
         self.live = Objects(replace(first, version="1"))
         self.cache = Objects(self.live.resource)
         self.uids = 0
+        self.begun = 0
         self.released: set[str] = set()
         self.silent: set[str] = set()
         """Pods whose node does not answer any more."""
@@ -216,7 +220,7 @@ class World:
     def look(self, verified: int = 0) -> Observed:
         cache = self.cache
         found = observe(cache.resource, cache.jobs.values(), cache.pods.values(), None, make.IMAGE)
-        return replace(found, verified=verified, incident="")
+        return replace(found, verified=verified, incident="", begun=self.begun)
 
     def decide(self) -> tuple[Observed, Decision]:
         verified = 0
@@ -226,7 +230,7 @@ class World:
             if not decision.needs:
                 return seen, decision
             assert decision.needs == {Need.ATTEMPT}
-            verified = max([seen.status.attempt or 0, *seen.attempts])
+            verified = newest_attempt(seen)
             name = f"x-{verified}"
             if name in self.live.jobs:
                 self.cache.jobs[name] = self.live.jobs[name]
@@ -241,10 +245,15 @@ class World:
         calls = 0
         for action in decision.actions:
             if calls == die_after:
+                self.begun = 0
                 return decision
             calls += 1
             self._execute(action)
         if calls == die_after:
+            self.begun = 0
+            return decision
+        if self.patient and not seen.status.phase and decision.status.reason == reasons.STARTING:
+            self.begun = decision.status.attempt or 0
             return decision
         if seen.status.dump() != decision.status.dump() and self.write_status(decision.status, seen.resource.version):
             self.cache.resource = self.live.resource
