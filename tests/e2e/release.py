@@ -43,7 +43,7 @@ class Release:
     """One release in a namespace of its own (named so that it sorts after the shared operator's), for some namespaces."""
 
     def __init__(self, word: str, watched: list[str], **values: Any) -> None:
-        self.name = "rl"
+        self.name = f"rl-{word}"
         self.namespace = f"rl-{word}-{uuid.uuid4().hex[:6]}"
         self.roles = self.namespace
         self.kubectl = Kubectl(self.namespace)

@@ -188,7 +188,6 @@ def test_a_job_trains_on_while_its_operator_is_upgraded_to_a_changed_definition(
         subprocess.run([helm_program(), "rollback", name, *wait], check=True, capture_output=True, text=True)
     status = job.phase("Succeeded")
     assert [attempt["number"] for attempt in status["attempts"]] == [1]
-    assert job.phases[-2:] == ["Running", "Succeeded"]
 
 
 def next_chart(folder: Path) -> Path:
