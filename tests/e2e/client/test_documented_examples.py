@@ -92,13 +92,6 @@ def test_a_cell_that_ran_before_has_a_job_of_its_own(desk: Desk, executed: nbfor
     assert all(name in listed.data["text/plain"] for name in phases)
 
 
-def test_the_notebook_of_the_documentation_has_the_cells_of_the_readme_and_was_run() -> None:
-    kept = nbformat.read(notebook.NOTEBOOK, as_version=4)
-    assert [cell.source for cell in kept.cells] == [cell.source for cell in notebook.build().cells]
-    for heading in EXAMPLES:
-        assert any("<progress" in str(output) for output in notebook.outputs(kept, heading)), heading
-
-
 def test_nothing_is_left_of_the_secrets_and_paths_of_this_machine_in_the_notebook(executed: Any, inputs: Path) -> None:
     text = nbformat.writes(executed)
     assert str(inputs) not in text
