@@ -26,10 +26,10 @@ class Entry:
 
     @property
     def telling_pods(self) -> list[PodView]:
-        """Pods to decide by. One that is gone tells why its Job failed, and nothing before that."""
+        """Pods to decide by. One that is gone tells how its Job ends, and nothing before that."""
         if not self.gone:
             return list(self.pods.values())
-        ended = {job.uid for job in self.jobs.values() if job.finished}
+        ended = {job.uid for job in self.jobs.values() if job.finished or job.deleting}
         return [pod for name, pod in self.pods.items() if name not in self.gone or pod.controller in ended]
 
     @property

@@ -101,6 +101,10 @@ def test_a_deleted_pod_tells_nothing_before_its_job_has_ended() -> None:
     assert cache.get(KEY).telling_pods == [], "Kueue may have suspended the Job: another pod will take its place"
     cache.put("job", raw_job(4, conditions=[{"type": "Failed", "status": "True"}]))
     assert [pod.phase for pod in cache.get(KEY).telling_pods] == ["Failed"]
+    deleting = raw_job(5)
+    deleting["metadata"]["deletionTimestamp"] = make.at(0)
+    cache.put("job", deleting)
+    assert [pod.phase for pod in cache.get(KEY).telling_pods] == ["Failed"], "its last word: what it saved"
 
 
 def test_of_deleted_pods_only_the_newest_of_each_index_is_remembered() -> None:
