@@ -22,16 +22,19 @@ CHART = ROOT / "charts" / "nemo-rl-operator"
 Object = dict[str, Any]
 
 
-def helm_program() -> str:
-    """Path of helm. Skips where it is not at hand; where tests must run, it is compiled and its lack is a failure."""
-    found = shutil.which("helm")
-    if found:
+def program(name: str) -> str:
+    """Path of a program. Skips where it is not at hand; where tests must run, it is compiled and its lack is a failure."""
+    if found := shutil.which(name):
         return found
     required = os.environ.get("CI") == "true" or os.environ.get("NEMO_RL_REQUIRE_CLUSTER") == "1"
-    if not programs.path("helm").exists() and not required:
-        pytest.skip("helm is not installed; compile it with: python tests/lab/lab.py build helm")
-    programs.ensure(["helm"])
-    return str(programs.path("helm"))
+    if not programs.path(name).exists() and not required:
+        pytest.skip(f"{name} is not installed; compile it with: python tests/lab/lab.py build {name}")
+    programs.ensure([name])
+    return str(programs.path(name))
+
+
+def helm_program() -> str:
+    return program("helm")
 
 
 def helm(

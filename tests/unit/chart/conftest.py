@@ -1,4 +1,4 @@
-"""Compiles helm where it must be there, before the time limits of single tests begin to count."""
+"""Compiles helm and kubectl where they must be there, before the time limits of single tests begin to count."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ from lab.settings import LabError
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     ours = any(Path(__file__).parent in item.path.parents for item in session.items)
-    if ours and os.environ.get("CI") == "true" and not shutil.which("helm") and not session.config.option.collectonly:
+    if ours and os.environ.get("CI") == "true" and not session.config.option.collectonly:
         with contextlib.suppress(LabError):  # what goes wrong here is reported by the tests
-            programs.ensure(["helm"])
+            programs.ensure([name for name in ("helm", "kubectl") if not shutil.which(name)])

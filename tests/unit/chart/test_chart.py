@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from charts import CHART, ROOT, Object, helm, helm_program, load, render
-from lab import programs
+from charts import CHART, ROOT, Object, helm, helm_program, load, program, render
 from nemo_rl.job import names
 
 CRD = "nemo-rl.io_rltrainingjobs.yaml"
@@ -153,9 +152,7 @@ def test_the_kustomize_base_is_what_the_chart_renders():
 
 
 def test_kustomize_builds_the_base():
-    kubectl = programs.path("kubectl")
-    if not kubectl.exists():
-        pytest.skip(f"kubectl is not at {kubectl}; python tests/lab/lab.py build kubectl makes it")
+    kubectl = program("kubectl")
     result = subprocess.run([kubectl, "kustomize", ROOT / "deploy" / "base"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     objects = [found for found in yaml.safe_load_all(result.stdout) if found]
