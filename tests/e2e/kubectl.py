@@ -55,57 +55,69 @@ class Kubectl:
         )
 
 
-class Lines:
-    """What a streaming command prints, each line with the time when it came; a thread reads it."""
+class Stream:
+    """A command that goes on until close(), read by a thread. With `again` it is started anew when it ends.
 
-    def __init__(self, kubectl: Kubectl, *words: str) -> None:
-        self.found: list[tuple[float, str]] = []
+    Servers end a watch now and then, and all watches of a resource whose definition changes.
+    """
+
+    def __init__(self, kubectl: Kubectl, *words: str, again: bool = False) -> None:
+        self.kubectl, self.words, self.again = kubectl, words, again
+        self.changed = threading.Condition()
+        self.closed = False
         self.process = kubectl.stream(*words)
-        threading.Thread(target=self._read, name=f"kubectl {words[0]}", daemon=True).start()
+        threading.Thread(target=self._follow, name=f"kubectl {words[0]}", daemon=True).start()
 
-    def _read(self) -> None:
-        assert self.process.stdout
-        for line in self.process.stdout:
-            self.found.append((time.monotonic(), line.rstrip("\n")))
+    def take(self, line: str) -> None:
+        """What becomes of a line; called with `changed` held."""
+        raise NotImplementedError
+
+    def _follow(self) -> None:
+        while True:
+            assert self.process.stdout
+            for line in self.process.stdout:
+                with self.changed:
+                    self.take(line.rstrip("\n"))
+                    self.changed.notify_all()
+            self.process.wait()
+            time.sleep(0.2)
+            with self.changed:
+                if self.closed or not self.again:
+                    return
+                self.process = self.kubectl.stream(*self.words)
+
+    def close(self) -> None:
+        with self.changed:
+            self.closed = True
+            self.process.kill()
+        self.process.wait()
+
+
+class Lines(Stream):
+    """What a command prints, each line with the time when it came."""
+
+    def __init__(self, kubectl: Kubectl, *words: str, again: bool = False) -> None:
+        self.found: list[tuple[float, str]] = []
+        super().__init__(kubectl, *words, again=again)
+
+    def take(self, line: str) -> None:
+        self.found.append((time.monotonic(), line))
 
     @property
     def text(self) -> list[str]:
         return [line for _, line in self.found]
 
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
-
-class Watch:
-    """Every state of the objects that `kubectl get WORDS --watch` shows, from now on; close() ends it."""
+class Watch(Stream):
+    """Every state of the objects that `kubectl get WORDS --watch` shows, from now on."""
 
     def __init__(self, kubectl: Kubectl, *words: str) -> None:
         self.states: list[tuple[float, Object]] = []
-        self.changed = threading.Condition()
-        self.kubectl = kubectl
-        self.words = ("get", *words, "-o", "json", "--watch", "--output-watch-events")
-        self.closed = False
-        self.process = kubectl.stream(*self.words)
-        threading.Thread(target=self._follow, name=f"watch {words[0]}", daemon=True).start()
+        super().__init__(kubectl, "get", *words, "-o", "json", "--watch", "--output-watch-events", again=True)
 
-    def _follow(self) -> None:
-        """Servers end a watch now and then, and each of them when the definition of a resource changes."""
-        while not self.closed:
-            self._read()
-            time.sleep(0.2)
-            with self.changed:
-                if not self.closed:
-                    self.process = self.kubectl.stream(*self.words)
-
-    def _read(self) -> None:
-        assert self.process.stdout
-        for line in self.process.stdout:  # one event a line; what is no event is what kubectl says when it ends
-            if line.startswith("{"):
-                with self.changed:
-                    self.states.append((time.monotonic(), json.loads(line)["object"]))
-                    self.changed.notify_all()
-        self.process.wait()
+    def take(self, line: str) -> None:
+        if line.startswith("{"):  # one event a line; all else is what kubectl says when it ends
+            self.states.append((time.monotonic(), json.loads(line)["object"]))
 
     def until(self, check: Callable[[], Any], seconds: float) -> Any:
         """The first true answer of a check that is asked after each change; None at the deadline."""
@@ -117,12 +129,6 @@ class Watch:
                     return None
                 self.changed.wait(min(left, 1.0))
         return found
-
-    def close(self) -> None:
-        with self.changed:
-            self.closed = True
-            self.process.kill()
-        self.process.wait()
 
 
 def eventually(check: Callable[[], Any], what: str, seconds: float) -> Any:

@@ -10,8 +10,8 @@ import pytest
 from e2e.kubectl import Object
 from e2e.scene import Scene, TrainingJob, metrics_of
 
-STEPS = 16
-SAVE_EVERY = 4
+STEPS = 10
+SAVE_EVERY = 3
 KILL = """
 import os, signal
 for entry in filter(str.isdigit, os.listdir("/proc")):
