@@ -77,12 +77,6 @@ class Reconciler:
         if seen is None:
             self._forget(key)
             return None
-        if decision.status.phase == "Starting":
-            uid, number = seen.resource.uid, decision.status.attempt or 0
-            if self._begun(key, uid) != number:
-                self._starting[key] = _Start(uid, number, self._clock())
-        else:
-            self._starting.pop(key, None)
         if decision.actions:
             try:
                 blocked = await self._executor.run(seen.resource, decision.actions)
@@ -92,6 +86,7 @@ class Reconciler:
                 decision = decide(replace(seen, blocked=blocked), self._clock())
                 if decision.actions:
                     await self._executor.run(seen.resource, decision.actions)
+        self._note_start(key, seen.resource.uid, decision.status)
         wake = await self._report(key, seen, decision)
         self._follow_progress(key, seen, decision.status)
         return wake
@@ -107,6 +102,14 @@ class Reconciler:
         progress, begun = self._progress.newest(key), self._begun(key, entry.resource.uid)
         seen = observe.observe(entry.resource, entry.jobs.values(), entry.telling_pods, progress, self._image)
         return replace(seen, begun=begun) if begun else seen
+
+    def _note_start(self, key: Key, uid: str, status: JobStatus) -> None:
+        """Once its objects are made: which attempt starts."""
+        number = status.attempt or 0
+        if status.phase != "Starting":
+            self._starting.pop(key, None)
+        elif self._begun(key, uid) != number:
+            self._starting[key] = _Start(uid, number, self._clock())
 
     def _begun(self, key: Key, uid: str) -> int:
         """Number of the attempt of this very job that starts, as far as this process knows; 0 if none does."""

@@ -137,6 +137,21 @@ async def test_that_it_starts_is_not_written_of_a_job_that_runs_at_once() -> Non
     assert [e.reason for e in setting.events] == ["AttemptStarted"], "the Event is posted nevertheless"
 
 
+async def test_an_attempt_whose_job_could_not_be_made_has_not_begun() -> None:
+    setting = Setting()
+    setting.api.put_job()
+    setting.deliver()
+    setting.api.refuse["POST", Kind.JOB] = ApiError(429, "TooManyRequests", "later")
+    for _ in range(3):
+        with pytest.raises(ApiError, match="later"):
+            await setting.reconcile(KEY)
+    setting.api.refuse.clear()
+    await setting.reconcile(KEY)
+    setting.now = make.later(1)
+    await setting.reconcile(KEY)
+    assert [a["number"] for a in setting.status["attempts"]] == [1]
+
+
 async def test_an_attempt_whose_job_is_deleted_before_the_status_tells_of_it_is_not_forgotten() -> None:
     setting = Setting()
     setting.api.put_job()
