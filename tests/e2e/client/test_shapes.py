@@ -60,6 +60,7 @@ def test_from_another_python_seven_of_nine_score_alike_and_none_wrongly(
     answers = ship(desk, tiny, rows, other_python, "other")
     assert set(answers) == {shape.name for shape in NINE}
     equal = [name for name, answer in answers.items() if "refused" not in answer]
+    print(f"{len(equal)} of {len(answers)} travel from another Python")
     assert len(equal) >= 7, answers
     for name in equal:
         assert len(answers[name]["there"]) == 8
