@@ -254,8 +254,10 @@ def _line_name(name: str) -> str:
 
 def _line_value(value: Any) -> str:
     if isinstance(value, float):
-        value = float(f"{value:.4g}")
-        return f"{value:.0f}" if value.is_integer() and abs(value) < 1e9 else f"{value:.4g}"
+        rounded = float(f"{value:.4g}")
+        if not math.isfinite(rounded):  # the largest numbers there are
+            return repr(value)
+        return f"{rounded:.0f}" if rounded.is_integer() and abs(rounded) < 1e9 else f"{rounded:.4g}"
     if value is None or isinstance(value, (bool, int)):
         return json.dumps(value)
     return json.dumps(value if isinstance(value, str) else json.dumps(value), ensure_ascii=True)
