@@ -25,6 +25,9 @@ def shared_values() -> Object:
     variables = {e["name"]: e.get("value", "") for e in container["env"]}
 
     def image(name: str) -> Object:
+        if "@" in name:
+            repository, _, digest = name.partition("@")
+            return {"repository": repository, "digest": digest}
         repository, _, tag = name.rpartition(":")
         return {"repository": repository, "tag": tag}
 
