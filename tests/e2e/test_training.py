@@ -43,7 +43,9 @@ def test_a_grpo_job_passes_through_its_phases_in_order(grpo: Trained):
 
 
 def test_step_and_reward_advance_in_the_table_that_a_user_watches(grpo: Trained):
-    eventually(lambda: any(f"{STEPS}/{STEPS}" in line for line in grpo.table.text), "the last step in the table", SECONDS)
+    eventually(
+        lambda: any(f"{STEPS}/{STEPS}" in line for line in grpo.table.text), "the last step in the table", SECONDS
+    )
     header, *rows = [re.split(r"\s{2,}", line) for line in grpo.table.text if "  " in line]
     columns = [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header) and row != header]
     training = [row for row in columns if row["PHASE"] == "Running" and "/" in row["STEP"]]
