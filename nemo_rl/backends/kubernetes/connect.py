@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from nemo_rl.backends.kubernetes.errors import ApiError, ClusterError
+from nemo_rl.backends.kubernetes.errors import ApiError, ClusterError, ConnectionCut
 from nemo_rl.job import names
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ FIELD_MANAGER = "nemo-rl"
 REQUEST_SECONDS = 30.0
 STREAM_SILENCE_SECONDS = 300.0
 """A stream that is silent for so long is opened anew: its connection may have died without a word."""
+_TRIES = 4
+_PAUSE_SECONDS = 0.2
 _SERVICE_ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 INSTALL_CRD = "nemo-rl crd | kubectl apply --server-side -f -"
@@ -55,9 +57,19 @@ class Cluster:
         content_type: str = JSON,
         timeout: float = REQUEST_SECONDS,
     ) -> Any:
-        """The answer, parsed where it is JSON. ApiError for one that is no success, ClusterError where none comes."""
-        response = self._send(method, path, body, query or {}, content_type, timeout)
-        text = response.read()
+        """The answer, parsed where it is JSON. ApiError for one that is no success, ClusterError where none comes.
+
+        Asked again where the connection breaks off. So a change may be made twice: every one here says what shall be,
+        and takes "exists already" and "not found" for what they are.
+        """
+        for attempt in range(_TRIES):
+            try:
+                text = self._send(method, path, body, query or {}, content_type, timeout).read()
+                break
+            except ConnectionCut:
+                if attempt == _TRIES - 1:
+                    raise
+                time.sleep(_PAUSE_SECONDS * 2**attempt)
         return json.loads(text) if text[:1] == b"{" else text.decode(errors="replace")
 
     def stream(
@@ -112,7 +124,8 @@ class Cluster:
                 preload_content=False,
             )
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise ClusterError(
+            kind = ConnectionCut if isinstance(error, urllib3.exceptions.ProtocolError) else ClusterError
+            raise kind(
                 f"the cluster of context {self.context} does not answer: {_short(error)}; check kubectl cluster-info"
             ) from None
         return _Answer(response)
@@ -137,7 +150,7 @@ class _Answer:
         try:
             return bytes(self.response.read())
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise ClusterError(f"the answer was cut: {_short(error)}") from None
+            raise ConnectionCut(f"the answer was cut: {_short(error)}") from None
         finally:
             self.response.release_conn()
 

@@ -9,6 +9,10 @@ class ClusterError(RuntimeError):
     """The cluster cannot be used. Says what was found and the command that cures it."""
 
 
+class ConnectionCut(ClusterError):
+    """The connection was there and broke off: asking again may well help."""
+
+
 class ApiError(ClusterError):
     """An answer of the API server that is no success: its status `code` and its own words."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 from nemo_rl.backends.kubernetes.connect import Cluster
 from nemo_rl.backends.kubernetes.errors import ApiError, ClusterError
 
-Serve = Callable[..., Cluster]
+CUT = 0
 
 
 class Server(ThreadingHTTPServer):
@@ -29,9 +29,12 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.asked.append(self.path)
         code, headers = self.server.answers.pop(0) if self.server.answers else (200, {})
+        if code == CUT:
+            self.close_connection = True
+            return
         body = json.dumps({"message": "busy"} if code >= 400 else {"fine": True}).encode()
         self.send_response(code)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
@@ -81,6 +84,22 @@ def test_other_refusals_are_told_at_once(server: Server, cluster: Cluster, answe
         cluster.request("GET", "/x")
     assert (caught.value.code, caught.value.reason) == (answer[0], "busy")
     assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("cut", [(CUT, {}), (200, {"Content-Length": "9999"})], ids=["before", "within the answer"])
+def test_a_connection_that_breaks_off_is_made_again(
+    server: Server, cluster: Cluster, cut: tuple[int, dict[str, str]]
+) -> None:
+    server.answers = [cut, cut]
+    assert cluster.request("GET", "/x") == {"fine": True}
+    assert len(server.asked) == 3
+
+
+def test_one_that_always_breaks_off_is_given_up(server: Server, cluster: Cluster) -> None:
+    server.answers = [(CUT, {})] * 20
+    with pytest.raises(ClusterError, match="does not answer"):
+        cluster.request("GET", "/x")
+    assert len(server.asked) < 10
 
 
 def test_no_answer_names_the_context_and_a_command(cluster: Cluster) -> None:
