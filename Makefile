@@ -27,7 +27,7 @@ ifndef KUBECONFIG
 	$(LAB) deploy
 endif
 	$(IN_CLUSTER) $(BIN)/python -m pytest tests/e2e/test_startup.py
-	$(IN_CLUSTER) $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/e2e/test_startup.py tests/e2e
+	$(IN_CLUSTER) $(BIN)/python -m pytest -n 2 --dist loadgroup --ignore tests/e2e/test_startup.py tests/e2e
 
 bench: $(VENV)/.dev            ## speed and memory as ratios against TRL
 	$(BIN)/python benchmarks/engine.py
