@@ -100,7 +100,7 @@ class ProgressPuller:
                 self._changed(key)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             result = "unreachable"
-            source.failures += 1
+            source.failures = 1  # it imports, or its node is busy: it is asked again soon, however often that was so
             log.debug("%s/%s: no progress: %s", *key, error)
         except ValueError as error:  # a ValidationError too
             result = "invalid"

@@ -13,7 +13,7 @@ from e2e.kubectl import Lines, Object, eventually
 from e2e.scene import SECONDS, Scene, TrainingJob, metrics_of
 from nemo_rl.job import names
 
-STEPS = 24
+STEPS = 60
 PAUSE = 0.03
 """Seconds that the reward takes for a completion: steps that last long enough for the status to show several."""
 

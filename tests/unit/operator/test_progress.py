@@ -165,3 +165,23 @@ async def test_another_pod_begins_anew_and_a_forgotten_job_is_not_asked(
         await asyncio.wait_for(changed.get(), 10)
         found.forget(KEY)
         assert found.newest(KEY) is None
+
+
+async def test_a_pod_that_cannot_be_reached_is_asked_again_soon_however_often_that_was_so(
+    puller: tuple[ProgressPuller, asyncio.Queue[Key]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, _ = puller
+    waits: list[float] = []
+    enough = asyncio.Event()
+    plan = found._plan
+
+    def watch(key: Key, pod: str, seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 8:
+            enough.set()
+        plan(key, pod, seconds)
+
+    monkeypatch.setattr(found, "_plan", watch)
+    found.follow(KEY, "pod", "127.0.0.1")  # nothing listens there
+    await asyncio.wait_for(enough.wait(), 10)
+    assert max(waits) <= 2 * max(progress.INTERVAL, 1 / progress.WRITES_PER_SECOND)
