@@ -134,6 +134,7 @@ def test_killed_runs_equal_an_unbroken_one(algorithm: str, runs: Runs, tmp_path:
         if code == 0 or finished(output):  # it was done before the kill: compare, and go on with a fresh run
             assert outcome(output) == expected
             output = tmp_path / f"broken-{len(codes)}-{time.monotonic_ns()}"
+            seconds *= 0.9  # where other work has left the machine since, runs are shorter now
             continue
         assert code in (-signal.SIGKILL, -signal.SIGTERM, 75)
         codes.append(code)
