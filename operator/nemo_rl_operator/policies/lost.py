@@ -31,11 +31,15 @@ def give_up(turn: Turn) -> bool:
 
 
 def release(turn: Turn) -> None:
-    """Delete Jobs that hold on to such pods; with their Jobs they go."""
+    """Delete Jobs that hold on to such pods, when it is time; with their Jobs they go."""
     for attempt in turn.seen.attempts.values():
         pods = [pod for pod in turn.seen.pods.get(attempt.number, ()) if pod.forced and not pod.terminal]
-        if not attempt.deleting and any(overdue(turn, pod) for pod in pods):
+        if attempt.deleting or not pods:
+            continue
+        if any(overdue(turn, pod) for pod in pods):
             turn.actions.append(Delete(Kind.JOB, attempt.name, attempt.uid, foreground=True))
+        else:
+            turn.wake_in(min(_left(turn, pod) for pod in pods))
 
 
 def overdue(turn: Turn, pod: PodView) -> bool:

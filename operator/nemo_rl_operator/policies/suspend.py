@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nemo_rl.job.status import Cause
 from nemo_rl_operator import reasons
+from nemo_rl_operator.policies import lost
 from nemo_rl_operator.turn import Delete, Kind, Turn
 
 
@@ -15,6 +16,8 @@ def hold(turn: Turn) -> bool:
     if stopping or turn.live_pods():
         if attempt and not attempt.deleting and not attempt.finished:
             turn.actions.append(Delete(Kind.JOB, attempt.name, attempt.uid, foreground=True))
+        else:
+            lost.release(turn)
         if record and record.end_time is None:
             record.cause, record.counted = Cause.SUSPENDED, False
         turn.phase(turn.status.phase or "Starting", reasons.STOPPING, reasons.STOPPING_MESSAGE)

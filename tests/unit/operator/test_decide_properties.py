@@ -73,6 +73,7 @@ def play(world: World, step: tuple[Any, ...]) -> None:
 TICK = ("tick",)
 OUTLIVED: list[tuple[Any, ...]] = [TICK, TICK, ("end", 0, 75), TICK, TICK, TICK]
 LATE = ("reconcile", None)
+SILENT_AFTER_AN_EVICTION: list[tuple[Any, ...]] = [*[TICK] * 3, ("evict", 0), ("delete pod", 0, True), TICK]
 DEAF_TO_PODS: list[tuple[Any, ...]] = [
     LATE,
     ("controller",),
@@ -167,6 +168,7 @@ def test_what_was_decided_is_not_decided_again(start: Start, script: list[tuple[
 
 @MANY
 @given(WORLDS, SCRIPTS)
+@example((2, True, {}, False), SILENT_AFTER_AN_EVICTION)
 def test_a_suspended_job_has_no_pods_and_a_resumed_one_goes_on(start: Start, script: list[tuple[Any, ...]]) -> None:
     world = World(*start)
     for step in script:
@@ -178,7 +180,7 @@ def test_a_suspended_job_has_no_pods_and_a_resumed_one_goes_on(start: Start, scr
         world.job_controller()
         world.end_deleted_pods()
         world.job_controller()
-        world.pass_time(1)
+        world.pass_time(5)  # in all, longer than a silent node is waited for
     if world.status.phase in ("Succeeded", "Failed"):
         return
     assert world.status.phase == "Suspended"
