@@ -58,15 +58,15 @@ def outcome(attempt: AttemptView, pods: tuple[PodView, ...], nodes: int, settled
     Success is index 0's alone. A failure of a single pod is final at once, unless somebody deleted the pod: Kueue
     may have suspended the Job and resumed it already, and then another pod takes its place. Of several pods, all must
     have ended first, for the first to fail is often not the cause: the Job's Failed condition says so, and the news
-    about each of them must be in. `settled` says that the Job failed some seconds ago, so that none can still be on the
+    about each of them must be in. `settled` says that the Job ended some seconds ago, so that none can still be on the
     way.
     """
     pods = newest(pods)
     first = next((pod for pod in pods if pod.index == 0), None)
     if first and first.phase == "Succeeded":
         return _success(first)
-    if attempt.complete and first is None:
-        return Outcome(None, ended=attempt.ended)
+    if attempt.complete:
+        return Outcome(None, ended=attempt.ended) if first is None or settled else None
     if attempt.deleting or attempt.suspended:
         return None
     failed = [pod for pod in pods if pod.phase == "Failed"]

@@ -204,7 +204,7 @@ class Reconciler:
 
     def _may_wait(self, key: Key, old: Object, new: Object) -> float:
         """Seconds for which this need not be written, since the next status may make it superfluous."""
-        if "phase" not in old and new.get("reason") == reasons.STARTING:
+        if "phase" not in old and new.get("attempt") == 1 and new.get("reason") == reasons.STARTING:
             others = len(self._starting) - 1
             patience = FIRST_WORD_SECONDS + others * incidents.PATIENCE_PER_JOB
             return patience - (self._clock() - self._starting[key].time).total_seconds()

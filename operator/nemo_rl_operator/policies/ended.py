@@ -10,7 +10,7 @@ from nemo_rl_operator.policies import retry
 from nemo_rl_operator.turn import Turn
 
 SETTLE_SECONDS = 5.0
-"""How long after a Job failed news about its pods may still be on the way."""
+"""How long after a Job ended news about its pods may still be on the way."""
 
 
 def note_progress(turn: Turn) -> bool:
@@ -56,7 +56,7 @@ def conclude(turn: Turn) -> bool:
     settled = since is not None and since <= -SETTLE_SECONDS
     found = outcome(attempt, turn.pods, turn.spec.resources.nodes, settled)
     if found is None:
-        if attempt.failed:
+        if attempt.finished:
             turn.wake_in(SETTLE_SECONDS if since is None else SETTLE_SECONDS + since + 0.1)
             return True
         return False

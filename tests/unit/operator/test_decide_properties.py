@@ -159,11 +159,12 @@ def test_what_was_decided_is_not_decided_again(start: Start, script: list[tuple[
     for step in script:
         play(world, step)
     world.hear_all()
-    world.reconcile()
+    decided = world.reconcile()
     world.hear_all()
     seen, again = world.decide()
     assert again.actions == ()
-    assert again.status.dump() == seen.status.dump()
+    written = seen.status if seen.status.phase else decided.status  # that the first attempt starts may be unwritten
+    assert again.status.dump() == written.dump()
 
 
 @MANY

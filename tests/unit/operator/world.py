@@ -106,7 +106,9 @@ class World:
             if job.deleting:
                 self._remove_deleted(job, pods)
                 continue
-            if job.finished:
+            if job.finished:  # it counts no more pods, so those that were deleted by force are let go
+                for pod in [p for p in pods if p.forced]:
+                    del self.live.pods[pod.name]
                 continue
             if job.suspended:
                 for pod in pods:
@@ -118,8 +120,9 @@ class World:
             pods = [p for p in pods if p.uid not in self.released]
             if stopping and not pods:
                 continue  # podReplacementPolicy: Failed
-            if not pods:
-                for index in range(self.nodes):
+            missing = set(range(self.nodes)) - {p.index for p in pods}
+            if missing and not any(p.phase == "Failed" for p in pods):
+                for index in sorted(missing):
                     self.uids += 1
                     pod = make.pod(job.number, index, name=f"{job.name}-{index}-{self.uids}", controller=job.uid)
                     self.live.pods[pod.name] = replace(pod, uid=f"pod-{self.uids}", created=self.time)
@@ -252,8 +255,9 @@ class World:
         if calls == die_after:
             self.begun = 0
             return decision
-        if self.patient and not seen.status.phase and decision.status.reason == reasons.STARTING:
-            self.begun = decision.status.attempt or 0
+        new = decision.status
+        if self.patient and not seen.status.phase and new.attempt == 1 and new.reason == reasons.STARTING:
+            self.begun = 1
             return decision
         if seen.status.dump() != decision.status.dump() and self.write_status(decision.status, seen.resource.version):
             self.cache.resource = self.live.resource
