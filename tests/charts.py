@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -56,13 +54,3 @@ def render(
     result = helm(*words, values=values or {})
     assert result.returncode == 0, result.stderr
     return [found for found in yaml.safe_load_all(result.stdout) if found]
-
-
-def load(path: Path) -> ModuleType:
-    """A Python file that belongs to no package, as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

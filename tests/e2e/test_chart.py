@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from charts import CHART, helm_program, load
+from charts import CHART, helm_program
 from e2e.client.desk import Desk
 from e2e.kubectl import Kubectl, Object, eventually
 from e2e.manifests import Manifests
 from e2e.operator_pod import OperatorPod
 from e2e.release import OPERATOR, Release
 from e2e.scene import SECONDS, Scene, metrics_of
+from generated import load
 from nemo_rl.job import names
 
 ALLOWED = "registry.example.com/ml/"

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from charts import CHART, ROOT, Object, helm, helm_program, load, program, render
+from charts import CHART, ROOT, Object, helm, helm_program, program, render
+from generated import load
 from nemo_rl.job import names
 
 CRD = "nemo-rl.io_rltrainingjobs.yaml"

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from charts import load, render
+from charts import render
+from generated import load
 from nemo_rl.job import names
 from nemo_rl.job.manifest import parse_manifest
 from unit.docs.blocks import DOCS, ROOT, Block, all_blocks, blocks_of

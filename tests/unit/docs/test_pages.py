@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from charts import ROOT, load
+from charts import ROOT
+from generated import load
 
 DOCS = ROOT / "docs"
 
