@@ -6,6 +6,8 @@ BUILDER ?= docker
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 LAB := $(PYTHON) tests/lab/lab.py
 IN_CLUSTER := $(if $(KUBECONFIG),,$(LAB) run)
+# one measures times, the other changes what the node offers
+ALONE := tests/e2e/test_startup.py tests/e2e/test_waiting.py
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
 .PHONY: help demo test test-cluster e2e bench lint docs generate images lab-up lab-deploy lab-down lab-status clean
@@ -26,8 +28,8 @@ ifndef KUBECONFIG
 	$(LAB) up
 	$(LAB) deploy
 endif
-	$(IN_CLUSTER) $(BIN)/python -m pytest tests/e2e/test_startup.py
-	$(IN_CLUSTER) $(BIN)/python -m pytest -n 2 --dist loadgroup --ignore tests/e2e/test_startup.py tests/e2e
+	$(IN_CLUSTER) $(BIN)/python -m pytest $(ALONE)
+	$(IN_CLUSTER) $(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore %) tests/e2e
 
 bench: $(VENV)/.dev            ## speed and memory as ratios against TRL
 	$(BIN)/python benchmarks/engine.py

@@ -12,21 +12,15 @@ from e2e.operator_pod import OperatorPod
 from e2e.scene import Scene
 
 TEST_SECONDS = 900
-NODE_PATCHES = {"advertise", "gpus"}
-"""Fixtures that make the node offer GPUs."""
 SCENES: list[Scene] = []
 """The namespaces that are open now."""
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    ours = [item for item in items if Path(__file__).parent in item.path.parents]
-    patching = {item.path for item in ours if NODE_PATCHES.intersection(getattr(item, "fixturenames", ()))}
-    for item in ours:
-        item.add_marker(pytest.mark.e2e)
-        item.add_marker(pytest.mark.timeout(TEST_SECONDS))
-        # tests of one file share scenes; files that change what the node offers must not run beside each other
-        item.add_marker(pytest.mark.xdist_group("node" if item.path in patching else item.path.stem))
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+            item.add_marker(pytest.mark.timeout(TEST_SECONDS))
 
 
 @pytest.fixture(scope="session")

@@ -121,8 +121,8 @@ def test_the_same_seed_gives_the_same_metrics_and_the_same_weights(runs: Runs, a
 
 
 def test_the_same_seed_gives_the_same_completions(runs: Runs) -> None:
-    here, there = (read_history(Path(f"{backend}-grpo/completions.jsonl")) for backend in BACKENDS)
     assert runs.of("grpo", "local") and runs.of("grpo", "kubernetes")
+    here, there = (read_history(Path(f"{backend}-grpo/completions.jsonl")) for backend in BACKENDS)
     assert here == there != []
 
 
