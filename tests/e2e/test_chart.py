@@ -173,7 +173,7 @@ def test_a_job_trains_on_while_its_operator_is_upgraded_to_a_changed_definition(
     annotations = deployment["metadata"]["annotations"]
     assert "meta.helm.sh/release-name" in annotations, "the operator of this cluster was not installed by helm"
     name, namespace = annotations["meta.helm.sh/release-name"], annotations["meta.helm.sh/release-namespace"]
-    job = place.apply(place.manifests.grpo("upgraded", steps=40, pause=0.03))
+    job = place.apply(place.manifests.grpo("upgraded", steps=60, pause=0.03))
     job.reached(2)
     pod = job.pod()["metadata"]["uid"]
     before = operator.wait_ready()["metadata"]["uid"]

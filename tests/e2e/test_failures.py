@@ -63,7 +63,7 @@ def test_deleting_a_pod_costs_no_retry_and_no_step(scene: Scene, tmp_path: Path)
 
 
 def test_a_pod_that_is_deleted_by_force_goes_on_from_the_last_checkpoint(scene: Scene):
-    job = scene.apply(scene.manifests.grpo("forced", steps=16, pause=0.03, backoffLimit=0))
+    job = scene.apply(scene.manifests.grpo("forced", steps=16, pause=0.06, backoffLimit=0))
     job.until(lambda status: status["checkpoint"]["latestStep"] >= 5, "a checkpoint")
     scene.kubectl("delete", "pod", job.pod()["metadata"]["name"], "--grace-period=0", "--force")
     status = job.phase("Succeeded")

@@ -12,8 +12,18 @@ from e2e.scene import Scene, TrainingJob, metrics_of
 
 STEPS = 10
 SAVE_EVERY = 3
+# slow enough to be killed between a checkpoint and the end, until that has happened
+REWARD = """
+import os, time
+
+def reward(prompt: str, response: str, answer: str) -> float:
+    if PAUSE and not os.path.exists("/output/killed"):
+        time.sleep(PAUSE)
+    return sum(given == wanted for given, wanted in zip(response, answer)) / len(answer)
+"""
 KILL = """
 import os, signal
+open("/output/killed", "w").close()
 for entry in filter(str.isdigit, os.listdir("/proc")):
     words = open(f"/proc/{entry}/cmdline").read().split("\\0")
     # the worker, and not torchrun, which is process 1 and cannot be killed from within the pod
@@ -23,9 +33,10 @@ for entry in filter(str.isdigit, os.listdir("/proc")):
 """
 
 
-def two_nodes(scene: Scene, name: str) -> Object:
+def two_nodes(scene: Scene, name: str, *, pause: float = 0.0) -> Object:
     training = {"saveEvery": SAVE_EVERY}
-    return scene.manifests.grpo(name, steps=STEPS, pause=0.03, training=training, resources={"nodes": 2})
+    reward = {"source": REWARD.replace("PAUSE", str(pause))}
+    return scene.manifests.grpo(name, steps=STEPS, training=training, reward=reward, resources={"nodes": 2})
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +65,7 @@ def test_two_pods_train_one_job(undisturbed: tuple[TrainingJob, list[Object]]):
 def test_a_job_goes_on_from_its_last_checkpoint_when_either_pod_is_killed(
     nodes: Scene, undisturbed: tuple[TrainingJob, list[Object]], index: int, tmp_path: Path
 ):
-    job = nodes.apply(two_nodes(nodes, f"killed-{index}"))
+    job = nodes.apply(two_nodes(nodes, f"killed-{index}", pause=0.3))
     job.until(lambda status: status["checkpoint"]["latestStep"] >= SAVE_EVERY, "a checkpoint")
     assert "killed" in job.execute("python", "-c", KILL, index=index)
     status = job.phase("Succeeded")
