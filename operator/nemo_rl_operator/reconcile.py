@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from nemo_rl.job import names
 from nemo_rl.job.status import JobStatus
-from nemo_rl_operator import incidents, metrics, observe, reasons, timestamps
+from nemo_rl_operator import incidents, metrics, observe, timestamps
 from nemo_rl_operator.cache import Cache, Key
 from nemo_rl_operator.client import Api, ApiError, Object
 from nemo_rl_operator.decide import Decision, decide
@@ -18,6 +18,7 @@ from nemo_rl_operator.events import EventPoster
 from nemo_rl_operator.execute import Executor, NamespaceGoneError
 from nemo_rl_operator.incidents import Incidents
 from nemo_rl_operator.observe import Observed
+from nemo_rl_operator.policies import follow
 from nemo_rl_operator.progress import ProgressPuller
 from nemo_rl_operator.turn import Kind, Need
 
@@ -25,8 +26,8 @@ log = logging.getLogger(__name__)
 
 DEFER_SECONDS = 5.0
 FIRST_WORD_SECONDS = 0.3
-"""For so long, and longer with every other job that starts, the status does not say that a job starts: it soon runs,
-and then that is all there is to say."""
+"""For so long, and longer with every other job that starts beside it, the status does not say that a job starts: it
+soon runs, and then that is all there is to say."""
 
 
 MOST_READS = 10
@@ -39,13 +40,17 @@ class Witness(Protocol):
     def wrote(self, key: Key, version: str) -> None: ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Start:
-    """An attempt that starts: its job's uid, its number, and when it began to."""
+    """An attempt that starts: its job's uid, its number, when it began to, and how many others did beside it at most.
+
+    The last of many has waited for all of them, although few are left by then.
+    """
 
     uid: str
     number: int
     time: datetime
+    others: int = 0
 
 
 class Reconciler:
@@ -110,6 +115,8 @@ class Reconciler:
             self._starting.pop(key, None)
         elif self._begun(key, uid) != number:
             self._starting[key] = _Start(uid, number, self._clock())
+        if start := self._starting.get(key):
+            start.others = max(start.others, len(self._starting) - 1)
 
     def _begun(self, key: Key, uid: str) -> int:
         """Number of the attempt of this very job that starts, as far as this process knows; 0 if none does."""
@@ -145,7 +152,9 @@ class Reconciler:
         if need is Need.INCIDENT:
             if self._busy():  # then every start is slow, for the same reason
                 return {"incident": ""}
-            found = await self._incidents.newest(seen, number, self._clock(), len(self._starting))
+            start = self._starting.get(key)
+            others = max(start.others if start else 0, len(self._starting) - 1)
+            found = await self._incidents.newest(seen, number, self._clock(), others)
             return {"incident": found}
         return {"workload": await self._workload(namespace, seen, number)}
 
@@ -204,10 +213,10 @@ class Reconciler:
 
     def _may_wait(self, key: Key, old: Object, new: Object) -> float:
         """Seconds for which this need not be written, since the next status may make it superfluous."""
-        if "phase" not in old and new.get("attempt") == 1 and new.get("reason") == reasons.STARTING:
-            others = len(self._starting) - 1
-            patience = FIRST_WORD_SECONDS + others * incidents.PATIENCE_PER_JOB
-            return patience - (self._clock() - self._starting[key].time).total_seconds()
+        if "phase" not in old and new.get("attempt") == 1 and new.get("reason") in follow.ORDINARY:
+            start = self._starting[key]
+            patience = FIRST_WORD_SECONDS + incidents.patience(start.others)
+            return patience - (self._clock() - start.time).total_seconds()
         progress_only = all(old.get(name) == new.get(name) for name in {*old, *new} - {"progress", "checkpoint"})
         return DEFER_SECONDS if progress_only and self._busy() else 0.0
 

@@ -181,6 +181,27 @@ async def test_the_more_jobs_start_the_later_it_is_written_that_they_do() -> Non
     assert wake == pytest.approx(0.3 + 99 * 0.1)
 
 
+async def test_the_last_of_many_starts_is_as_patient_as_all_were() -> None:
+    setting = Setting()
+    setting.api.put_job()
+    setting.deliver()
+    for number in range(100):
+        body = setting.api.put_job()
+        meta = body["metadata"] | {"name": f"x{number}", "uid": f"uid-{number}"}
+        setting.cache.put("resource", body | {"metadata": meta})
+        await setting.reconcile(("ns", f"x{number}"))
+    await setting.reconcile(KEY)
+    for number in range(100):
+        setting.cache.drop("resource", ("ns", f"x{number}"), f"x{number}")
+        await setting.reconcile(("ns", f"x{number}"))
+    setting.now = make.later(5)
+    await setting.reconcile(KEY)
+    assert setting.status == {}
+    setting.now = make.later(11)
+    await setting.reconcile(KEY)
+    assert setting.status["phase"] == "Starting"
+
+
 async def test_a_status_that_comes_too_late_is_computed_again() -> None:
     setting = Setting()
     setting.api.put_job()
