@@ -21,7 +21,7 @@ test: $(VENV)/.dev            ## unit tests; needs no cluster and no GPU
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-cluster: $(VENV)/.dev            ## the operator against a real API server (built once from Go modules, or KUBECONFIG)
-	$(BIN)/python -m pytest tests/cluster
+	$(BIN)/python -m pytest $(if $(NEMO_RL_TEST_KUBECONFIG),,-n 2 --dist loadfile) tests/cluster
 
 e2e: $(VENV)/.dev            ## jobs in real pods: in the lab (root, Linux, Go), or in the cluster of KUBECONFIG with the operator in it
 ifndef KUBECONFIG

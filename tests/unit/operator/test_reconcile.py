@@ -183,10 +183,9 @@ async def test_the_more_jobs_start_the_later_it_is_written_that_they_do() -> Non
 
 async def test_the_last_of_many_starts_is_as_patient_as_all_were() -> None:
     setting = Setting()
-    setting.api.put_job()
+    body = setting.api.put_job()
     setting.deliver()
     for number in range(100):
-        body = setting.api.put_job()
         meta = body["metadata"] | {"name": f"x{number}", "uid": f"uid-{number}"}
         setting.cache.put("resource", body | {"metadata": meta})
         await setting.reconcile(("ns", f"x{number}"))
