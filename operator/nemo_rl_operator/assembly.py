@@ -25,7 +25,7 @@ from nemo_rl_operator.turn import Kind
 
 log = logging.getLogger(__name__)
 
-QUIET_SECONDS, LONGEST_QUIET_WAIT = 0.3, 10.0
+QUIET_SECONDS, LONGEST_QUIET_WAIT = 0.3, 4.0
 """The first lists are taken to be in when no event came for this long; waited for no longer than that."""
 
 REACH_SECONDS = 1.0

@@ -71,7 +71,7 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.networking.error_backoffs = [0.5, 1, 1, 2, 2, 3, 3, 5, 5, 5, 5, 5, 5, 10, 10, 10]
     settings.persistence.diffbase_storage = _NoEssence()
     settings.persistence.progress_storage = _NoRecords()  # both together: half of kopf's time per event
-    settings.queueing.idle_timeout = 0.5  # of a task per object: at a start there is one for each
+    settings.queueing.idle_timeout = 0.05  # of a task per object: at a start there is one for each
     settings.queueing.exit_timeout = 0.2  # nothing is lost: all state is in the cluster
     settings.execution.max_workers = 1  # all handlers are asynchronous
 
