@@ -213,8 +213,8 @@ class Reconciler:
 
     def _may_wait(self, key: Key, old: Object, new: Object) -> float:
         """Seconds for which this need not be written, since the next status may make it superfluous."""
-        if "phase" not in old and new.get("attempt") == 1 and new.get("reason") in follow.ORDINARY:
-            start = self._starting[key]
+        start = self._starting.get(key)
+        if start and "phase" not in old and new.get("attempt") == 1 and new.get("reason") in follow.ORDINARY:
             patience = FIRST_WORD_SECONDS + incidents.patience(start.others)
             return patience - (self._clock() - start.time).total_seconds()
         progress_only = all(old.get(name) == new.get(name) for name in {*old, *new} - {"progress", "checkpoint"})

@@ -201,6 +201,25 @@ async def test_the_last_of_many_starts_is_as_patient_as_all_were() -> None:
     assert setting.status["phase"] == "Starting"
 
 
+async def test_what_a_start_waits_for_is_written_although_many_others_start() -> None:
+    setting = Setting()
+    body = setting.api.put_job()
+    setting.deliver()
+    for number in range(200):
+        meta = body["metadata"] | {"name": f"x{number}", "uid": f"uid-{number}"}
+        setting.cache.put("resource", body | {"metadata": meta})
+        await setting.reconcile(("ns", f"x{number}"))
+    await setting.reconcile(KEY)
+    setting.pod("Pending", waiting={})
+    unbound = "0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims."
+    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": unbound}
+    setting.api.objects[Kind.POD, "x-1-0"]["status"]["conditions"] = [condition]
+    setting.now = make.later(11)  # less than the patience of 20 s
+    setting.deliver()
+    await setting.reconcile(KEY)
+    assert setting.status["reason"] == "UnboundClaim"
+
+
 async def test_a_status_that_comes_too_late_is_computed_again() -> None:
     setting = Setting()
     setting.api.put_job()
