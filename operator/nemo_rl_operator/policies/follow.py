@@ -70,6 +70,9 @@ def _started(turn: Turn, attempt: AttemptView) -> None:
         where = "1 pod" if nodes == 1 else f"{nodes} pods"
         turn.phase("Running", reasons.RUNNING, reasons.RUNNING_MESSAGE.format(attempt=turn.number, pods=where))
         return
+    if turn.status.phase == "Running" and len(pods) < nodes and turn.seen.verified != turn.number:
+        turn.needs.add(Need.ATTEMPT)  # a list that is not in yet must not take back that it runs
+        return
     image = turn.spec.image or turn.seen.image
     found = pending.waiting(pods, turn.spec, image, turn.seen.incident or "")
     if found.fatal:

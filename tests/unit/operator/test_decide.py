@@ -134,6 +134,17 @@ def test_several_nodes_run_when_all_of_them_do() -> None:
     assert (both.status.phase, both.status.message) == ("Running", "attempt 1 trains on 2 pods")
 
 
+def test_that_it_runs_is_taken_back_only_when_its_pods_were_read() -> None:
+    live = make.seen(make.resource(LIVE), [make.attempt()], [make.running_pod()])
+    running = decide(live, make.NOW).status
+    assert running.phase == "Running"
+    old, job = make.attempt(created=make.at(-30)), make.resource(running)
+    asked = decide(make.seen(job, [old]), make.NOW)
+    assert (asked.status.phase, asked.needs) == ("Running", {Need.ATTEMPT})
+    read = decide(make.seen(job, [old], verified=1, incident=""), make.NOW)
+    assert (read.status.phase, read.needs) == ("Starting", frozenset())
+
+
 def test_a_start_is_quiet_at_first_and_then_looked_into() -> None:
     young, old = make.attempt(created=make.at(-2)), make.attempt(created=make.at(-30))
     first = decide(make.seen(make.resource(LIVE), [young], [make.pod()]), make.NOW)
