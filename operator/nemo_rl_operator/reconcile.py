@@ -153,7 +153,7 @@ class Reconciler:
             if self._busy():  # then every start is slow, for the same reason
                 return {"incident": ""}
             start = self._starting.get(key)
-            others = max(start.others if start else 0, len(self._starting) - 1)
+            others = start.others if start else len(self._starting)
             found = await self._incidents.newest(seen, number, self._clock(), others)
             return {"incident": found}
         return {"workload": await self._workload(namespace, seen, number)}
