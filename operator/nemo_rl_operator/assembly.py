@@ -53,7 +53,7 @@ class Operator:
         self._options = options
         self._api = Api()
         self._cache = Cache()
-        self._queue: KeyedQueue[Key] = KeyedQueue(base=0.1, cap=15.0)
+        self._queue: KeyedQueue[Key] = KeyedQueue(base=0.1, cap=15.0, can_wait=self._can_wait)
         self._health = Health(self._cache, self._queue)
         self._events = EventPoster(self._api)
         self._progress = ProgressPuller(self._queue.add)
@@ -87,6 +87,10 @@ class Operator:
     def _busy(self) -> bool:
         """Whether many jobs wait, or the API server is slow: then what is not needed is not written."""
         return self._queue.depth > 2 * self._options.workers or self._api.latency > SLOW_SECONDS
+
+    def _can_wait(self, key: Key) -> bool:
+        """Of ten thousand jobs made at once, those that wait are not to delay the word that others run or have ended."""
+        return self._cache.get(key).waits
 
     def _heard(self, kind: Watched, raw: dict[str, Any]) -> None:
         self._last_event = time.monotonic()

@@ -43,6 +43,16 @@ class Entry:
         )
 
     @property
+    def waits(self) -> bool:
+        """Whether the job still waits for its start: nothing of it has run, or has ended."""
+        return (
+            self.resource is not None
+            and self.resource.phase in ("", "Pending", "Queued", "Starting")
+            and not any(job.finished for job in self.jobs.values())
+            and all(pod.phase == "Pending" for pod in self.pods.values())
+        )
+
+    @property
     def empty(self) -> bool:
         return self.resource is None and not self.jobs and not self.pods
 

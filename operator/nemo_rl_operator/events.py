@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 BURST, PER_SECOND = 50, 2.0
 """Normal Events beyond this rate are dropped: a thousand jobs at once need the API server for themselves."""
 BACKLOG = 1000
+PAUSE_SECONDS = 0.2
+"""Before Events are posted, so that the status that they tell of, and those of other jobs, are written first."""
 COMPONENT = "nemo-rl-operator"
 
 
@@ -41,6 +43,7 @@ class EventPoster:
     async def run(self) -> None:
         while True:
             await self._some.wait()
+            await asyncio.sleep(PAUSE_SECONDS)
             while self._waiting:
                 resource, event = self._waiting.popleft()
                 try:

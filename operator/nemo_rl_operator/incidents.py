@@ -13,13 +13,6 @@ from nemo_rl_operator.turn import Kind
 
 PER_SECOND, BURST = 5.0, 20.0
 """Reads of all jobs together."""
-PATIENCE_PER_JOB, LONGEST_PATIENCE = 0.1, 60.0
-"""Seconds of patience that each job which starts beside it adds, and their limit: a thousand at once take a minute."""
-
-
-def patience(others: int) -> float:
-    """How much longer than alone, in seconds, a start may take beside so many others."""
-    return min(others * PATIENCE_PER_JOB, LONGEST_PATIENCE)
 
 
 class Incidents:
@@ -29,14 +22,11 @@ class Incidents:
         self._api = api
         self._tokens, self._counted = BURST, time.monotonic()
 
-    async def newest(self, seen: Observed, number: int, now: datetime, others: int) -> str:
-        """The warning about the attempt's first pending pod, or about its Job where it has none; else empty.
-
-        `others` is the number of jobs that start, or started, beside it.
-        """
+    async def newest(self, seen: Observed, number: int, now: datetime) -> str:
+        """The warning about the attempt's first pending pod, or about its Job where it has none; else empty."""
         job = seen.attempts[number]
         age = -(timestamps.seconds_until(job.created, now) or 0.0)
-        if age < follow.QUIET_SECONDS + patience(others) or not self._take():
+        if age < follow.QUIET_SECONDS + follow.patience(seen.beside) or not self._take():
             return ""
         pods = [pod for pod in seen.pods.get(number, ()) if pod.phase == "Pending"]
         selector = f"involvedObject.uid={pods[0].uid if pods else job.uid},type=Warning"

@@ -101,7 +101,10 @@ def run(
     async def serve() -> None:
         await Operator(options).run()  # made within the loop that it will live in
 
-    asyncio.run(serve())
+    try:
+        asyncio.run(serve())
+    finally:
+        gc.freeze()  # to collect what ten thousand jobs leave behind would keep the end of the process waiting
 
 
 def main() -> None:

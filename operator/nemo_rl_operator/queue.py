@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import heapq
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
+
+PATIENT_SHARE = 4
+"""Of so many keys that are handed out, one is of those that can wait, as long as there are any."""
 
 
 class KeyedQueue(Generic[K]):
@@ -18,6 +21,9 @@ class KeyedQueue(Generic[K]):
     `add` while a key waits does nothing; while it is worked on, it is handed out once more afterwards. `add_after`
     keeps the earliest of several times. `fail` adds again after a delay that doubles with each failure in a row
     (`base` to `cap` seconds, with jitter of up to a half), `forget` ends the row.
+
+    Keys come in the order in which they were added, but those that `can_wait` give way to the others, up to a share.
+    One that is added again when it can no longer wait moves to them.
     """
 
     def __init__(
@@ -27,11 +33,14 @@ class KeyedQueue(Generic[K]):
         cap: float = 60.0,
         clock: Callable[[], float] | None = None,
         jitter: Callable[[], float] = random.random,
+        can_wait: Callable[[K], bool] = lambda key: False,
     ) -> None:
-        self._base, self._cap, self._jitter = base, cap, jitter
+        self._base, self._cap, self._jitter, self._can_wait = base, cap, jitter, can_wait
         self._clock = clock or (lambda: asyncio.get_running_loop().time())
-        self._ready: deque[K] = deque()
-        self._since: dict[K, float] = {}
+        # in their order, with the time of their first addition
+        self._prompt: OrderedDict[K, float] = OrderedDict()
+        self._patient: OrderedDict[K, float] = OrderedDict()
+        self._in_a_row = 0
         self._working: dict[K, float] = {}
         self._again: set[K] = set()
         self._later: dict[K, float] = {}
@@ -45,7 +54,7 @@ class KeyedQueue(Generic[K]):
     @property
     def depth(self) -> int:
         """Keys that wait to be handed out now."""
-        return len(self._ready)
+        return len(self._prompt) + len(self._patient)
 
     @property
     def delayed(self) -> int:
@@ -53,7 +62,8 @@ class KeyedQueue(Generic[K]):
 
     def stalled(self) -> float:
         """Seconds for which keys have waited and none was handed out; 0 when none waits. A long queue may still move."""
-        return self._clock() - max(self._handed_out, self._since[self._ready[0]]) if self._ready else 0.0
+        first = [next(iter(lane.values())) for lane in (self._prompt, self._patient) if lane]
+        return self._clock() - max(self._handed_out, min(first)) if first else 0.0
 
     def longest_work(self) -> float:
         """Seconds since the oldest key now being worked on was handed out; 0 when none is."""
@@ -63,9 +73,11 @@ class KeyedQueue(Generic[K]):
         self._later.pop(key, None)
         if key in self._working:
             self._again.add(key)
-        elif key not in self._since:
-            self._since[key] = self._clock()
-            self._ready.append(key)
+        elif key in self._patient:
+            if not self._can_wait(key):
+                self._prompt[key] = self._patient.pop(key)
+        elif key not in self._prompt:
+            (self._patient if self._can_wait(key) else self._prompt)[key] = self._clock()
             self._wake()
 
     def add_after(self, key: K, seconds: float) -> None:
@@ -92,7 +104,7 @@ class KeyedQueue(Generic[K]):
 
     async def get(self) -> tuple[K, float]:
         """The next key, and the seconds that it waited. The caller must call `done` with it."""
-        while not self._ready:
+        while not self.depth:
             getter = asyncio.get_running_loop().create_future()
             self._getters.append(getter)
             try:
@@ -100,14 +112,20 @@ class KeyedQueue(Generic[K]):
             except asyncio.CancelledError:
                 if getter in self._getters:
                     self._getters.remove(getter)
-                elif self._ready:
+                elif self.depth:
                     self._wake()
                 raise
-        key = self._ready.popleft()
+        key, since = self._next_lane().popitem(last=False)
         now = self._clock()
-        waited = now - self._since.pop(key)
         self._working[key] = self._handed_out = now
-        return key, waited
+        return key, now - since
+
+    def _next_lane(self) -> OrderedDict[K, float]:
+        if self._patient and (not self._prompt or self._in_a_row >= PATIENT_SHARE - 1):
+            self._in_a_row = 0
+            return self._patient
+        self._in_a_row += 1
+        return self._prompt
 
     def done(self, key: K) -> None:
         del self._working[key]

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from nemo_rl.job import names
 from nemo_rl.job.status import JobStatus
-from nemo_rl_operator import incidents, metrics, observe, timestamps
+from nemo_rl_operator import metrics, observe, timestamps
 from nemo_rl_operator.cache import Cache, Key
 from nemo_rl_operator.client import Api, ApiError, Object
 from nemo_rl_operator.decide import Decision, decide
@@ -106,7 +106,8 @@ class Reconciler:
             return None
         progress, begun = self._progress.newest(key), self._begun(key, entry.resource.uid)
         seen = observe.observe(entry.resource, entry.jobs.values(), entry.telling_pods, progress, self._image)
-        return replace(seen, begun=begun) if begun else seen
+        start = self._starting.get(key)
+        return replace(seen, begun=begun, beside=start.others if start else len(self._starting))
 
     def _note_start(self, key: Key, uid: str, status: JobStatus) -> None:
         """Once its objects are made: which attempt starts."""
@@ -152,10 +153,7 @@ class Reconciler:
         if need is Need.INCIDENT:
             if self._busy():  # then every start is slow, for the same reason
                 return {"incident": ""}
-            start = self._starting.get(key)
-            others = start.others if start else len(self._starting)
-            found = await self._incidents.newest(seen, number, self._clock(), others)
-            return {"incident": found}
+            return {"incident": await self._incidents.newest(seen, number, self._clock())}
         return {"workload": await self._workload(namespace, seen, number)}
 
     async def _read_attempt(self, key: Key, uid: str, number: int) -> None:
@@ -215,7 +213,7 @@ class Reconciler:
         """Seconds for which this need not be written, since the next status may make it superfluous."""
         start = self._starting.get(key)
         if start and "phase" not in old and new.get("attempt") == 1 and new.get("reason") in follow.ORDINARY:
-            patience = FIRST_WORD_SECONDS + incidents.patience(start.others)
+            patience = FIRST_WORD_SECONDS + follow.patience(start.others)
             return patience - (self._clock() - start.time).total_seconds()
         progress_only = all(old.get(name) == new.get(name) for name in {*old, *new} - {"progress", "checkpoint"})
         return DEFER_SECONDS if progress_only and self._busy() else 0.0

@@ -13,7 +13,14 @@ QUIET_SECONDS = 10.0
 ORDINARY = (reasons.PODS_PENDING, reasons.STARTING, reasons.UNBOUND_CLAIM)
 """What every start goes through for a moment; a new claim is bound while its pod waits."""
 LOOK_SECONDS = 10.0
+PATIENCE_PER_JOB, LONGEST_PATIENCE = 0.1, 60.0
+"""Seconds of patience that each job which starts beside it adds, and their limit: a thousand at once take a minute."""
 QUEUE_SECONDS = 30.0
+
+
+def patience(beside: int) -> float:
+    """How much longer than alone, in seconds, a start may take beside so many others."""
+    return min(beside * PATIENCE_PER_JOB, LONGEST_PATIENCE)
 
 
 def follow(turn: Turn) -> bool:
@@ -86,7 +93,7 @@ def _started(turn: Turn, attempt: AttemptView) -> None:
         turn.wake_in(quiet)
         turn.phase("Starting", reasons.STARTING, reasons.STARTING_MESSAGE.format(attempt=turn.number))
         return
-    turn.wake_in(LOOK_SECONDS)
+    turn.wake_in(LOOK_SECONDS + patience(turn.seen.beside))
     if turn.seen.incident is None:
         turn.needs.add(Need.INCIDENT)
     turn.phase(found.phase, found.reason, found.message)

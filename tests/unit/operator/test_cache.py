@@ -35,6 +35,29 @@ def test_what_changes_a_decision_is_told_and_bookkeeping_is_not() -> None:
     assert resource.version == "3", "the newest version is kept: status writes need it"
 
 
+def test_a_job_waits_until_something_of_it_runs_or_has_ended() -> None:
+    cache = Cache()
+    assert not cache.get(KEY).waits
+    cache.put("resource", raw_resource(1))
+    cache.put("pod", raw_pod(2, "Pending"))
+    assert cache.get(KEY).waits
+    cache.put("resource", raw_resource(3, status={"phase": "Starting"}))
+    assert cache.get(KEY).waits
+    for version, phase in enumerate(("Running", "Succeeded", "Failed"), start=4):
+        cache.put("pod", raw_pod(version, phase))
+        assert not cache.get(KEY).waits
+    cache.drop("pod", KEY, "p")
+    assert cache.get(KEY).waits
+    meta = {"namespace": "ns", "name": "x-1", "uid": "j", "resourceVersion": "8", "labels": {names.LABEL_JOB: "x"}}
+    failed = {"conditions": [{"type": "Failed", "status": "True"}]}
+    cache.put("job", {"metadata": meta, "spec": {}, "status": failed})
+    assert not cache.get(KEY).waits
+    cache.drop("job", KEY, "x-1")
+    for phase in ("Running", "Suspended", "Succeeded", "Failed"):
+        cache.put("resource", raw_resource(9, status={"phase": phase}))
+        assert not cache.get(KEY).waits
+
+
 def test_an_object_without_our_label_is_not_taken_in() -> None:
     cache = Cache()
     assert cache.put("pod", raw_pod(1, labels={})) is None

@@ -150,6 +150,9 @@ def test_a_start_is_quiet_at_first_and_then_looked_into() -> None:
     first = decide(make.seen(make.resource(LIVE), [young], [make.pod()]), make.NOW)
     assert (first.status.message, first.needs, first.requeue_after) == ("attempt 1 starts", frozenset(), 8.0)
     assert decide(make.seen(make.resource(LIVE), [old], [make.pod()]), make.NOW).needs == {Need.INCIDENT}
+    for beside, wake in ((0, 10.0), (100, 20.0), (10_000, 70.0)):
+        looked = make.seen(make.resource(LIVE), [old], [make.pod()], incident="", beside=beside)
+        assert decide(looked, make.NOW).requeue_after == wake
 
 
 def test_a_claim_that_is_not_bound_yet_is_worth_a_word_only_when_it_stays_so() -> None:

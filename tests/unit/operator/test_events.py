@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from nemo_rl_operator import events
 from nemo_rl_operator.events import EventPoster, body
 from nemo_rl_operator.turn import Event, Kind
@@ -11,6 +13,11 @@ from unit.operator import make
 from unit.operator.fake_api import FakeApi
 
 RESOURCE = make.resource()
+
+
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "PAUSE_SECONDS", 0.0)
 
 
 async def post(api: FakeApi, *found: Event) -> list[str]:

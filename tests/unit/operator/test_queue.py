@@ -142,10 +142,48 @@ async def test_a_long_queue_that_moves_does_not_stand_still() -> None:
     assert queue.stalled() == 10.0, "c has waited for 210 seconds, but b was served"
 
 
-@given(st.lists(st.tuples(st.sampled_from(["add", "after", "take", "done", "time"]), st.sampled_from("abc"))))
+async def test_keys_that_can_wait_give_way_but_are_not_starved() -> None:
+    queue: KeyedQueue[str] = KeyedQueue(clock=Clock(), can_wait=str.isupper)
+    for key in "ABCabcdefg":
+        queue.add(key)
+    assert queue.depth == 10
+    assert "".join([await take(queue) for _ in range(10)]) == "abcAdefBgC"
+
+
+async def test_a_key_that_can_no_longer_wait_moves_ahead() -> None:
+    patient = {"a", "b", "c"}
+    clock = Clock()
+    queue: KeyedQueue[str] = KeyedQueue(clock=clock, can_wait=patient.__contains__)
+    for key in "abc":
+        queue.add(key)
+    patient.discard("c")
+    clock.now = 3.0
+    queue.add("c")
+    queue.add("c")
+    assert queue.depth == 3
+    assert await queue.get() == ("c", 3.0), "it has waited since it was first added"
+    assert [await take(queue) for _ in range(2)] == ["a", "b"]
+
+
+async def test_waiting_keys_of_both_kinds_count_as_a_stand_still() -> None:
+    clock = Clock()
+    queue: KeyedQueue[str] = KeyedQueue(clock=clock, can_wait=str.isupper)
+    queue.add("A")
+    clock.now = 2.0
+    queue.add("b")
+    clock.now = 5.0
+    assert queue.stalled() == 5.0
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["add", "after", "take", "done", "time", "calm"]), st.sampled_from("abc"))),
+)
 def test_no_key_is_lost_and_none_is_out_twice(steps: list[tuple[str, str]]) -> None:
     clock = Clock()
-    queue = make(clock)
+    patient: set[str] = set()
+    queue: KeyedQueue[str] = KeyedQueue(
+        base=1.0, cap=8.0, clock=clock, jitter=lambda: 0.0, can_wait=patient.__contains__
+    )
     out: set[str] = set()
     wanted: set[str] = set()
 
@@ -158,6 +196,8 @@ def test_no_key_is_lost_and_none_is_out_twice(steps: list[tuple[str, str]]) -> N
                 queue.add_after(key, 2.0)
                 queue._timer and queue._timer.cancel()
                 wanted.add(key)
+            elif what == "calm":
+                patient.symmetric_difference_update(key)
             elif what == "time":
                 clock.now += 1.0
                 queue.release_due()
