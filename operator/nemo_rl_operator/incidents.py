@@ -11,7 +11,7 @@ from nemo_rl_operator.observe import Observed
 from nemo_rl_operator.policies import follow
 from nemo_rl_operator.turn import Kind
 
-PER_SECOND, BURST = 5.0, 20.0
+PER_SECOND, BURST = 2.0, 20.0
 """Reads of all jobs together."""
 
 
