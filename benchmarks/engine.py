@@ -285,8 +285,8 @@ def compare_one_batch(folder: Path, longest: int) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from nemo_rl.model import Policy
-    from nemo_rl.packing import TokenSequence, pack
+    from nemo_rl.model.packing import TokenSequence, pack
+    from nemo_rl.model.policy import Policy
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     rows = pairs(BATCH, longest, seed=5)

@@ -44,9 +44,10 @@ from operator_parts import (
 
 from nemo_rl.job import names
 from nemo_rl.job.spec import RLTrainingJobSpec
-from nemo_rl_operator import build, observe, timestamps
+from nemo_rl_operator import build, observe
 from nemo_rl_operator.decide import decide
 from nemo_rl_operator.observe import Resource
+from nemo_rl_operator.runtime import timestamps
 
 JOB = {
     "model": "org/model",

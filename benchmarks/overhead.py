@@ -181,7 +181,7 @@ def measure(folder: Path, side: str, steps: int) -> Times:
 
 
 def same_metrics(folder: Path) -> bool:
-    from nemo_rl.metrics import read_history
+    from nemo_rl.run.metrics import read_history
 
     def numbers(side: str) -> list[dict[str, Any]]:
         rows = read_history(folder / side / "metrics.jsonl")

@@ -53,8 +53,8 @@ class TrainResult:
     def history(self) -> list[dict[str, Any]]:
         """Every step's metrics in order. FileNotFoundError where the run left no metrics.jsonl."""
         if self._history is None:
-            from nemo_rl.metrics import read_history
-            from nemo_rl.runs import METRICS_FILE
+            from nemo_rl.run.directory import METRICS_FILE
+            from nemo_rl.run.metrics import read_history
 
             if self.output_dir is None:
                 raise FileNotFoundError(f"no output folder is known for this result, so no {METRICS_FILE} can be read")

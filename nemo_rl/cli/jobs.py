@@ -109,7 +109,7 @@ def wait(name: str, namespace: str | None, timeout: float | None, as_json: bool)
 
 def logs(name: str, namespace: str | None, follow: bool, as_json: bool) -> int:
     """The log of the newest attempt; with -o json the steps in it, one object a line."""
-    from nemo_rl.metrics import parse_step_line
+    from nemo_rl.run.metrics import parse_step_line
 
     job = _attach(name, namespace)
     for line in job.logs(follow=follow):

@@ -20,7 +20,7 @@ from nemo_rl.environments.pickling import CannotTravel, pack
 from nemo_rl.environments.signature import BoundReward, RewardSet
 from nemo_rl.environments.supervise import Failure, LoadFailed, Score, Supervisor, Unit
 from nemo_rl.errors import RewardError
-from nemo_rl.preemption import Interrupted
+from nemo_rl.run.signals import Interrupted
 
 logger = logging.getLogger(__name__)
 

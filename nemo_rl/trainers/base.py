@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nemo_rl.api.result import TrainResult
-from nemo_rl.checkpoint import Checkpoint, CheckpointStore
 from nemo_rl.data.module import train_and_validation
 from nemo_rl.data.prepare import Prepared, describe_example, prepare
-from nemo_rl.display import NullDisplay, make_display
-from nemo_rl.distributed import Ranks, join
+from nemo_rl.display.terminal import NullDisplay, make_display
 from nemo_rl.job.spec import Algorithm, RLTrainingJobSpec
-from nemo_rl.model import Policy, choose_device, limit_threads, load_model, load_tokenizer, prepare_model
-from nemo_rl.preemption import Interrupted, StopSignals
-from nemo_rl.runs import Run, differences, open_run
-from nemo_rl.sharding import ShardedModel
+from nemo_rl.model.load import choose_device, limit_threads, load_model, load_tokenizer, prepare_model
+from nemo_rl.model.policy import Policy
+from nemo_rl.model.sharding import ShardedModel
+from nemo_rl.run.checkpoint import Checkpoint, CheckpointStore
+from nemo_rl.run.directory import Run, differences, open_run
+from nemo_rl.run.ranks import Ranks, join
+from nemo_rl.run.signals import Interrupted, StopSignals
 from nemo_rl.trainers.callbacks import CallbackList
 from nemo_rl.trainers.loop import Loop
 from nemo_rl.trainers.optimizer import Optimizer, learning_rate
@@ -324,7 +325,7 @@ class Trainer(Passes, ABC):
 
         On several ranks every rank calls it.
         """
-        from nemo_rl.checkpoint import write_checkpoint
+        from nemo_rl.run.checkpoint import write_checkpoint
 
         optimizer = self.optimizer.adamw if self.optimizer is not None else None
         written = write_checkpoint(
@@ -341,7 +342,7 @@ class Trainer(Passes, ABC):
 
     def load_checkpoint(self, path: Path | str) -> None:
         """Loads model weights and, where they are there, optimizer state and step from such a directory."""
-        from nemo_rl.checkpoint import load_into, read_checkpoint
+        from nemo_rl.run.checkpoint import load_into, read_checkpoint
 
         checkpoint = read_checkpoint(Path(path))
         if self.model is None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from nemo_rl.metrics import step_line
+from nemo_rl.run.metrics import step_line
 
 logger = logging.getLogger(__name__)
 

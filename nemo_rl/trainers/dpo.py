@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from nemo_rl.data.prepare import PairExample, Prepared
-from nemo_rl.losses import preference_loss
-from nemo_rl.model import Policy
-from nemo_rl.packing import PackedBatch, TokenSequence
+from nemo_rl.model.packing import PackedBatch, TokenSequence
+from nemo_rl.model.policy import Policy
+from nemo_rl.objectives.losses import preference_loss
 from nemo_rl.trainers.base import Trainer
 
 

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_rl.advantages import group_advantages
 from nemo_rl.api.keywords import LIVE_REWARD
 from nemo_rl.data.prepare import Prepared, PromptExample
 from nemo_rl.environments.runner import RewardCall, RewardOutcome, RewardRunner, preflight
 from nemo_rl.environments.signature import bind_rewards
-from nemo_rl.losses import clipped_policy_loss, kl_estimate, kl_loss, token_weights
-from nemo_rl.model import Policy
-from nemo_rl.packing import PackedBatch, TokenSequence
-from nemo_rl.rollout.engine import Completion, Sampling, end_tokens, generate
+from nemo_rl.model.packing import PackedBatch, TokenSequence
+from nemo_rl.model.policy import Policy
+from nemo_rl.objectives.advantages import group_advantages
+from nemo_rl.objectives.losses import clipped_policy_loss, kl_estimate, kl_loss, token_weights
+from nemo_rl.rollout.in_process.engine import Completion, Sampling, end_tokens, generate
 from nemo_rl.trainers.base import Trainer
 
 PREFLIGHT_ROWS = 4

@@ -7,11 +7,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nemo_rl.checkpoint import Checkpoint, CheckpointStore
 from nemo_rl.data.prepare import Prepared, batches
 from nemo_rl.errors import TrainingInterrupted
-from nemo_rl.metrics import MetricsLog
-from nemo_rl.preemption import Interrupted
+from nemo_rl.run.checkpoint import Checkpoint, CheckpointStore
+from nemo_rl.run.metrics import MetricsLog
+from nemo_rl.run.signals import Interrupted
 
 if TYPE_CHECKING:
     from nemo_rl.trainers.base import Trainer

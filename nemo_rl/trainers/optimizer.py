@@ -12,7 +12,7 @@ from nemo_rl.errors import NonFiniteTraining
 from nemo_rl.job.spec import TrainingSpec
 
 if TYPE_CHECKING:
-    from nemo_rl.sharding import ShardedModel
+    from nemo_rl.model.sharding import ShardedModel
 
 MAX_NON_FINITE_STEPS = 5
 """Steps in a row with a NaN or infinite gradient after which training gives up."""

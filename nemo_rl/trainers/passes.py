@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nemo_rl.distributed import Ranks
 from nemo_rl.job.spec import TrainingSpec
-from nemo_rl.model import Policy
-from nemo_rl.packing import PackedBatch, TokenSequence, pack, plan_microbatches
-from nemo_rl.preemption import StopSignals
+from nemo_rl.model.packing import PackedBatch, TokenSequence, pack, plan_microbatches
+from nemo_rl.model.policy import Policy
+from nemo_rl.run.ranks import Ranks
+from nemo_rl.run.signals import StopSignals
 
 TOKENS_PER_MICROBATCH_CPU = 4096
 TOKENS_PER_MICROBATCH_CUDA = 16384

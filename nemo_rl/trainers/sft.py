@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from nemo_rl.data.prepare import Prepared, TextExample
-from nemo_rl.packing import PackedBatch, TokenSequence
+from nemo_rl.model.packing import PackedBatch, TokenSequence
 from nemo_rl.trainers.base import Trainer
 
 

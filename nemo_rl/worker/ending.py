@@ -21,7 +21,7 @@ from nemo_rl.worker.bundles import BundleError
 OTHER = 1
 """Exit code of every error that a retry may cure."""
 FOLLOWED = "RankFailed"
-"""The cause of a rank that ended because another one had (nemo_rl.distributed.RankFailed, which loads torch)."""
+"""The cause of a rank that ended because another one had (nemo_rl.run.ranks.RankFailed, which loads torch)."""
 _USER_CODE = "in the job's own code: "
 _CALLBACK = "in callback "
 _MEMORY = ("DefaultCPUAllocator: can't allocate memory", "Unable to allocate", "CUDA out of memory", "std::bad_alloc")

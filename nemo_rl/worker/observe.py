@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nemo_rl.metrics import SHOWN_SAMPLES, sample_line
+from nemo_rl.run.metrics import SHOWN_SAMPLES, sample_line
 from nemo_rl.trainers.base import Trainer
 from nemo_rl.trainers.callbacks import Callback
 from nemo_rl.worker import report as phases

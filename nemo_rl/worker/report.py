@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_rl.checkpoint import best_of, find_checkpoints
 from nemo_rl.job.status import Checkpoint, Progress
-from nemo_rl.metrics import LINE_ORDER
+from nemo_rl.run.checkpoint import best_of, find_checkpoints
+from nemo_rl.run.metrics import LINE_ORDER
 
 IMPORTING = "importing"
 PREPARING_DATA = "preparing data"

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_rl.backends.local import say
-from nemo_rl.checkpoint import find_checkpoints
 from nemo_rl.job import names
 from nemo_rl.job.names import ExitCode
 from nemo_rl.job.status import TerminationMessage
-from nemo_rl.runs import RUN_FILE
+from nemo_rl.run.checkpoint import find_checkpoints
+from nemo_rl.run.directory import RUN_FILE
 from nemo_rl.worker import ending, inputs
 from nemo_rl.worker.grace import Grace
 from nemo_rl.worker.job import Job, Pod, read_job

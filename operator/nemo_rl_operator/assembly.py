@@ -12,16 +12,16 @@ from typing import Any
 from aiohttp import web
 
 from nemo_rl_operator import handlers, metrics
-from nemo_rl_operator.cache import Cache, Key
-from nemo_rl_operator.cache import Kind as Watched
-from nemo_rl_operator.client import Api, ApiError
 from nemo_rl_operator.events import EventPoster
-from nemo_rl_operator.health import Health
+from nemo_rl_operator.plan import Kind
 from nemo_rl_operator.progress import ProgressPuller
-from nemo_rl_operator.queue import KeyedQueue
 from nemo_rl_operator.reconcile import Reconciler
-from nemo_rl_operator.resync import Resync
-from nemo_rl_operator.turn import Kind
+from nemo_rl_operator.runtime.cache import Cache, Key
+from nemo_rl_operator.runtime.cache import Kind as Watched
+from nemo_rl_operator.runtime.client import Api, ApiError
+from nemo_rl_operator.runtime.health import Health
+from nemo_rl_operator.runtime.queue import KeyedQueue
+from nemo_rl_operator.runtime.resync import Resync
 
 log = logging.getLogger(__name__)
 

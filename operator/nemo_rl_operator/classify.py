@@ -48,8 +48,8 @@ class Outcome:
     pod: str | None = None
     traceback: str | None = None
     ended: str = ""
-    word: TerminationMessage | None = None
-    """The trainer's own last word, where it left one."""
+    termination: TerminationMessage | None = None
+    """The trainer's own last message, where it left one."""
 
 
 def outcome(attempt: AttemptView, pods: tuple[PodView, ...], nodes: int, settled: bool) -> Outcome | None:
@@ -82,9 +82,9 @@ def outcome(attempt: AttemptView, pods: tuple[PodView, ...], nodes: int, settled
 
 
 def _success(pod: PodView) -> Outcome:
-    word = TerminationMessage.parse(pod.termination)
-    if word and word.kind == "result":
-        return Outcome(None, pod=pod.name, exit_code=0, ended=pod.ended, word=word)
+    termination = TerminationMessage.parse(pod.termination)
+    if termination and termination.kind == "result":
+        return Outcome(None, pod=pod.name, exit_code=0, ended=pod.ended, termination=termination)
     return Outcome(
         Cause.NO_RESULT,
         "the trainer exited with 0 but left no result; is spec.image a nemo-rl trainer image?",
@@ -96,21 +96,21 @@ def _success(pod: PodView) -> Outcome:
 
 def _failure(pod: PodView) -> tuple[tuple[int, str], Outcome]:
     """The failure of a pod, with its rank as a root cause: lower ranks first, then what ended earlier."""
-    word = TerminationMessage.parse(pod.termination)
+    termination = TerminationMessage.parse(pod.termination)
     code = pod.exit_code
-    if word and word.kind == "failure" and word.exit_code is not None:
-        code = word.exit_code
+    if termination and termination.kind == "failure" and termination.exit_code is not None:
+        code = termination.exit_code
     cause, rank, message = _cause(pod, code)
-    if word and word.message and rank in (0, 3, 4):
-        message = word.message
+    if termination and termination.message and rank in (0, 3, 4):
+        message = termination.message
     found = Outcome(
         cause,
         message,
         exit_code=code,
         pod=pod.name,
-        traceback=word.traceback if word else None,
+        traceback=termination.traceback if termination else None,
         ended=pod.ended,
-        word=word,
+        termination=termination,
     )
     return (rank, pod.ended or "~"), found
 

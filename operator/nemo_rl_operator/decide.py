@@ -1,4 +1,4 @@
-"""What to do about a job: a pure function of what is seen and of the time. This is the heart of the operator.
+"""What to do about a job: a pure function of what is snapshot and of the time. This is the heart of the operator.
 
 The checklist is gone through from the top until a step says that the matter is settled. All memory is in the status
 and in the children, so the same sight gives the same decision, whoever asks and however often.
@@ -11,32 +11,32 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from nemo_rl.job.status import JobStatus
-from nemo_rl_operator.observe import Observed
+from nemo_rl_operator.observe import Snapshot
+from nemo_rl_operator.plan import Action, Event, Need, Plan
 from nemo_rl_operator.policies import (
     accept,
     adopt,
     deadline,
-    ended,
     finished,
-    follow,
     lost,
+    outcome,
     retry,
+    running,
     serve,
     start,
     suspend,
 )
-from nemo_rl_operator.turn import Action, Event, Need, Turn
 
-CHECKLIST: tuple[Callable[[Turn], bool], ...] = (
+CHECKLIST: tuple[Callable[[Plan], bool], ...] = (
     accept.refuse_invalid,
     adopt.take_in_jobs,
-    ended.note_progress,
-    ended.conclude,
+    outcome.note_progress,
+    outcome.conclude,
     lost.give_up,
     adopt.miss_deleted_job,
     deadline.enforce,
-    suspend.hold,
-    follow.follow,
+    suspend.suspend,
+    running.report,
     start.wait_for_pods,
     accept.report_block,
     retry.wait_out,
@@ -61,18 +61,18 @@ class Decision:
     needs: frozenset[Need] = frozenset()
 
 
-def decide(seen: Observed, now: datetime) -> Decision:
-    """The decision about what is seen at `now`. Touches nothing, asks nobody."""
-    if seen.resource.deleting:
-        return Decision(seen.status)  # its children go with it
-    turn = Turn(seen, now, seen.status.model_copy(deep=True))
-    if seen.status.finished:
-        finished.rest(turn)
+def decide(snapshot: Snapshot, now: datetime) -> Decision:
+    """The decision about what is snapshot at `now`. Touches nothing, asks nobody."""
+    if snapshot.resource.deleting:
+        return Decision(snapshot.status)  # its children go with it
+    plan = Plan(snapshot, now, snapshot.status.model_copy(deep=True))
+    if snapshot.status.finished:
+        finished.settle(plan)
     else:
-        settled = any(step(turn) for step in CHECKLIST)
+        settled = any(step(plan) for step in CHECKLIST)
         assert settled, "the last step settles everything"
-        if seen.spec is not None:
-            deadline.wake(turn)
-    serve.serve(turn)
-    turn.status.observed_generation = seen.resource.generation
-    return Decision(turn.status, tuple(turn.actions), tuple(turn.events), turn.wake, frozenset(turn.needs))
+        if snapshot.spec is not None:
+            deadline.wake(plan)
+    serve.serve(plan)
+    plan.status.observed_generation = snapshot.resource.generation
+    return Decision(plan.status, tuple(plan.actions), tuple(plan.events), plan.wake, frozenset(plan.needs))

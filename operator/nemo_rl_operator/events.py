@@ -9,10 +9,11 @@ import time
 from collections import deque
 
 from nemo_rl.job import names
-from nemo_rl_operator import metrics, timestamps
-from nemo_rl_operator.client import Api, ApiError, Object
+from nemo_rl_operator import metrics
 from nemo_rl_operator.observe import Resource
-from nemo_rl_operator.turn import Event, Kind
+from nemo_rl_operator.plan import Event, Kind
+from nemo_rl_operator.runtime import timestamps
+from nemo_rl_operator.runtime.client import Api, ApiError, Object
 
 log = logging.getLogger(__name__)
 

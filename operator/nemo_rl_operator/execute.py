@@ -8,11 +8,11 @@ from collections.abc import Iterable
 
 from nemo_rl.job import names
 from nemo_rl_operator import reasons
-from nemo_rl_operator.cache import Cache
-from nemo_rl_operator.client import Api, ApiError, Object
 from nemo_rl_operator.observe import Blocked, Resource
-from nemo_rl_operator.pending import mishap
-from nemo_rl_operator.turn import Action, Create, Delete, Kind
+from nemo_rl_operator.pending import from_warning
+from nemo_rl_operator.plan import Action, Create, Delete, Kind
+from nemo_rl_operator.runtime.cache import Cache
+from nemo_rl_operator.runtime.client import Api, ApiError, Object
 
 log = logging.getLogger(__name__)
 
@@ -107,9 +107,9 @@ class Executor:
     def _forget(self, resource: Resource, action: Delete) -> None:
         key = (resource.namespace, resource.name)
         if action.kind is Kind.JOB:
-            self._cache.drop("job", key, action.name, action.uid)
+            self._cache.remove("job", key, action.name, action.uid)
         elif action.kind is Kind.POD:
-            self._cache.drop("pod", key, action.name, action.uid)
+            self._cache.remove("pod", key, action.name, action.uid)
 
 
 def _refusal(error: ApiError, action: Create) -> Blocked:
@@ -121,6 +121,6 @@ def _refusal(error: ApiError, action: Create) -> Blocked:
         return Blocked(reasons.REFUSED, f"the API server refuses {what}: {error.message[:700]}", fatal=True)
     if error.status == 403:
         if "exceeded quota" in error.message:
-            return Blocked(reasons.QUOTA, mishap(error.message).message, fatal=False)
+            return Blocked(reasons.QUOTA, from_warning(error.message).message, fatal=False)
         return Blocked(reasons.REFUSED, f"the API server refuses {what}: {error.message[:700]}", fatal=False)
     raise error

@@ -15,8 +15,8 @@ import kopf
 
 from nemo_rl.job import names
 from nemo_rl_operator import metrics
-from nemo_rl_operator.cache import Cache, Kind, key_of
-from nemo_rl_operator.client import Access, Api
+from nemo_rl_operator.runtime.cache import Cache, Kind, key_of
+from nemo_rl_operator.runtime.client import Access, Api
 
 log = logging.getLogger(__name__)
 
@@ -98,9 +98,9 @@ async def run(
         metrics.WATCH_EVENTS.labels(kind, event["type"] or "LISTED").inc()
         key = key_of(kind, raw)
         if deleted and kind == "pod":
-            key = cache.bury(raw)
+            key = cache.pod_gone(raw)
         elif key and deleted:
-            key = cache.drop(kind, key, raw["metadata"]["name"], raw["metadata"].get("uid"))
+            key = cache.remove(kind, key, raw["metadata"]["name"], raw["metadata"].get("uid"))
         elif key:
             key = cache.put(kind, raw)
         heard(kind, raw)

@@ -124,7 +124,7 @@ class Blocked:
 
 
 @dataclass(frozen=True)
-class Observed:
+class Snapshot:
     """Everything that `decide` knows besides the time."""
 
     resource: Resource
@@ -146,7 +146,7 @@ class Observed:
     """Number of the attempt whose Job and pods were just read from the API server rather than from the cache."""
     bundle_parts: frozenset[str] | None = None
     """ConfigMaps of bundles that exist; None before somebody looked."""
-    incident: str | None = None
+    warning_event: str | None = None
     """Newest warning Event about the live attempt; empty where there is none, None before somebody looked."""
     workload: str | None = None
     """What Kueue says about the queued attempt; likewise."""
@@ -287,7 +287,7 @@ def observe(
     pods: Iterable[PodView],
     progress: Progress | None = None,
     image: str = "",
-) -> Observed:
+) -> Snapshot:
     """Put together what belongs to this very job: children of an earlier job of the same name have another owner."""
     spec, problem = parse_spec(found.spec)
     status = JobStatus.load(json.loads(found.status) if found.status else None)
@@ -296,7 +296,7 @@ def observe(
     by_attempt: dict[int, tuple[PodView, ...]] = {}
     for pod in sorted((p for p in own if p.attempt), key=lambda p: (p.index, p.created, p.name)):
         by_attempt[pod.attempt] = (*by_attempt.get(pod.attempt, ()), pod)
-    return Observed(
+    return Snapshot(
         resource=found,
         spec=spec,
         problem=problem,

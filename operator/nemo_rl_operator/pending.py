@@ -21,7 +21,7 @@ class Waiting:
     fatal: bool = False
 
 
-def waiting(pods: tuple[PodView, ...], spec: RLTrainingJobSpec, image: str, incident: str) -> Waiting:
+def waiting(pods: tuple[PodView, ...], spec: RLTrainingJobSpec, image: str, warning_event: str) -> Waiting:
     """What keeps the pods from running; the reason of the first pod that says one."""
     for pod in pods:
         if pod.phase != "Pending":
@@ -30,8 +30,8 @@ def waiting(pods: tuple[PodView, ...], spec: RLTrainingJobSpec, image: str, inci
             return unschedulable(pod.unschedulable, spec)
         if pod.waiting and (found := container(pod.waiting, pod.waiting_message, image)):
             return found
-    if incident:
-        return mishap(incident)
+    if warning_event:
+        return from_warning(warning_event)
     nodes = spec.resources.nodes
     if not pods:
         return Waiting("Starting", reasons.PODS_PENDING, reasons.PODS_PENDING_MESSAGE)
@@ -129,7 +129,7 @@ def _config(message: str) -> str:
     return f"the container cannot start: {message[:300]}"
 
 
-def mishap(message: str) -> Waiting:
+def from_warning(message: str) -> Waiting:
     """A warning Event of the Job controller, the kubelet or the attach controller about the attempt."""
     if found := re.search(r"exceeded quota: ([^,]+), requested: (.+?), used: (.+?), limited: (.+)", message):
         text = f"waiting for quota {found[1]}: asked for {found[2]}, in use {found[3]}, limit {found[4]}"

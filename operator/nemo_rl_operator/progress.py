@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from nemo_rl.job import names
 from nemo_rl.job.status import Progress
 from nemo_rl_operator import metrics
-from nemo_rl_operator.cache import Key
+from nemo_rl_operator.runtime.cache import Key
 
 log = logging.getLogger(__name__)
 

@@ -10,17 +10,18 @@ from typing import Any, Protocol
 
 from nemo_rl.job import names
 from nemo_rl.job.status import JobStatus
-from nemo_rl_operator import metrics, observe, timestamps
-from nemo_rl_operator.cache import Cache, Key
-from nemo_rl_operator.client import Api, ApiError, Object
+from nemo_rl_operator import metrics, observe
 from nemo_rl_operator.decide import Decision, decide
 from nemo_rl_operator.events import EventPoster
 from nemo_rl_operator.execute import Executor, NamespaceGoneError
-from nemo_rl_operator.incidents import Incidents
-from nemo_rl_operator.observe import Observed
-from nemo_rl_operator.policies import follow
+from nemo_rl_operator.observe import Snapshot
+from nemo_rl_operator.plan import Kind, Need
+from nemo_rl_operator.policies import running
 from nemo_rl_operator.progress import ProgressPuller
-from nemo_rl_operator.turn import Kind, Need
+from nemo_rl_operator.runtime import timestamps
+from nemo_rl_operator.runtime.cache import Cache, Key
+from nemo_rl_operator.runtime.client import Api, ApiError, Object
+from nemo_rl_operator.warning_events import WarningEvents
 
 log = logging.getLogger(__name__)
 
@@ -71,43 +72,43 @@ class Reconciler:
         self._api, self._cache, self._events, self._progress = api, cache, events, progress
         self._witness, self._image, self._busy, self._clock = witness, image, busy, clock
         self._executor = Executor(api, cache)
-        self._incidents = Incidents(api)
+        self._incidents = WarningEvents(api)
         self._starting: dict[Key, _Start] = {}
 
     async def __call__(self, key: Key) -> float | None:
         if self._cache.get(key).at_rest:
             self._forget(key)
             return None
-        seen, decision = await self._decide(key)
-        if seen is None:
+        snapshot, decision = await self._decide(key)
+        if snapshot is None:
             self._forget(key)
             return None
         if decision.actions:
             try:
-                blocked = await self._executor.run(seen.resource, decision.actions)
+                blocked = await self._executor.run(snapshot.resource, decision.actions)
             except NamespaceGoneError:
                 return None
             if blocked:
-                decision = decide(replace(seen, blocked=blocked), self._clock())
+                decision = decide(replace(snapshot, blocked=blocked), self._clock())
                 if decision.actions:
-                    await self._executor.run(seen.resource, decision.actions)
-        self._note_start(key, seen.resource.uid, decision.status)
-        wake = await self._report(key, seen, decision)
-        self._follow_progress(key, seen, decision.status)
+                    await self._executor.run(snapshot.resource, decision.actions)
+        self._note_start(key, snapshot.resource.uid, decision.status)
+        wake = await self._report(key, snapshot, decision)
+        self._follow_progress(key, snapshot, decision.status)
         return wake
 
     def _forget(self, key: Key) -> None:
         self._progress.forget(key)
         self._starting.pop(key, None)
 
-    def _see(self, key: Key) -> Observed | None:
+    def _see(self, key: Key) -> Snapshot | None:
         entry = self._cache.get(key)
         if entry.resource is None:
             return None
         progress, begun = self._progress.newest(key), self._begun(key, entry.resource.uid)
-        seen = observe.observe(entry.resource, entry.jobs.values(), entry.telling_pods, progress, self._image)
+        snapshot = observe.observe(entry.resource, entry.jobs.values(), entry.known_pods, progress, self._image)
         start = self._starting.get(key)
-        return replace(seen, begun=begun, beside=start.others if start else len(self._starting))
+        return replace(snapshot, begun=begun, beside=start.others if start else len(self._starting))
 
     def _note_start(self, key: Key, uid: str, status: JobStatus) -> None:
         """Once its objects are made: which attempt starts."""
@@ -124,37 +125,37 @@ class Reconciler:
         start = self._starting.get(key)
         return start.number if start and start.uid == uid else 0
 
-    async def _decide(self, key: Key) -> tuple[Observed | None, Decision]:
+    async def _decide(self, key: Key) -> tuple[Snapshot | None, Decision]:
         """Decide, reading first what the decision asks for."""
         known: dict[str, Any] = {}
         for _ in range(MOST_READS):
-            seen = self._see(key)
-            if seen is None:
+            snapshot = self._see(key)
+            if snapshot is None:
                 return None, Decision(JobStatus())
-            seen = replace(seen, **known)
-            decision = decide(seen, self._clock())
+            snapshot = replace(snapshot, **known)
+            decision = decide(snapshot, self._clock())
             if not decision.needs:
-                return seen, decision
+                return snapshot, decision
             for need in decision.needs:
-                known |= await self._read(need, key, seen)
+                known |= await self._read(need, key, snapshot)
         raise RuntimeError(f"the decision asks for {decision.needs} again and again")
 
-    async def _read(self, need: Need, key: Key, seen: Observed) -> dict[str, Any]:
+    async def _read(self, need: Need, key: Key, snapshot: Snapshot) -> dict[str, Any]:
         namespace = key[0]
-        number = newest_attempt(seen)
+        number = newest_attempt(snapshot)
         if need is Need.ATTEMPT:
-            await self._read_attempt(key, seen.resource.uid, number)
+            await self._read_attempt(key, snapshot.resource.uid, number)
             return {"verified": number}
         if need is Need.BUNDLES:
-            assert seen.spec
-            parts = {part for bundle in seen.spec.bundles for part in bundle.config_maps}
+            assert snapshot.spec
+            parts = {part for bundle in snapshot.spec.bundles for part in bundle.config_maps}
             there = {part for part in sorted(parts) if await self._api.exists(Kind.CONFIG_MAP, namespace, part)}
             return {"bundle_parts": frozenset(there)}
-        if need is Need.INCIDENT:
+        if need is Need.WARNING_EVENT:
             if self._busy():  # then every start is slow, for the same reason
-                return {"incident": ""}
-            return {"incident": await self._incidents.newest(seen, number, self._clock())}
-        return {"workload": await self._workload(namespace, seen, number)}
+                return {"warning_event": ""}
+            return {"warning_event": await self._incidents.newest(snapshot, number, self._clock())}
+        return {"workload": await self._workload(namespace, snapshot, number)}
 
     async def _read_attempt(self, key: Key, uid: str, number: int) -> None:
         """Bring the cache up to date about one attempt: its Job, and pods that may have outlived it."""
@@ -163,7 +164,7 @@ class Reconciler:
         if found:
             self._cache.put("job", found)
         else:
-            self._cache.drop("job", key, name)
+            self._cache.remove("job", key, name)
         selector = f"{names.LABEL_JOB_UID}={uid},{names.LABEL_ATTEMPT}={number}"
         pods = await self._api.items(Kind.POD, key[0], {"labelSelector": selector})
         for pod in pods:
@@ -171,21 +172,21 @@ class Reconciler:
         there = {pod["metadata"]["name"] for pod in pods}
         for pod_view in list(self._cache.get(key).pods.values()):
             if pod_view.owner == uid and pod_view.attempt == number and pod_view.name not in there:
-                self._cache.lose(key, pod_view.name, pod_view.uid)
+                self._cache.remove_pod(key, pod_view.name, pod_view.uid)
 
-    async def _workload(self, namespace: str, seen: Observed, number: int) -> str:
+    async def _workload(self, namespace: str, snapshot: Snapshot, number: int) -> str:
         """Why Kueue holds the attempt."""
-        label = f"kueue.x-k8s.io/job-uid={seen.attempts[number].uid}"
+        label = f"kueue.x-k8s.io/job-uid={snapshot.attempts[number].uid}"
         for workload in await self._api.workloads(namespace, {"labelSelector": label}):
             for condition in (workload.get("status") or {}).get("conditions") or ():
                 if condition.get("type") == "QuotaReserved" and condition.get("status") == "False":
                     return str(condition.get("message", ""))[:500]
         return ""
 
-    async def _report(self, key: Key, seen: Observed, decision: Decision) -> float | None:
+    async def _report(self, key: Key, snapshot: Snapshot, decision: Decision) -> float | None:
         """Write the status if it differs, then post the Events that go with it."""
-        resource = seen.resource
-        old, new = seen.status.dump(), decision.status.dump()
+        resource = snapshot.resource
+        old, new = snapshot.status.dump(), decision.status.dump()
         if old == new or resource.deleting:
             return decision.requeue_after
         wait = self._may_wait(key, old, new)
@@ -195,7 +196,7 @@ class Reconciler:
             written = await self._api.patch_status(*key, resource.version, merge_patch(old, new))
         except ApiError as error:
             if error.status == 404:
-                self._cache.drop("resource", key, resource.name, resource.uid)
+                self._cache.remove("resource", key, resource.name, resource.uid)
                 return None
             if error.status == 409:
                 metrics.CONFLICTS.inc()
@@ -204,7 +205,7 @@ class Reconciler:
         self._witness.wrote(key, written["metadata"]["resourceVersion"])
         for event in decision.events:
             self._events.post(resource, event)
-        _count_ends(seen.status, decision.status)
+        _count_ends(snapshot.status, decision.status)
         if old.get("phase") != new.get("phase"):
             log.info("%s/%s: %s: %s", *key, new.get("phase"), new.get("message"))
         return decision.requeue_after
@@ -212,25 +213,25 @@ class Reconciler:
     def _may_wait(self, key: Key, old: Object, new: Object) -> float:
         """Seconds for which this need not be written, since the next status may make it superfluous."""
         start = self._starting.get(key)
-        if start and "phase" not in old and new.get("attempt") == 1 and new.get("reason") in follow.ORDINARY:
-            patience = FIRST_WORD_SECONDS + follow.patience(start.others)
+        if start and "phase" not in old and new.get("attempt") == 1 and new.get("reason") in running.ORDINARY:
+            patience = FIRST_WORD_SECONDS + running.patience(start.others)
             return patience - (self._clock() - start.time).total_seconds()
         progress_only = all(old.get(name) == new.get(name) for name in {*old, *new} - {"progress", "checkpoint"})
         return DEFER_SECONDS if progress_only and self._busy() else 0.0
 
-    def _follow_progress(self, key: Key, seen: Observed, status: JobStatus) -> None:
+    def _follow_progress(self, key: Key, snapshot: Snapshot, status: JobStatus) -> None:
         """Pull progress from the pod with index 0 while it runs."""
         if status.phase == "Running":
-            for pod in observe.newest(seen.pods.get(status.attempt or 0, ())):
+            for pod in observe.newest(snapshot.pods.get(status.attempt or 0, ())):
                 if pod.index == 0 and pod.phase == "Running" and pod.ip and not pod.deleting:
                     self._progress.follow(key, pod.uid, pod.ip)
                     return
         self._progress.forget(key)
 
 
-def newest_attempt(seen: Observed) -> int:
+def newest_attempt(snapshot: Snapshot) -> int:
     """Number of the newest attempt, by status and Jobs, and by what was made just now."""
-    return max([seen.status.attempt or 0, seen.begun, *seen.attempts])
+    return max([snapshot.status.attempt or 0, snapshot.begun, *snapshot.attempts])
 
 
 def merge_patch(old: Object, new: Object) -> Object:

@@ -14,7 +14,7 @@ from typing import Any
 from e2e.kubectl import Kubectl, Object, Watch, eventually
 from e2e.manifests import Manifests
 from nemo_rl.job import names
-from nemo_rl.metrics import read_history
+from nemo_rl.run.metrics import read_history
 
 SECONDS = 240.0
 """A deadline that only a stuck cluster misses, on a loaded machine too: pods import torch for up to half a minute."""

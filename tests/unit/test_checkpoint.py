@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from nemo_rl.checkpoint import (
+from nemo_rl.run.checkpoint import (
     CheckpointStore,
     CorruptCheckpointError,
     find_checkpoints,
@@ -343,7 +343,7 @@ def test_links_survive_moving_the_run(tmp_path):
 def test_looking_for_checkpoints_loads_no_torch(tmp_path):
     CheckpointStore(tmp_path, keep=1).save(1, model=Pebble(), tokenizer=None, state={})
     code = (
-        "import sys; from pathlib import Path; from nemo_rl.checkpoint import CheckpointStore;"
+        "import sys; from pathlib import Path; from nemo_rl.run.checkpoint import CheckpointStore;"
         "print(CheckpointStore(Path(sys.argv[1]), keep=1).best().step, 'torch' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
@@ -404,7 +404,7 @@ KILLED_SAVES = textwrap.dedent(
     from pathlib import Path
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
-    from nemo_rl.checkpoint import CheckpointStore, load_into
+    from nemo_rl.run.checkpoint import CheckpointStore, load_into
 
     torch.set_num_threads(1)
     config = Qwen2Config(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,

@@ -13,8 +13,8 @@ import textwrap
 
 import pytest
 
-from nemo_rl.display import LiveDisplay, NullDisplay, PlainDisplay, make_display
-from nemo_rl.metrics import parse_step_line
+from nemo_rl.display.terminal import LiveDisplay, NullDisplay, PlainDisplay, make_display
+from nemo_rl.run.metrics import parse_step_line
 
 COLUMNS, ROWS = 100, 40
 
@@ -82,7 +82,7 @@ def run_on_terminal(code: str, **environment: str) -> tuple[str, int]:
 RUN = """
 import logging, sys, warnings
 logging.basicConfig(level=logging.INFO, format="LOG %(message)s")   # a handler that holds the real standard error
-from nemo_rl.display import make_display
+from nemo_rl.display.terminal import make_display
 display = make_display()
 display.start(3, "GRPO · tiny · [bold]not markup[/bold]")
 try:
@@ -148,7 +148,7 @@ def test_forked_worker_prints_past_the_panel():
     output, code = run_on_terminal(
         """
         import os, sys
-        from nemo_rl.display import LiveDisplay
+        from nemo_rl.display.terminal import LiveDisplay
         display = LiveDisplay()
         display.start(1, "header")
         assert sys.stdout is not sys.__stdout__

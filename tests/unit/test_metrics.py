@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nemo_rl.metrics import (
+from nemo_rl.run.metrics import (
     SAMPLE_CHARACTERS,
     MetricsLog,
     parse_sample_line,
@@ -117,7 +117,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
 def test_missing_tensorboard_says_what_to_install(tmp_path):
     code = (
         "import sys; sys.modules['torch.utils.tensorboard'] = None\n"
-        "from nemo_rl.metrics import MetricsLog\n"
+        "from nemo_rl.run.metrics import MetricsLog\n"
         "MetricsLog(sys.argv[1], resume_step=0, tensorboard=True)"
     )
     out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)

@@ -10,12 +10,12 @@ import nbclient
 import nbformat
 import pytest
 
-from nemo_rl.display import PlainDisplay, make_display
-from nemo_rl.notebook import NotebookDisplay, in_notebook
+from nemo_rl.display.notebook import NotebookDisplay, in_notebook
+from nemo_rl.display.terminal import PlainDisplay, make_display
 
 RUN = """
-from nemo_rl import notebook
-from nemo_rl.display import make_display
+from nemo_rl.display import notebook
+from nemo_rl.display.terminal import make_display
 
 notebook.REDRAW_SECONDS = 0.0
 display = make_display()

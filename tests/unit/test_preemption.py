@@ -10,11 +10,11 @@ import threading
 
 import pytest
 
-from nemo_rl.preemption import StopSignals
+from nemo_rl.run.signals import StopSignals
 
 PRELUDE = """
 import os, signal, sys, threading, time
-from nemo_rl.preemption import Interrupted, StopSignals
+from nemo_rl.run.signals import Interrupted, StopSignals
 def wait_for(signals):
     print("ready", flush=True)
     deadline = time.monotonic() + 30

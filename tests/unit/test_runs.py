@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_rl.runs import RunBusyError, differences, open_run
+from nemo_rl.run.directory import RunBusyError, differences, open_run
 
 SETTINGS = {"model": "tiny", "training": {"learning_rate": 1e-6, "seed": 1}, "lora": None}
 OTHER = {"model": "tiny", "training": {"learning_rate": 2e-6, "seed": 1}, "beta": 0.1}
@@ -165,7 +165,7 @@ def test_second_run_of_this_process_is_refused(tmp_path):
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from nemo_rl.runs import open_run
+from nemo_rl.run.directory import open_run
 run = open_run(Path(sys.argv[1]), {"model": "tiny"}, "auto")
 worker = os.fork()   # like a reward worker: it outlives a killed trainer for a while
 if worker == 0:
@@ -200,7 +200,7 @@ def test_run_of_another_process_is_refused_until_it_is_killed(tmp_path):
 RACER = """
 import sys
 from pathlib import Path
-from nemo_rl.runs import RunBusyError, open_run
+from nemo_rl.run.directory import RunBusyError, open_run
 print("ready", flush=True)
 sys.stdin.readline()
 try:

@@ -15,11 +15,11 @@ from nemo_rl.backends.kubernetes.errors import ApiError, ClusterError, DownloadE
 from nemo_rl.backends.kubernetes.fetch import FileClient, RemoteFile, download, relative_to
 from nemo_rl.backends.kubernetes.progress import TransferBar
 from nemo_rl.backends.kubernetes.tunnel import open_tunnel
-from nemo_rl.checkpoint import TRAINER_STATE
 from nemo_rl.job import names
 from nemo_rl.job.spec import RLTrainingJobSpec
 from nemo_rl.job.status import JobStatus
-from nemo_rl.runs import COMPLETIONS_FILE, METRICS_FILE, RUN_FILE, open_run
+from nemo_rl.run.checkpoint import TRAINER_STATE
+from nemo_rl.run.directory import COMPLETIONS_FILE, METRICS_FILE, RUN_FILE, open_run
 
 if TYPE_CHECKING:
     from nemo_rl.api.result import TrainResult
@@ -159,7 +159,7 @@ def best_checkpoint(status: JobStatus, name: str) -> str | None:
 
 def build_result(job: dict[str, Any], output_dir: Path, checkpoint: Path | None) -> TrainResult:
     from nemo_rl.api.result import TrainResult
-    from nemo_rl.metrics import read_history
+    from nemo_rl.run.metrics import read_history
 
     status = JobStatus.load(job.get("status"))
     history = read_history(output_dir / METRICS_FILE)

@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from nemo_rl.notebook import Area, bar, in_notebook
+from nemo_rl.display.notebook import Area, bar, in_notebook
 
 _REDRAW_SECONDS = 0.1
 _SHOWN_AFTER_SECONDS = 0.5

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from nemo_rl.display import Display, PlainDisplay, make_display
+from nemo_rl.display.terminal import Display, PlainDisplay, make_display
 from nemo_rl.job.status import JobStatus
-from nemo_rl.metrics import SHOWN_SAMPLES, parse_sample_line, parse_step_line
+from nemo_rl.run.metrics import SHOWN_SAMPLES, parse_sample_line, parse_step_line
 
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
 _LONGEST_PARSED = 20_000

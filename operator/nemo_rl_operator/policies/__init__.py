@@ -1,1 +1,1 @@
-"""What happens to a job, one policy per file; `decide` asks them in turn."""
+"""What happens to a job, one policy per file; `decide` asks them in plan."""

@@ -5,44 +5,44 @@ from __future__ import annotations
 from nemo_rl.job.status import Cause
 from nemo_rl_operator import reasons
 from nemo_rl_operator.classify import outcome, verdict
-from nemo_rl_operator.turn import Need, Turn
+from nemo_rl_operator.plan import Need, Plan
 
 
-def take_in_jobs(turn: Turn) -> bool:
+def take_in_jobs(plan: Plan) -> bool:
     """Record attempts whose Job was made but whose beginning was never written; it may be gone already."""
-    made = {*turn.seen.attempts, *([turn.seen.begun] if turn.seen.begun else [])}
+    made = {*plan.snapshot.attempts, *([plan.snapshot.begun] if plan.snapshot.begun else [])}
     for number in sorted(made):
-        attempt = turn.seen.attempts.get(number)
-        if number < turn.number or (number == turn.number and turn.record):
+        attempt = plan.snapshot.attempts.get(number)
+        if number < plan.number or (number == plan.number and plan.record):
             continue
-        if turn.open:
-            _close_superseded(turn)
-        turn.begin(number, attempt.created if attempt and attempt.created else turn.time)
-        turn.event(reasons.EVENT_STARTED, reasons.STARTING_MESSAGE.format(attempt=number), key=str(number))
+        if plan.open:
+            _close_superseded(plan)
+        plan.begin(number, attempt.created if attempt and attempt.created else plan.time)
+        plan.event(reasons.EVENT_STARTED, reasons.STARTING_MESSAGE.format(attempt=number), key=str(number))
     return False
 
 
-def _close_superseded(turn: Turn) -> None:
+def _close_superseded(plan: Plan) -> None:
     """A later attempt was started, so this one had ended; its end was decided but not written."""
-    attempt = turn.attempt
-    found = outcome(attempt, turn.pods, turn.spec.resources.nodes, True) if attempt else None
+    attempt = plan.attempt
+    found = outcome(attempt, plan.pods, plan.spec.resources.nodes, True) if attempt else None
     if found is None or found.cause is None:
-        turn.close(Cause.UNKNOWN, message="its end was not recorded")
+        plan.close(Cause.UNKNOWN, message="its end was not recorded")
     else:
-        turn.close(found.cause, counted=verdict(found.cause) == "counted", message=found.message, found=found)
+        plan.close(found.cause, counted=verdict(found.cause) == "counted", message=found.message, found=found)
 
 
-def miss_deleted_job(turn: Turn) -> bool:
+def miss_deleted_job(plan: Plan) -> bool:
     """The newest attempt's Job is gone although it had not ended: deleted by us to suspend, or by somebody else."""
-    record = turn.record
-    if record is None or not turn.open or turn.attempt is not None:
+    record = plan.record
+    if record is None or not plan.open or plan.attempt is not None:
         return False
-    if turn.seen.verified != turn.number:
-        turn.needs.add(Need.ATTEMPT)
+    if plan.snapshot.verified != plan.number:
+        plan.needs.add(Need.ATTEMPT)
         return True
-    if turn.live_pods():
-        turn.phase(turn.status.phase or "Starting", reasons.ENDING, reasons.ENDING_MESSAGE.format(attempt=turn.number))
+    if plan.live_pods():
+        plan.phase(plan.status.phase or "Starting", reasons.ENDING, reasons.ENDING_MESSAGE.format(attempt=plan.number))
         return True
-    cause = record.cause or (Cause.SUSPENDED if turn.spec.suspend else Cause.JOB_DELETED)
-    turn.close(cause, message="" if cause == Cause.SUSPENDED else "its Job was deleted")
+    cause = record.cause or (Cause.SUSPENDED if plan.spec.suspend else Cause.JOB_DELETED)
+    plan.close(cause, message="" if cause == Cause.SUSPENDED else "its Job was deleted")
     return False

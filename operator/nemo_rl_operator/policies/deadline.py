@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from nemo_rl.job.status import Cause
 from nemo_rl_operator import reasons
-from nemo_rl_operator.turn import Turn
+from nemo_rl_operator.plan import Plan
 
 
-def enforce(turn: Turn) -> bool:
-    limit = turn.spec.active_deadline_seconds
-    if limit is None or turn.active_seconds() < limit:
+def enforce(plan: Plan) -> bool:
+    limit = plan.spec.active_deadline_seconds
+    if limit is None or plan.active_seconds() < limit:
         return False
-    turn.fail(Cause.DEADLINE, reasons.DEADLINE_MESSAGE.format(seconds=int(turn.active_seconds()), limit=limit))
+    plan.fail(Cause.DEADLINE, reasons.DEADLINE_MESSAGE.format(seconds=int(plan.active_seconds()), limit=limit))
     return True
 
 
-def wake(turn: Turn) -> None:
+def wake(plan: Plan) -> None:
     """Look again when the deadline comes."""
-    limit = turn.spec.active_deadline_seconds
-    if limit is not None and turn.status.active_since:
-        turn.wake_in(limit - turn.active_seconds() + 0.1)
+    limit = plan.spec.active_deadline_seconds
+    if limit is not None and plan.status.active_since:
+        plan.wake_in(limit - plan.active_seconds() + 0.1)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from nemo_rl_operator import timestamps
+from nemo_rl_operator.plan import Plan
 from nemo_rl_operator.policies import ttl
-from nemo_rl_operator.turn import Turn
+from nemo_rl_operator.runtime import timestamps
 
 LINGER_SECONDS = 300.0
 """How long the other pods of a job may take to end after index 0 succeeded."""
 
 
-def rest(turn: Turn) -> None:
-    live = turn.live_pods() or any(not a.finished for a in turn.seen.attempts.values())
-    if live and turn.status.phase == "Failed":
-        turn.stop_live()
+def settle(plan: Plan) -> None:
+    live = plan.live_pods() or any(not a.finished for a in plan.snapshot.attempts.values())
+    if live and plan.status.phase == "Failed":
+        plan.stop_live()
     elif live:
-        left = LINGER_SECONDS + (timestamps.seconds_until(turn.status.completion_time, turn.now) or 0.0)
+        left = LINGER_SECONDS + (timestamps.seconds_until(plan.status.completion_time, plan.now) or 0.0)
         if left > 0:
-            turn.wake_in(left)
+            plan.wake_in(left)
         else:
-            turn.stop_live()
-    ttl.expire(turn)
+            plan.stop_live()
+    ttl.expire(plan)

@@ -3,54 +3,55 @@
 from __future__ import annotations
 
 from nemo_rl.job.status import Attempt, Cause
-from nemo_rl_operator import reasons, timestamps
+from nemo_rl_operator import reasons
 from nemo_rl_operator.classify import Outcome, verdict
-from nemo_rl_operator.turn import Turn
+from nemo_rl_operator.plan import Plan
+from nemo_rl_operator.runtime import timestamps
 
 COUNTED_BASE, FREE_BASE, LONGEST_DELAY = 10.0, 5.0, 300.0
 SHORT_SECONDS = 60.0
 """A disrupted attempt that lived shorter than this and made no step may be disrupted again at once."""
 
 
-def judge(turn: Turn, found: Outcome) -> bool:
+def judge(plan: Plan, found: Outcome) -> bool:
     """Record the failure; True if it ends the job."""
     assert found.cause is not None
     judged = verdict(found.cause)
     counted = judged == "counted"
-    turn.close(found.cause, counted=counted, message=found.message, found=found)
-    turn.event(
+    plan.close(found.cause, counted=counted, message=found.message, found=found)
+    plan.event(
         reasons.EVENT_ENDED,
-        f"attempt {turn.number}: {found.cause}: {found.message}",
+        f"attempt {plan.number}: {found.cause}: {found.message}",
         warning=True,
-        key=str(turn.number),
+        key=str(plan.number),
     )
     if judged == "fatal":
-        turn.fail(found.cause, found.message, found)
+        plan.fail(found.cause, found.message, found)
         return True
-    failures, limit = turn.status.counted_failures or 0, turn.spec.backoff_limit
+    failures, limit = plan.status.counted_failures or 0, plan.spec.backoff_limit
     if counted and failures > limit:
         message = reasons.BACKOFF_LIMIT_MESSAGE.format(failures=failures, limit=limit, message=found.message)
-        turn.fail(found.cause, message, found)
+        plan.fail(found.cause, message, found)
         return True
     return False
 
 
-def wait_out(turn: Turn) -> bool:
+def wait_out(plan: Plan) -> bool:
     """Hold the next attempt back until its delay is over."""
-    record = turn.record
+    record = plan.record
     if record is None or record.end_time is None:
         return False
-    delay = delay_after(turn.status.attempts, turn.status.counted_failures or 0)
-    left = delay + (timestamps.seconds_until(record.end_time, turn.now) or 0.0)
+    delay = delay_after(plan.status.attempts, plan.status.counted_failures or 0)
+    left = delay + (timestamps.seconds_until(record.end_time, plan.now) or 0.0)
     if left <= 0:
         return False
-    end = timestamps.parse(record.end_time) or turn.now
+    end = timestamps.parse(record.end_time) or plan.now
     due = timestamps.write(end.fromtimestamp(end.timestamp() + delay, tz=end.tzinfo))
     message = reasons.BACKOFF_MESSAGE.format(
         attempt=record.number, cause=record.cause, next=record.number + 1, time=due
     )
-    turn.phase("Pending", reasons.BACKOFF, message)
-    turn.wake_in(left)
+    plan.phase("Pending", reasons.BACKOFF, message)
+    plan.wake_in(left)
     return True
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from nemo_rl_operator import timestamps
-from nemo_rl_operator.turn import Delete, Kind, Turn
+from nemo_rl_operator.plan import Delete, Kind, Plan
+from nemo_rl_operator.runtime import timestamps
 
 
-def expire(turn: Turn) -> None:
-    spec, status = turn.seen.spec, turn.status
+def expire(plan: Plan) -> None:
+    spec, status = plan.snapshot.spec, plan.status
     if spec is None or spec.ttl_seconds_after_finished is None:
         return
-    ended = timestamps.seconds_until(status.completion_time, turn.now)
+    ended = timestamps.seconds_until(status.completion_time, plan.now)
     left = (ended or 0.0) + spec.ttl_seconds_after_finished
-    served = timestamps.seconds_until(spec.output.serve_until, turn.now)
+    served = timestamps.seconds_until(spec.output.serve_until, plan.now)
     left = max(left, served or 0.0)
     if left > 0:
-        turn.wake_in(left)
+        plan.wake_in(left)
     else:
-        turn.actions.append(Delete(Kind.RESOURCE, turn.seen.resource.name, turn.seen.resource.uid))
+        plan.actions.append(Delete(Kind.RESOURCE, plan.snapshot.resource.name, plan.snapshot.resource.uid))

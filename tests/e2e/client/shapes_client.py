@@ -32,7 +32,7 @@ def main(model, rows, prefix):
     # what `import mylib` of a cell finds, and the shapes
     sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path.cwd())]
     from nemo_rl.backends.kubernetes.ship.errors import ShipError
-    from nemo_rl.metrics import read_history
+    from nemo_rl.run.metrics import read_history
     from unit.ship.notebook import run_cell
     from unit.ship.shapes import FILES, NINE
 

@@ -15,7 +15,7 @@ from e2e.client.conftest import Rows
 from e2e.client.desk import Desk
 from e2e.scene import metrics_of
 from nemo_rl.backends.kubernetes.job import Job
-from nemo_rl.metrics import read_history
+from nemo_rl.run.metrics import read_history
 
 BACKENDS = ("local", "kubernetes")
 ALGORITHMS = ("grpo", "sft", "dpo")

@@ -15,7 +15,7 @@ from documented import EXAMPLES, example
 from e2e.client import notebook
 from e2e.client.desk import Desk, Program
 from e2e.scene import SECONDS
-from nemo_rl.metrics import read_history
+from nemo_rl.run.metrics import read_history
 
 
 @pytest.fixture(scope="module")

@@ -176,7 +176,7 @@ def serve() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
     import nemo_rl.api.training
-    import nemo_rl.checkpoint_tensors
+    import nemo_rl.run.checkpoint_tensors
     import nemo_rl.trainers.dpo
     import nemo_rl.trainers.grpo
     import nemo_rl.trainers.sft  # noqa: F401

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from nemo_rl.distributed import join
+from nemo_rl.run.ranks import join
 from unit.distributed.conftest import free_port
 
 
@@ -60,7 +60,7 @@ def test_the_first_rank_may_come_last(ranks_of_two: pytest.MonkeyPatch) -> None:
     import os
 
     program = (
-        "import torch, time; from nemo_rl.distributed import join\n"
+        "import torch, time; from nemo_rl.run.ranks import join\n"
         "print('here', flush=True); print(join(torch.device('cpu'), 120).gather(lambda: 7))"
     )
     command = [sys.executable, "-c", program]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from nemo_rl.data.prepare import PairExample, PromptExample, TextExample
 from nemo_rl.data.rows import PromptRow
 from nemo_rl.environments.runner import RewardOutcome
-from nemo_rl.preemption import StopSignals
-from nemo_rl.rollout.engine import Completion
+from nemo_rl.rollout.in_process.engine import Completion
+from nemo_rl.run.signals import StopSignals
 from nemo_rl.trainers.base import Trainer
 from nemo_rl.trainers.grpo import GRPOTrainer, Rollouts
 from unit.engine.tiny import plain_logprobs, random_ids

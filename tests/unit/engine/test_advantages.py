@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from nemo_rl.advantages import EPSILON, RELATIVE_ZERO, baseline_and_std, group_advantages
+from nemo_rl.objectives.advantages import EPSILON, RELATIVE_ZERO, baseline_and_std, group_advantages
 
 exact = settings(deadline=None, derandomize=True, max_examples=80)
 

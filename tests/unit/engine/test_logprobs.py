@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_rl import logprobs
-from nemo_rl.logprobs import token_logprobs
+from nemo_rl.model import logprobs
+from nemo_rl.model.logprobs import token_logprobs
 from unit.engine.tiny import relative
 
 

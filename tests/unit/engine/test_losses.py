@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nemo_rl.losses import clipped_policy_loss, kl_estimate, kl_loss, preference_loss, token_weights
+from nemo_rl.objectives.losses import clipped_policy_loss, kl_estimate, kl_loss, preference_loss, token_weights
 
 exact = settings(deadline=None, derandomize=True, max_examples=60)
 

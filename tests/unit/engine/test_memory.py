@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from nemo_rl.model import Policy
-from nemo_rl.packing import TokenSequence, pack
+from nemo_rl.model.packing import TokenSequence, pack
+from nemo_rl.model.policy import Policy
 
 VOCABULARY = 151_936
 LOGIT_BYTES = 4 * VOCABULARY

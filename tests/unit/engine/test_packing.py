@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_rl.packing import AttentionView, PackedBatch, TokenSequence, pack, plan_microbatches
+from nemo_rl.model.packing import AttentionView, PackedBatch, TokenSequence, pack, plan_microbatches
 
 exact = settings(deadline=None, derandomize=True, max_examples=80)
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from nemo_rl.job.spec import TrainingSpec
-from nemo_rl.model import Policy, prepare_model
-from nemo_rl.packing import TokenSequence, pack, plan_microbatches
+from nemo_rl.model.load import prepare_model
+from nemo_rl.model.packing import TokenSequence, pack, plan_microbatches
+from nemo_rl.model.policy import Policy
 from unit.engine import tiny
 from unit.engine.tiny import GENERIC, NATIVE, gradient, plain_logprobs, random_ids, relative
 
@@ -166,7 +167,7 @@ def test_the_token_budget_never_changes_the_gradient(model_of, family: str, budg
 def test_padding_never_changes_the_gradient(model_of, monkeypatch, family: str, views: int):
     policy, sequences = policy_of(model_of(family)), some_sequences()
     expected = of_policy(policy, sequences)
-    monkeypatch.setattr("nemo_rl.packing.ATTENTION_VIEWS", views)
+    monkeypatch.setattr("nemo_rl.model.packing.ATTENTION_VIEWS", views)
     assert_same(of_policy(policy, sequences), expected, INVARIANT)
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from nemo_rl.model import Policy
-from nemo_rl.packing import TokenSequence, pack
-from nemo_rl.rollout import engine
-from nemo_rl.rollout.engine import Completion, Sampling, end_tokens, generate
-from nemo_rl.rollout.generic import GenericState
-from nemo_rl.rollout.native import NativeState
+from nemo_rl.model.packing import TokenSequence, pack
+from nemo_rl.model.policy import Policy
+from nemo_rl.rollout.in_process import engine
+from nemo_rl.rollout.in_process.engine import Completion, Sampling, end_tokens, generate
+from nemo_rl.rollout.in_process.generic import GenericState
+from nemo_rl.rollout.in_process.native import NativeState
 from unit.engine import tiny
 from unit.engine.tiny import END, plain_logprobs, random_ids
 
@@ -85,7 +85,7 @@ def test_bf16_rollouts_are_close_to_fp32(model_of, native: bool):
 
 def test_adapters_take_part_in_rollouts():
     from nemo_rl.job.spec import TrainingSpec
-    from nemo_rl.model import prepare_model
+    from nemo_rl.model.load import prepare_model
 
     model = prepare_model(tiny.make_model("qwen2"), TrainingSpec(lora_rank=2), torch.device("cpu"))
     with torch.no_grad():

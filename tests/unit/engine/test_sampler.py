@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_rl.rollout.sampler import argmax, filter_logits, keyed_uniforms, sample
+from nemo_rl.rollout.in_process.sampler import argmax, filter_logits, keyed_uniforms, sample
 
 exact = settings(deadline=None, derandomize=True, max_examples=60)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_rl.job.spec import GRPOSpec
-from nemo_rl.model import Policy
+from nemo_rl.model.policy import Policy
 from nemo_rl.trainers.dpo import DPOTrainer
 from nemo_rl.trainers.grpo import GRPOTrainer, Rollouts
 from nemo_rl.trainers.sft import SFTTrainer
@@ -206,7 +206,7 @@ def test_with_adapters_the_reference_is_the_model_without_them():
 
 def test_log_probabilities_of_own_rollouts_give_a_ratio_of_one():
     """With several updates the first one uses the decoder's log-probabilities: nothing may be clipped, the loss is -mean A."""
-    from nemo_rl.rollout.engine import Sampling, generate
+    from nemo_rl.rollout.in_process.engine import Sampling, generate
 
     model = tiny.make_model("qwen2")
     trainer = grpo(model, num_iterations=2, temperature=0.8, clip_low=0.001, clip_high=0.001)

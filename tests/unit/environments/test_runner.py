@@ -33,7 +33,7 @@ from nemo_rl.environments import (
 )
 from nemo_rl.environments.execute import BadValue, number
 from nemo_rl.errors import RewardError
-from nemo_rl.preemption import Interrupted
+from nemo_rl.run.signals import Interrupted
 
 TIMEOUT = 0.5
 PLENTY = 60.0

@@ -20,7 +20,7 @@ from nemo_rl.backends.kubernetes import fetch, outputs
 from nemo_rl.backends.kubernetes.errors import DownloadError
 from nemo_rl.backends.kubernetes.fetch import FileClient, RemoteFile, checked_manifest, download, relative_to
 from nemo_rl.job import names
-from nemo_rl.runs import METRICS_FILE
+from nemo_rl.run.directory import METRICS_FILE
 from nemo_rl.worker.files import FileServer, Tree
 
 DIGEST = "0" * 64

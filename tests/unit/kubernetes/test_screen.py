@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_rl.backends.kubernetes.screen import Screen, printable
-from nemo_rl.display import LiveDisplay, NullDisplay, PlainDisplay
+from nemo_rl.display.terminal import LiveDisplay, NullDisplay, PlainDisplay
 from nemo_rl.job.status import JobStatus
-from nemo_rl.metrics import sample_line
+from nemo_rl.run.metrics import sample_line
 
 
 def test_each_step_is_kept_once_and_the_later_attempt_wins() -> None:

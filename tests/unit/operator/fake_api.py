@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_rl.job import names
-from nemo_rl_operator.client import ApiError, Object
-from nemo_rl_operator.turn import Kind
+from nemo_rl_operator.plan import Kind
+from nemo_rl_operator.runtime.client import ApiError, Object
 from unit.operator import make
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from nemo_rl.job import names
 from nemo_rl.job.spec import RLTrainingJobSpec
 from nemo_rl.job.status import Attempt, JobStatus, Progress, TerminationMessage
-from nemo_rl_operator import timestamps
-from nemo_rl_operator.observe import AttemptView, Observed, PodView, Resource, observe
+from nemo_rl_operator.observe import AttemptView, PodView, Resource, Snapshot, observe
+from nemo_rl_operator.runtime import timestamps
 
 NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
 UID = "uid-x"
@@ -130,12 +130,12 @@ def running_pod(number: int = 1, index: int = 0, **fields: Any) -> PodView:
 
 def ended_pod(code: int, number: int = 1, index: int = 0, **fields: Any) -> PodView:
     """A pod whose trainer exited with this code; with 0 it left a result."""
-    word = fields.pop("word", TerminationMessage(kind="result", total_steps=500) if code == 0 else None)
+    termination = fields.pop("termination", TerminationMessage(kind="result", total_steps=500) if code == 0 else None)
     values = {
         "phase": "Succeeded" if code == 0 else "Failed",
         "exit_code": code,
         "ended": at(-20),
-        "termination": word.encode() if word else "",
+        "termination": termination.encode() if termination else "",
     }
     return pod(number, index, **(values | fields))
 
@@ -163,6 +163,6 @@ def seen(
     pods: Iterable[PodView] = (),
     progress: Progress | None = None,
     **fields: Any,
-) -> Observed:
-    """What the operator observes; keyword arguments are fields of Observed."""
+) -> Snapshot:
+    """What the operator observes; keyword arguments are fields of Snapshot."""
     return _replace(observe(found or resource(), attempts, pods, progress, IMAGE), fields)

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from nemo_rl_operator.assembly import Operator, Options
-from nemo_rl_operator.resync import Resync
+from nemo_rl_operator.runtime.resync import Resync
 
 
 async def test_a_part_that_ends_by_itself_shows_in_liveness(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_rl.job import names
-from nemo_rl_operator.cache import Cache
+from nemo_rl_operator.runtime.cache import Cache
 from unit.operator import make
 
 KEY = ("ns", "x")
@@ -46,13 +46,13 @@ def test_a_job_waits_until_something_of_it_runs_or_has_ended() -> None:
     for version, phase in enumerate(("Running", "Succeeded", "Failed"), start=4):
         cache.put("pod", raw_pod(version, phase))
         assert not cache.get(KEY).waits
-    cache.drop("pod", KEY, "p")
+    cache.remove("pod", KEY, "p")
     assert cache.get(KEY).waits
     meta = {"namespace": "ns", "name": "x-1", "uid": "j", "resourceVersion": "8", "labels": {names.LABEL_JOB: "x"}}
     failed = {"conditions": [{"type": "Failed", "status": "True"}]}
     cache.put("job", {"metadata": meta, "spec": {}, "status": failed})
     assert not cache.get(KEY).waits
-    cache.drop("job", KEY, "x-1")
+    cache.remove("job", KEY, "x-1")
     for phase in ("Running", "Suspended", "Succeeded", "Failed"):
         cache.put("resource", raw_resource(9, status={"phase": phase}))
         assert not cache.get(KEY).waits
@@ -75,8 +75,8 @@ def test_a_new_object_of_the_same_name_takes_the_place() -> None:
     cache = Cache()
     cache.put("pod", raw_pod(5, uid="u1"))
     assert cache.put("pod", raw_pod(9, "Pending", uid="u2")) == KEY
-    assert cache.drop("pod", KEY, "p", "u1") is None, "the old one's end is no news"
-    assert cache.drop("pod", KEY, "p", "u2") == KEY
+    assert cache.remove("pod", KEY, "p", "u1") is None, "the old one's end is no news"
+    assert cache.remove("pod", KEY, "p", "u2") == KEY
     assert len(cache) == 0
 
 
@@ -110,31 +110,31 @@ def test_a_deleted_pod_that_had_ended_is_remembered_as_long_as_its_job() -> None
     cache = Cache()
     cache.put("job", raw_job(1))
     cache.put("pod", raw_pod(2, "Running", **OWNED))
-    assert cache.bury(raw_pod(3, "Failed", **OWNED)) == KEY
+    assert cache.pod_gone(raw_pod(3, "Failed", **OWNED)) == KEY
     assert cache.get(KEY).pods["p"].phase == "Failed", "it says why the Job will have failed"
     assert cache.names("pod") == {}, "no list will have it, and that is no ghost"
-    cache.drop("job", KEY, "x-1", "j1")
+    cache.remove("job", KEY, "x-1", "j1")
     assert len(cache) == 0
 
 
 def test_a_deleted_pod_tells_nothing_before_its_job_has_ended() -> None:
     cache = Cache()
     cache.put("job", raw_job(1))
-    cache.bury(raw_pod(3, "Failed", **OWNED))
-    assert cache.get(KEY).telling_pods == [], "Kueue may have suspended the Job: another pod will take its place"
+    cache.pod_gone(raw_pod(3, "Failed", **OWNED))
+    assert cache.get(KEY).known_pods == [], "Kueue may have suspended the Job: another pod will take its place"
     cache.put("job", raw_job(4, conditions=[{"type": "Failed", "status": "True"}]))
-    assert [pod.phase for pod in cache.get(KEY).telling_pods] == ["Failed"]
+    assert [pod.phase for pod in cache.get(KEY).known_pods] == ["Failed"]
     deleting = raw_job(5)
     deleting["metadata"]["deletionTimestamp"] = make.at(0)
     cache.put("job", deleting)
-    assert [pod.phase for pod in cache.get(KEY).telling_pods] == ["Failed"], "its last word: what it saved"
+    assert [pod.phase for pod in cache.get(KEY).known_pods] == ["Failed"], "its last word: what it saved"
 
 
 def test_of_deleted_pods_only_the_newest_of_each_index_is_remembered() -> None:
     cache = Cache()
     cache.put("job", raw_job(1))
     for version in range(2, 50):
-        cache.bury(raw_pod(version, "Failed", name=f"p{version}", **OWNED))
+        cache.pod_gone(raw_pod(version, "Failed", name=f"p{version}", **OWNED))
     assert list(cache.get(KEY).pods) == ["p49"]
     assert cache.version("pod", "ns", "p48") == 0
 
@@ -143,9 +143,9 @@ def test_a_pod_that_is_missing_from_a_list_is_remembered_too() -> None:
     cache = Cache()
     cache.put("job", raw_job(1))
     cache.put("pod", raw_pod(2, "Failed", **OWNED))
-    assert cache.lose(KEY, "p", "another uid") is None
+    assert cache.remove_pod(KEY, "p", "another uid") is None
     assert cache.names("pod") != {}
-    assert cache.lose(KEY, "p", "u1") == KEY
+    assert cache.remove_pod(KEY, "p", "u1") == KEY
     assert cache.names("pod") == {}
     assert cache.get(KEY).pods["p"].phase == "Failed"
 
@@ -154,9 +154,9 @@ def test_a_deleted_pod_that_had_not_ended_or_has_no_job_is_forgotten() -> None:
     cache = Cache()
     cache.put("job", raw_job(1))
     cache.put("pod", raw_pod(2, "Running", **OWNED))
-    assert cache.bury(raw_pod(3, "Running", **OWNED)) == KEY
+    assert cache.pod_gone(raw_pod(3, "Running", **OWNED)) == KEY
     assert cache.get(KEY).pods == {}
-    cache.drop("job", KEY, "x-1", "j1")
+    cache.remove("job", KEY, "x-1", "j1")
     cache.put("pod", raw_pod(4, "Running", **OWNED))
-    cache.bury(raw_pod(5, "Failed", **OWNED))
+    cache.pod_gone(raw_pod(5, "Failed", **OWNED))
     assert len(cache) == 0

@@ -58,7 +58,7 @@ def cause(*pods: PodView, **attempt: Any) -> Cause | None:
         (make.ended_pod(137, end_reason="ContainerStatusUnknown"), Cause.DISRUPTED, "free"),
         (make.ended_pod(143, deleting=True), Cause.DISRUPTED, "free"),
         (make.ended_pod(1, exit_code=None), Cause.UNKNOWN, "counted"),
-        (make.ended_pod(0, word=None), Cause.NO_RESULT, "counted"),
+        (make.ended_pod(0, termination=None), Cause.NO_RESULT, "counted"),
     ],
     ids=str,
 )
@@ -68,8 +68,8 @@ def test_one_pod(pod: PodView, expected: Cause, judged: str) -> None:
 
 
 def test_the_code_that_the_trainer_chose_survives_torchrun() -> None:
-    word = TerminationMessage(kind="failure", exit_code=40, message="reward raised")
-    found = outcome(FAILED, (make.ended_pod(1, word=word),), 1, True)
+    termination = TerminationMessage(kind="failure", exit_code=40, message="reward raised")
+    found = outcome(FAILED, (make.ended_pod(1, termination=termination),), 1, True)
     assert found is not None
     assert (found.cause, found.exit_code, found.message) == (Cause.USER_ERROR, 40, "reward raised")
 

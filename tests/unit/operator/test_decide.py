@@ -1,4 +1,4 @@
-"""The life cycle of a job, row by row: what is seen, and what follows."""
+"""The life cycle of a job, row by row: what is snapshot, and what follows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from nemo_rl.job.status import Checkpoint, Progress, TerminationMessage
 from nemo_rl_operator.decide import Decision, decide
 from nemo_rl_operator.observe import Blocked
-from nemo_rl_operator.turn import Create, Delete, Kind, Need
+from nemo_rl_operator.plan import Create, Delete, Kind, Need
 from unit.operator import make
 
 
@@ -122,13 +122,13 @@ def test_an_invalid_spec_fails_with_the_path_of_the_field() -> None:
     ],
 )
 def test_the_phase_of_a_live_attempt_comes_from_its_pods(pods: list[Any], phase: str) -> None:
-    decision = decide(make.seen(make.resource(LIVE), [make.attempt()], pods, incident=""), make.NOW)
+    decision = decide(make.seen(make.resource(LIVE), [make.attempt()], pods, warning_event=""), make.NOW)
     assert decision.status.phase == phase
 
 
 def test_several_nodes_run_when_all_of_them_do() -> None:
     job = make.resource(LIVE, resources={"nodes": 2})
-    one = decide(make.seen(job, [make.attempt()], [make.running_pod(), make.pod(index=1)], incident=""), make.NOW)
+    one = decide(make.seen(job, [make.attempt()], [make.running_pod(), make.pod(index=1)], warning_event=""), make.NOW)
     both = decide(make.seen(job, [make.attempt()], [make.running_pod(), make.running_pod(index=1)]), make.NOW)
     assert (one.status.phase, one.status.message) == ("Starting", "1 of 2 pods run; waiting for the others")
     assert (both.status.phase, both.status.message) == ("Running", "attempt 1 trains on 2 pods")
@@ -141,7 +141,7 @@ def test_that_it_runs_is_taken_back_only_when_its_pods_were_read() -> None:
     old, job = make.attempt(created=make.at(-30)), make.resource(running)
     asked = decide(make.seen(job, [old]), make.NOW)
     assert (asked.status.phase, asked.needs) == ("Running", {Need.ATTEMPT})
-    read = decide(make.seen(job, [old], verified=1, incident=""), make.NOW)
+    read = decide(make.seen(job, [old], verified=1, warning_event=""), make.NOW)
     assert (read.status.phase, read.needs) == ("Starting", frozenset())
 
 
@@ -149,9 +149,9 @@ def test_a_start_is_quiet_at_first_and_then_looked_into() -> None:
     young, old = make.attempt(created=make.at(-2)), make.attempt(created=make.at(-30))
     first = decide(make.seen(make.resource(LIVE), [young], [make.pod()]), make.NOW)
     assert (first.status.message, first.needs, first.requeue_after) == ("attempt 1 starts", frozenset(), 8.0)
-    assert decide(make.seen(make.resource(LIVE), [old], [make.pod()]), make.NOW).needs == {Need.INCIDENT}
+    assert decide(make.seen(make.resource(LIVE), [old], [make.pod()]), make.NOW).needs == {Need.WARNING_EVENT}
     for beside, wake in ((0, 10.0), (100, 20.0), (10_000, 70.0)):
-        looked = make.seen(make.resource(LIVE), [old], [make.pod()], incident="", beside=beside)
+        looked = make.seen(make.resource(LIVE), [old], [make.pod()], warning_event="", beside=beside)
         assert decide(looked, make.NOW).requeue_after == wake
 
 
@@ -160,15 +160,15 @@ def test_a_claim_that_is_not_bound_yet_is_worth_a_word_only_when_it_stays_so() -
     young, old = make.attempt(created=make.at(-2)), make.attempt(created=make.at(-30))
     first = decide(make.seen(make.resource(LIVE), [young], pods), make.NOW)
     assert (first.status.phase, first.status.message, first.requeue_after) == ("Starting", "attempt 1 starts", 8.0)
-    later = decide(make.seen(make.resource(LIVE), [old], pods, incident=""), make.NOW)
+    later = decide(make.seen(make.resource(LIVE), [old], pods, warning_event=""), make.NOW)
     assert (later.status.phase, later.status.reason) == ("Pending", "UnboundClaim")
 
 
 def test_success_is_read_from_index_0_before_the_job_says_so() -> None:
-    word = TerminationMessage(
+    termination = TerminationMessage(
         kind="result", total_steps=500, metrics={"reward": 0.9}, checkpoint=Checkpoint(best="x/best", best_step=450)
     )
-    decision = decide(make.seen(make.resource(LIVE), [make.attempt()], [make.ended_pod(0, word=word)]), make.NOW)
+    decision = decide(make.seen(make.resource(LIVE), [make.attempt()], [make.ended_pod(0, termination=termination)]), make.NOW)
     status = decision.status
     assert status.phase == "Succeeded"
     assert status.completion_time == make.at(-20)
@@ -190,7 +190,7 @@ def test_success_of_another_index_is_not_the_jobs() -> None:
 
 
 def test_exit_0_without_a_result_is_no_success() -> None:
-    pods = [make.ended_pod(0, word=None)]
+    pods = [make.ended_pod(0, termination=None)]
     decision = decide(make.seen(make.resource(LIVE), [make.attempt()], pods, verified=1), make.NOW)
     assert decision.status.attempts[0].cause == "NoResult"
     assert decision.status.attempts[0].counted
@@ -203,8 +203,8 @@ def test_a_complete_job_whose_pods_are_gone_succeeded() -> None:
 
 @pytest.mark.parametrize(("code", "cause"), [(40, "UserError"), (41, "BadData"), (42, "NonFiniteTraining")])
 def test_a_user_error_fails_the_job_at_once_with_its_traceback(code: int, cause: str) -> None:
-    word = TerminationMessage(kind="failure", message="reward raised KeyError", traceback="line 1\nKeyError: 'a'")
-    decision = decide(make.seen(make.resource(LIVE), [make.attempt()], [make.ended_pod(code, word=word)]), make.NOW)
+    termination = TerminationMessage(kind="failure", message="reward raised KeyError", traceback="line 1\nKeyError: 'a'")
+    decision = decide(make.seen(make.resource(LIVE), [make.attempt()], [make.ended_pod(code, termination=termination)]), make.NOW)
     failure = decision.status.failure
     assert decision.status.phase == "Failed"
     assert failure is not None
@@ -313,10 +313,10 @@ def test_suspend_stops_the_pods_and_then_says_so() -> None:
 def test_the_last_word_of_a_suspended_pod_says_where_it_saved() -> None:
     progress = Progress(step=5, total_steps=9)
     running = make.resource(make.status(make.record(), phase="Running", progress=progress), suspend=True)
-    word = TerminationMessage(
+    termination = TerminationMessage(
         kind="failure", exit_code=75, total_steps=7, checkpoint=Checkpoint(latest="x/step-7", latest_step=7)
     )
-    saved = make.ended_pod(75, word=word, deleting=True)
+    saved = make.ended_pod(75, termination=termination, deleting=True)
     stopping = decide(make.seen(running, [make.attempt(deleting=True)], [saved]), make.NOW)
     assert stopping.status.checkpoint is not None
     assert stopping.status.checkpoint.latest_step == 7

@@ -161,9 +161,11 @@ def test_what_was_decided_is_not_decided_again(start: Start, script: list[tuple[
     world.hear_all()
     decided = world.reconcile()
     world.hear_all()
-    seen, again = world.decide()
+    snapshot, again = world.decide()
     assert again.actions == ()
-    written = seen.status if seen.status.phase else decided.status  # that the first attempt starts may be unwritten
+    written = (
+        snapshot.status if snapshot.status.phase else decided.status
+    )  # that the first attempt starts may be unwritten
     assert again.status.dump() == written.dump()
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from nemo_rl_operator import events
 from nemo_rl_operator.events import EventPoster, body
-from nemo_rl_operator.turn import Event, Kind
+from nemo_rl_operator.plan import Event, Kind
 from unit.operator import make
 from unit.operator.fake_api import FakeApi
 

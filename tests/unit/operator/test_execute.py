@@ -8,11 +8,11 @@ import pytest
 
 from nemo_rl.job import names
 from nemo_rl_operator import build
-from nemo_rl_operator.cache import Cache
-from nemo_rl_operator.client import ApiError
 from nemo_rl_operator.execute import Executor, NamespaceGoneError
 from nemo_rl_operator.observe import Blocked
-from nemo_rl_operator.turn import Action, Create, Delete, Kind
+from nemo_rl_operator.plan import Action, Create, Delete, Kind
+from nemo_rl_operator.runtime.cache import Cache
+from nemo_rl_operator.runtime.client import ApiError
 from unit.operator import make
 from unit.operator.fake_api import FakeApi
 

@@ -10,12 +10,12 @@ import aiohttp
 import pytest
 
 from nemo_rl.job import names
-from nemo_rl_operator import health, resync
-from nemo_rl_operator.cache import Cache, Key
-from nemo_rl_operator.health import Health
-from nemo_rl_operator.queue import KeyedQueue
-from nemo_rl_operator.resync import Resync
-from nemo_rl_operator.turn import Kind
+from nemo_rl_operator.plan import Kind
+from nemo_rl_operator.runtime import health, resync
+from nemo_rl_operator.runtime.cache import Cache, Key
+from nemo_rl_operator.runtime.health import Health
+from nemo_rl_operator.runtime.queue import KeyedQueue
+from nemo_rl_operator.runtime.resync import Resync
 
 KEY = ("ns", "x")
 

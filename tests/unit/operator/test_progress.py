@@ -13,8 +13,8 @@ from aiohttp import web
 
 from nemo_rl.job import names
 from nemo_rl_operator import progress
-from nemo_rl_operator.cache import Key
 from nemo_rl_operator.progress import ProgressPuller, read
+from nemo_rl_operator.runtime.cache import Key
 
 KEY = ("ns", "x")
 GOOD = {"step": 3, "totalSteps": 6, "metrics": {"reward": 0.5}}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_rl_operator.queue import KeyedQueue
+from nemo_rl_operator.runtime.queue import KeyedQueue
 
 
 class Clock:

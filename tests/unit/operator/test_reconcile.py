@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from nemo_rl.job import names
 from nemo_rl.job.status import TerminationMessage
-from nemo_rl_operator.cache import Cache
-from nemo_rl_operator.client import ApiError
 from nemo_rl_operator.observe import Resource
+from nemo_rl_operator.plan import Event, Kind
 from nemo_rl_operator.reconcile import Reconciler, merge_patch
-from nemo_rl_operator.turn import Event, Kind
+from nemo_rl_operator.runtime.cache import Cache
+from nemo_rl_operator.runtime.client import ApiError
 from unit.operator import make
 from unit.operator.fake_api import FakeApi, merge
 
@@ -169,12 +169,12 @@ async def test_an_attempt_whose_job_is_deleted_before_the_status_tells_of_it_is_
     assert setting.status == {}
     setting.pod("Running", running={})  # it outlives its Job, and the watch has not told of it yet
     del setting.api.objects[Kind.JOB, "x-1"]
-    setting.cache.drop("job", KEY, "x-1")
+    setting.cache.remove("job", KEY, "x-1")
     await setting.reconcile(KEY)
     assert "JOB x-2" not in setting.api.made(), "never two attempts at once"
     assert setting.api.made().count("JOB x-1") == 1
     del setting.api.objects[Kind.POD, "x-1-0"]
-    setting.cache.drop("pod", KEY, "x-1-0")
+    setting.cache.remove("pod", KEY, "x-1-0")
     await setting.reconcile(KEY)
     assert "JOB x-2" in setting.api.made()
     assert setting.status["attempts"][0]["cause"] == "JobDeleted"
@@ -190,7 +190,7 @@ async def test_the_last_of_many_starts_is_as_patient_as_all_were() -> None:
     setting.deliver()
     await setting.reconcile(KEY)
     for number in range(100):
-        setting.cache.drop("resource", ("ns", f"x{number}"), f"x{number}")
+        setting.cache.remove("resource", ("ns", f"x{number}"), f"x{number}")
         await setting.reconcile(("ns", f"x{number}"))
     setting.now = make.later(5)
     await setting.reconcile(KEY)
@@ -269,7 +269,7 @@ async def test_a_pod_that_is_gone_still_tells_its_cause_when_the_last_attempt_is
     setting = await started()
     setting.pod("Failed", terminated={"exitCode": 137, "reason": "OOMKilled"})
     setting.deliver()
-    setting.cache.bury(setting.api.objects.pop((Kind.POD, "x-1-0")))
+    setting.cache.pod_gone(setting.api.objects.pop((Kind.POD, "x-1-0")))
     job = setting.api.objects[Kind.JOB, "x-1"]
     condition = {"type": "Failed", "status": "True", "reason": "BackoffLimitExceeded", "lastTransitionTime": make.at(0)}
     setting.api.put(Kind.JOB, {**job, "status": {"conditions": [condition]}})

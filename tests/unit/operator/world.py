@@ -8,11 +8,12 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from nemo_rl.job.status import JobStatus, TerminationMessage
-from nemo_rl_operator import reasons, timestamps
+from nemo_rl_operator import reasons
 from nemo_rl_operator.decide import Decision, decide
-from nemo_rl_operator.observe import AttemptView, Observed, PodView, Resource, observe
+from nemo_rl_operator.observe import AttemptView, PodView, Resource, Snapshot, observe
+from nemo_rl_operator.plan import Create, Delete, Kind, Need
 from nemo_rl_operator.reconcile import newest_attempt
-from nemo_rl_operator.turn import Create, Delete, Kind, Need
+from nemo_rl_operator.runtime import timestamps
 from unit.operator import make
 
 RULES = (40, 41, 42)
@@ -220,20 +221,20 @@ class World:
         for part in ("resource", "jobs", "pods"):
             self.hear(part)
 
-    def look(self, verified: int = 0) -> Observed:
+    def look(self, verified: int = 0) -> Snapshot:
         cache = self.cache
         found = observe(cache.resource, cache.jobs.values(), cache.pods.values(), None, make.IMAGE)
-        return replace(found, verified=verified, incident="", begun=self.begun)
+        return replace(found, verified=verified, warning_event="", begun=self.begun)
 
-    def decide(self) -> tuple[Observed, Decision]:
+    def decide(self) -> tuple[Snapshot, Decision]:
         verified = 0
         while True:
-            seen = self.look(verified)
-            decision = decide(seen, self.now)
+            snapshot = self.look(verified)
+            decision = decide(snapshot, self.now)
             if not decision.needs:
-                return seen, decision
+                return snapshot, decision
             assert decision.needs == {Need.ATTEMPT}
-            verified = newest_attempt(seen)
+            verified = newest_attempt(snapshot)
             name = f"x-{verified}"
             if name in self.live.jobs:
                 self.cache.jobs[name] = self.live.jobs[name]
@@ -243,8 +244,8 @@ class World:
             self.cache.pods = others | {n: p for n, p in self.live.pods.items() if p.attempt == verified}
 
     def reconcile(self, die_after: int | None = None) -> Decision:
-        """One turn of the operator; with `die_after` it is killed after so many calls."""
-        seen, decision = self.decide()
+        """One plan of the operator; with `die_after` it is killed after so many calls."""
+        snapshot, decision = self.decide()
         calls = 0
         for action in decision.actions:
             if calls == die_after:
@@ -256,10 +257,12 @@ class World:
             self.begun = 0
             return decision
         new = decision.status
-        if self.patient and not seen.status.phase and new.attempt == 1 and new.reason == reasons.STARTING:
+        if self.patient and not snapshot.status.phase and new.attempt == 1 and new.reason == reasons.STARTING:
             self.begun = 1
             return decision
-        if seen.status.dump() != decision.status.dump() and self.write_status(decision.status, seen.resource.version):
+        if snapshot.status.dump() != decision.status.dump() and self.write_status(
+            decision.status, snapshot.resource.version
+        ):
             self.cache.resource = self.live.resource
         return decision
 

@@ -30,7 +30,7 @@ import json, os, sys
 import torch, transformers, datasets, transformers.models.qwen2.modeling_qwen2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import nemo_rl.trainers.grpo, nemo_rl.trainers.sft, nemo_rl.worker.run, nemo_rl.data.loading
-import torch._dynamo, torch.distributed.checkpoint, torch.distributed.fsdp, nemo_rl.checkpoint_tensors
+import torch._dynamo, torch.distributed.checkpoint, torch.distributed.fsdp, nemo_rl.run.checkpoint_tensors
 from nemo_rl.worker.__main__ import main
 torch.set_num_threads(1)
 for line in sys.stdin:

@@ -16,7 +16,7 @@ from nemo_rl.backends.kubernetes.ship.data import ship_directory, ship_rows
 from nemo_rl.job import names
 from nemo_rl.job.names import ExitCode
 from nemo_rl.job.status import Progress
-from nemo_rl.metrics import parse_step_line
+from nemo_rl.run.metrics import parse_step_line
 from unit.worker import shipped
 from unit.worker.pods import Engine, Pod, mount, surroundings, until
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from nemo_rl.checkpoint import CHECKPOINTS, find_checkpoints
+from nemo_rl.run.checkpoint import CHECKPOINTS, find_checkpoints
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_rl.model import Policy
+from nemo_rl.model.policy import Policy
 
 
 class GenericState:

@@ -19,7 +19,7 @@ from urllib.parse import quote
 import aiohttp
 
 from nemo_rl_operator import metrics
-from nemo_rl_operator.turn import Kind
+from nemo_rl_operator.plan import Kind
 
 Object = dict[str, Any]
 

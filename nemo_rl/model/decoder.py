@@ -1,7 +1,7 @@
 """The forward pass of Llama-like models (Llama, Qwen2, Qwen3, Mistral) on packed tokens, over transformers' own weights.
 
 transformers' modules pad, rebuild masks and run each small operation by itself; this path computes the same function on
-the flat layout of `nemo_rl.packing`, with hand-written gradients for the memory-bound operations. `Policy` compares it
+the flat layout of `nemo_rl.model.packing`, with hand-written gradients for the memory-bound operations. `Policy` compares it
 with transformers' result before it is used, and models of other families never take it.
 """
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nemo_rl.packing import PackedBatch
+from nemo_rl.model.packing import PackedBatch
 
 FAMILIES = {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"}
 STATIC_ROPE = {"default", "linear", "llama3", "yarn"}

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nemo_rl.model import Policy
-from nemo_rl.rollout.sampler import argmax, keyed_uniforms, sample
+from nemo_rl.model.policy import Policy
+from nemo_rl.rollout.in_process.sampler import argmax, keyed_uniforms, sample
 
 COMPACT_SHARE = 0.06
 """Finished rows are dropped once they are this share of the batch: moving the cache costs more than a few idle rows."""
@@ -80,10 +80,10 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 def make_state(policy: Policy) -> DecodeState:
     """Returns the decode state that fits the model: the packed one for known families, transformers' cache otherwise."""
     if policy.native is not None:
-        from nemo_rl.rollout.native import NativeState
+        from nemo_rl.rollout.in_process.native import NativeState
 
         return NativeState(policy)
-    from nemo_rl.rollout.generic import GenericState
+    from nemo_rl.rollout.in_process.generic import GenericState
 
     return GenericState(policy)
 

@@ -25,7 +25,7 @@ class Entry:
     """Names of pods that are remembered although they were deleted."""
 
     @property
-    def telling_pods(self) -> list[PodView]:
+    def known_pods(self) -> list[PodView]:
         """Pods to decide by. One that is gone tells how its Job ends, and nothing before that."""
         if not self.gone:
             return list(self.pods.values())
@@ -104,7 +104,7 @@ class Cache:
             entry.pods[meta["name"]] = pod
         return key if changed else None
 
-    def drop(self, kind: Kind, key: Key, name: str, uid: str | None = None) -> Key | None:
+    def remove(self, kind: Kind, key: Key, name: str, uid: str | None = None) -> Key | None:
         """Forget an object that is gone, unless a newer one of that name (another uid) has taken its place."""
         entry = self._entries.get(key)
         if entry is None:
@@ -130,15 +130,15 @@ class Cache:
             del self._entries[key]
         return key
 
-    def bury(self, raw: Mapping[str, Any]) -> Key | None:
+    def pod_gone(self, raw: Mapping[str, Any]) -> Key | None:
         """Take in the last news of a pod that is gone. The key of its job if that matters."""
         key = key_of("pod", raw)
         if key is None:
             return None
         self.put("pod", raw)
-        return self.lose(key, raw["metadata"]["name"], raw["metadata"]["uid"])
+        return self.remove_pod(key, raw["metadata"]["name"], raw["metadata"]["uid"])
 
-    def lose(self, key: Key, name: str, uid: str) -> Key | None:
+    def remove_pod(self, key: Key, name: str, uid: str) -> Key | None:
         """A pod is gone. The key of its job if that matters.
 
         One that had ended is remembered for as long as its Job: it explains the Job's failure, which comes later.
@@ -149,7 +149,7 @@ class Cache:
         if pod is None or pod.uid != uid:
             return None
         if not (pod.terminal and pod.attempt and any(job.uid == pod.controller for job in entry.jobs.values())):
-            return self.drop("pod", key, name, uid)
+            return self.remove("pod", key, name, uid)
         older = [n for n in entry.gone if n != name and _same_place(entry.pods[n], pod)]
         self._forget(key, entry, older)
         entry.gone.add(name)
@@ -176,7 +176,7 @@ class Cache:
         return found
 
     def version(self, kind: Kind, namespace: str, name: str) -> int:
-        """Newest resource version seen of the object; 0 where none was."""
+        """Newest resource version snapshot of the object; 0 where none was."""
         return self._versions.get((kind, namespace, name), ("", 0))[1]
 
     def sizes(self) -> dict[Kind, int]:

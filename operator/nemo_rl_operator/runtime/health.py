@@ -9,8 +9,8 @@ from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from nemo_rl_operator import metrics
-from nemo_rl_operator.cache import Cache, Key
-from nemo_rl_operator.queue import KeyedQueue
+from nemo_rl_operator.runtime.cache import Cache, Key
+from nemo_rl_operator.runtime.queue import KeyedQueue
 
 WAIT_LIMIT = 120.0
 """Seconds that the queue may stand still, or a worker be busy with one job, before something must be wrong."""

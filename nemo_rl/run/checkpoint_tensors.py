@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
-from nemo_rl.checkpoint import is_distributed, is_rank_zero
+from nemo_rl.run.checkpoint import is_distributed, is_rank_zero
 
 ADAPTER = "adapter"
 _LORA_PREFIX = "base_model.model."

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nemo_rl.distributed import Ranks
+from nemo_rl.run.ranks import Ranks
 
 
 class ShardedModel:

@@ -1,4 +1,4 @@
-"""One turn of deciding: what is seen, the status as it will be, and what is to be done. Policies read and write it."""
+"""One plan of deciding: what is snapshot, the status as it will be, and what is to be done. Policies read and write it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 from nemo_rl.job import names
 from nemo_rl.job.spec import RLTrainingJobSpec
 from nemo_rl.job.status import MAX_ATTEMPTS, Attempt, Cause, Condition, Failure, JobStatus, Phase
-from nemo_rl_operator import reasons, timestamps
+from nemo_rl_operator import reasons
 from nemo_rl_operator.classify import Outcome
-from nemo_rl_operator.observe import AttemptView, Observed, PodView
+from nemo_rl_operator.observe import AttemptView, PodView, Snapshot
+from nemo_rl_operator.runtime import timestamps
 
 
 class Kind(Enum):
@@ -63,15 +64,15 @@ class Need(Enum):
 
     ATTEMPT = "the Job of the newest attempt, and its pods"
     BUNDLES = "which ConfigMaps of bundles exist"
-    INCIDENT = "warning Events about the newest attempt"
+    WARNING_EVENT = "warning Events about the newest attempt"
     WORKLOAD = "what Kueue says about the newest attempt"
 
 
 @dataclass
-class Turn:
+class Plan:
     """State of one decision. `status` is a copy that policies change; nothing else is changed."""
 
-    seen: Observed
+    snapshot: Snapshot
     now: datetime
     status: JobStatus
     actions: list[Action] = field(default_factory=list)
@@ -82,8 +83,8 @@ class Turn:
 
     @property
     def spec(self) -> RLTrainingJobSpec:
-        assert self.seen.spec is not None, "only valid specs get this far"
-        return self.seen.spec
+        assert self.snapshot.spec is not None, "only valid specs get this far"
+        return self.snapshot.spec
 
     @property
     def time(self) -> str:
@@ -97,11 +98,11 @@ class Turn:
     @property
     def attempt(self) -> AttemptView | None:
         """Job of the newest attempt."""
-        return self.seen.attempts.get(self.number)
+        return self.snapshot.attempts.get(self.number)
 
     @property
     def pods(self) -> tuple[PodView, ...]:
-        return self.seen.pods.get(self.number, ())
+        return self.snapshot.pods.get(self.number, ())
 
     @property
     def record(self) -> Attempt | None:
@@ -116,7 +117,7 @@ class Turn:
 
     def live_pods(self) -> list[PodView]:
         """Pods of any attempt that have not ended."""
-        return [pod for pods in self.seen.pods.values() for pod in pods if not pod.terminal]
+        return [pod for pods in self.snapshot.pods.values() for pod in pods if not pod.terminal]
 
     def wake_in(self, seconds: float) -> None:
         self.wake = max(0.0, seconds) if self.wake is None else min(self.wake, max(0.0, seconds))
@@ -135,7 +136,7 @@ class Turn:
                 "status": value,
                 "reason": reason,
                 "message": message,
-                "observedGeneration": self.seen.resource.generation,
+                "observedGeneration": self.snapshot.resource.generation,
                 "lastTransitionTime": since,
             }
         )
@@ -162,7 +163,7 @@ class Turn:
         checkpoint = self.status.checkpoint
         record = Attempt(
             number=number,
-            job=names.attempt_job(self.seen.resource.name, number),
+            job=names.attempt_job(self.snapshot.resource.name, number),
             start_time=started,
             from_step=checkpoint.latest_step if checkpoint else None,
         )
@@ -179,8 +180,8 @@ class Turn:
         record.cause, record.counted, record.message = cause, counted, message[:200] or None
         record.exit_code = found.exit_code if found else None
         record.to_step = self.status.progress.step if self.status.progress else None
-        if found and found.word and found.word.total_steps is not None:
-            record.to_step = found.word.total_steps  # steps since the last look at its progress
+        if found and found.termination and found.termination.total_steps is not None:
+            record.to_step = found.termination.total_steps  # steps since the last look at its progress
         if counted:
             self.status.counted_failures = (self.status.counted_failures or 0) + 1
 
@@ -215,11 +216,11 @@ class Turn:
 
     def stop_live(self) -> None:
         """Delete Jobs that still have pods. A Job whose pods have ended is left, with its pods and their logs."""
-        for attempt in self.seen.attempts.values():
-            pods = self.seen.pods.get(attempt.number, ())
+        for attempt in self.snapshot.attempts.values():
+            pods = self.snapshot.pods.get(attempt.number, ())
             ended = attempt.finished or (len(pods) >= self._nodes() and all(pod.terminal for pod in pods))
             if not ended and not attempt.deleting:
                 self.actions.append(Delete(Kind.JOB, attempt.name, attempt.uid, foreground=True))
 
     def _nodes(self) -> int:
-        return self.seen.spec.resources.nodes if self.seen.spec else 1
+        return self.snapshot.spec.resources.nodes if self.snapshot.spec else 1

@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from nemo_rl.metrics import SHOWN_SAMPLES, main_metrics, step_line
-from nemo_rl.notebook import NotebookDisplay, in_notebook
+from nemo_rl.display.notebook import NotebookDisplay, in_notebook
+from nemo_rl.run.metrics import SHOWN_SAMPLES, main_metrics, step_line
 
 SAMPLE_LINES = 3
 

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_rl.errors import TrainingInterrupted
-from nemo_rl.preemption import Interrupted
+from nemo_rl.run.signals import Interrupted
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -162,7 +162,7 @@ class CheckpointStore:
 
     def load_optimizer(self, checkpoint: Checkpoint, optimizer: Any) -> None:
         """Bring back the optimizer's state, in place and exactly; works with another number of ranks than saved it."""
-        from nemo_rl.checkpoint_tensors import load_optimizer
+        from nemo_rl.run.checkpoint_tensors import load_optimizer
 
         load_optimizer(checkpoint.path / TRAINER_STATE, checkpoint.optimizer_groups, optimizer)
 
@@ -228,7 +228,7 @@ def write_checkpoint(
 
     Weights are saved exactly, in the dtype that they have. With several ranks every rank calls it.
     """
-    from nemo_rl.checkpoint_tensors import optimizer_groups, save_model, save_optimizer
+    from nemo_rl.run.checkpoint_tensors import optimizer_groups, save_model, save_optimizer
 
     path = Path(path)
     if path.exists() and not any((path / name).exists() for name in (STATE_FILE, TRAINER_STATE)):
@@ -305,7 +305,7 @@ def load_into(checkpoint: Checkpoint, model: Any, optimizer: Any = None) -> None
     Raises ValueError when they are not of the model or the optimizer that was saved. The index of the optimizer's
     tensors is a pickle: resume only from checkpoints you trust.
     """
-    from nemo_rl.checkpoint_tensors import load_model, load_optimizer
+    from nemo_rl.run.checkpoint_tensors import load_model, load_optimizer
 
     load_model(checkpoint.path, model)
     if optimizer is not None:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nemo_rl.decoder import NativeDecoder
-from nemo_rl.model import Policy
+from nemo_rl.model.decoder import NativeDecoder
+from nemo_rl.model.policy import Policy
 
 
 class _Layer:

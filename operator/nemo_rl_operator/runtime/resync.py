@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 from nemo_rl.job import names
 from nemo_rl_operator import metrics
-from nemo_rl_operator.cache import KINDS, Cache, Key, Kind
-from nemo_rl_operator.client import Api, ApiError
-from nemo_rl_operator.health import Health
-from nemo_rl_operator.queue import KeyedQueue
-from nemo_rl_operator.turn import Kind as ApiKind
+from nemo_rl_operator.plan import Kind as ApiKind
+from nemo_rl_operator.runtime.cache import KINDS, Cache, Key, Kind
+from nemo_rl_operator.runtime.client import Api, ApiError
+from nemo_rl_operator.runtime.health import Health
+from nemo_rl_operator.runtime.queue import KeyedQueue
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +84,9 @@ class Resync:
         for place, (key, uid) in self._cache.names(kind).items():
             if place not in listed and self._cache.version(kind, *place) <= version:
                 if kind == "pod":
-                    self._cache.lose(key, place[1], uid)
+                    self._cache.remove_pod(key, place[1], uid)
                 else:
-                    self._cache.drop(kind, key, place[1], uid)
+                    self._cache.remove(kind, key, place[1], uid)
                 self._queue.add(key)
                 metrics.GHOSTS.inc()
 

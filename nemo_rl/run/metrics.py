@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, unquote
 
-from nemo_rl.runs import COMPLETIONS_FILE, METRICS_FILE, TENSORBOARD_DIR
+from nemo_rl.run.directory import COMPLETIONS_FILE, METRICS_FILE, TENSORBOARD_DIR
 
 logger = logging.getLogger(__name__)
 

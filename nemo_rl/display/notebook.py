@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_rl.metrics import SHOWN_SAMPLES, main_metrics
+from nemo_rl.run.metrics import SHOWN_SAMPLES, main_metrics
 
 REDRAW_SECONDS = 0.25
 PACE_STEPS = 20

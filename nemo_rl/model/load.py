@@ -1,0 +1,141 @@
+"""Loading of models and tokenizers: device, dtype, threads, adapters."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nemo_rl.job.spec import TrainingSpec
+
+log = logging.getLogger(__name__)
+
+SMALL_HIDDEN_SIZE = 96
+"""Below this width a second CPU thread costs more than it brings."""
+
+
+def choose_device(gpus_per_node: int = 1) -> torch.device:
+    """Returns the accelerator of this process, or the CPU where there is none or none is wanted."""
+    if gpus_per_node > 0 and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Returns the dtype of matrix products: bf16 on CUDA and fp32 on the CPU, unless the specification says otherwise."""
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def available_cpus() -> float:
+    """Returns the CPUs that this process may use: its affinity, and less where a cgroup grants less."""
+    cpus = float(len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else float(os.cpu_count() or 1)
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cpus = min(cpus, int(quota) / int(period))
+    except (OSError, ValueError):
+        pass
+    return max(cpus, 1.0)
+
+
+def limit_threads(hidden_size: int) -> None:
+    """Sets torch's CPU threads to what the machine grants, and to one for tiny models; OMP_NUM_THREADS has precedence."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1 if hidden_size <= SMALL_HIDDEN_SIZE else max(1, int(available_cpus())))
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    """Returns the tokenizer of a hub name or directory. Raises ValueError if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_loadable("tokenizer", name, error)) from error
+
+
+def load_model(name: str, training: TrainingSpec, device: torch.device) -> nn.Module:
+    """Returns the causal language model of a hub name or directory, in fp32 on `device`, without dropout.
+
+    Weights are fp32 whatever the checkpoint's dtype: with bf16 weights, updates at usual learning rates round to nothing.
+    Raises ValueError if it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _without_progress_bar():
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=torch.float32, trust_remote_code=training.trust_remote_code
+            )
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_loadable("model", name, error)) from error
+    return prepare_model(model, training, device)
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Reading weights from disk takes a moment; a bar for it would tear the run's own display."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def prepare_model(model: nn.Module, training: TrainingSpec, device: torch.device) -> nn.Module:
+    """Makes a loaded model ready for training: fp32, on the device, no dropout, adapters if asked. Returns it."""
+    model = model.to(device=device, dtype=torch.float32)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    model.eval()  # no layer of a causal model but dropout depends on the mode; gradients flow in either
+    if training.lora_rank is not None:
+        model = _add_adapters(model, training)
+    return model
+
+
+def _add_adapters(model: nn.Module, training: TrainingSpec) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError(
+            "lora_rank is set, but peft is not installed; install it with: pip install 'nemo-rl[lora]'"
+        ) from error
+    config = LoraConfig(
+        r=training.lora_rank,
+        lora_alpha=training.lora_alpha if training.lora_alpha is not None else 2 * training.lora_rank,
+        target_modules=training.lora_target_modules or "all-linear",
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(training.seed)
+        return get_peft_model(model, config).eval()
+
+
+def _not_loadable(what: str, name: str, error: Exception) -> str:
+    cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if os.path.sep in name and name.count("/") != 1 and not Path(name).exists():
+        cure = f"there is no directory {name}"
+    elif Path(name).is_dir():
+        found = ", ".join(sorted(p.name for p in Path(name).iterdir())[:8]) or "nothing"
+        cure = (
+            f"expected a Hugging Face directory with config.json, tokenizer files and *.safetensors; it holds {found}"
+        )
+    else:
+        cure = "expected a directory, or the name of a model on the hub that this machine can reach (see HF_TOKEN, HF_HUB_OFFLINE)"
+    return f"Cannot load the {what} {name!r}: {cause}; {cure}"

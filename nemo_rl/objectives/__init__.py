@@ -1,0 +1,1 @@
+"""Pure tensor functions of the objectives; paper and equation in each docstring."""

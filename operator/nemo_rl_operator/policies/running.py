@@ -1,0 +1,100 @@
+"""The newest attempt is live: what its Job and pods say about the phase."""
+
+from __future__ import annotations
+
+from nemo_rl.job.status import Cause
+from nemo_rl_operator import pending, reasons
+from nemo_rl_operator.observe import AttemptView, PodView, newest
+from nemo_rl_operator.plan import Need, Plan
+from nemo_rl_operator.policies import lost
+from nemo_rl_operator.runtime import timestamps
+
+QUIET_SECONDS = 10.0
+"""A start that says nothing for this long is looked into: its Events are read. Before, it is not worth a word."""
+ORDINARY = (reasons.PODS_PENDING, reasons.STARTING, reasons.UNBOUND_CLAIM)
+"""What every start goes through for a moment; a new claim is bound while its pod waits."""
+LOOK_SECONDS = 10.0
+PATIENCE_PER_JOB, LONGEST_PATIENCE = 0.1, 60.0
+"""Seconds of patience that each job which starts beside it adds, and their limit: a thousand at once take a minute."""
+QUEUE_SECONDS = 30.0
+
+
+def patience(beside: int) -> float:
+    """How much longer than alone, in seconds, a start may take beside so many others."""
+    return min(beside * PATIENCE_PER_JOB, LONGEST_PATIENCE)
+
+
+def report(plan: Plan) -> bool:
+    attempt = plan.attempt
+    if attempt is None or not plan.open or attempt.finished:
+        return False
+    if attempt.deleting:
+        plan.phase(plan.status.phase or "Starting", reasons.ENDING, reasons.ENDING_MESSAGE.format(attempt=plan.number))
+    elif attempt.suspended:
+        _queued(plan, attempt)
+    else:
+        plan.clock(True, since=attempt.created or None)
+        _started(plan, attempt)
+    return True
+
+
+def _queued(plan: Plan, attempt: AttemptView) -> None:
+    """Its Job is suspended: by us for Kueue to start it, or by Kueue to make room. It is not ours to resume."""
+    plan.clock(False)
+    queue = plan.snapshot.resource.queue
+    if not queue:
+        plan.phase("Queued", reasons.QUEUED, reasons.HELD_MESSAGE.format(job=attempt.name))
+        return
+    message = reasons.QUEUED_MESSAGE.format(queue=queue)
+    if plan.snapshot.workload is None:
+        plan.needs.add(Need.WORKLOAD)
+    elif plan.snapshot.workload:
+        message = f"{message}: {plan.snapshot.workload}"
+    plan.wake_in(QUEUE_SECONDS)
+    plan.phase("Queued", reasons.QUEUED, message)
+
+
+def _ending(plan: Plan, pods: list[PodView]) -> None:
+    """Somebody deletes the pods. They may save first, but with their node they may also be gone without a word."""
+    late = [pod for pod in pods if lost.overdue(plan, pod)]
+    if late:
+        plan.phase("Pending", reasons.LOST, reasons.LOST_MESSAGE.format(pod=late[0].name, time=late[0].gone_by))
+        return
+    plan.wake_in(max(timestamps.seconds_until(pod.gone_by, plan.now) or 0.0 for pod in pods) + lost.PATIENCE_SECONDS)
+    message = reasons.DELETED_MESSAGE.format(
+        pod=pods[0].name, reason=f" ({pods[0].disruption})" if pods[0].disruption else ""
+    )
+    plan.phase(plan.status.phase or "Starting", reasons.ENDING, message)
+
+
+def _started(plan: Plan, attempt: AttemptView) -> None:
+    nodes, pods = plan.spec.resources.nodes, newest(plan.pods)
+    if any(pod.phase == "Failed" for pod in pods):
+        return  # the Job says in a moment how it ended
+    if ending := [pod for pod in pods if pod.deleting and not pod.terminal]:
+        _ending(plan, ending)
+        return
+    if len({pod.index for pod in pods if pod.phase in ("Running", "Succeeded")}) == nodes:
+        where = "1 pod" if nodes == 1 else f"{nodes} pods"
+        plan.phase("Running", reasons.RUNNING, reasons.RUNNING_MESSAGE.format(attempt=plan.number, pods=where))
+        return
+    if plan.status.phase == "Running" and len(pods) < nodes and plan.snapshot.verified != plan.number:
+        plan.needs.add(Need.ATTEMPT)  # a list that is not in yet must not take back that it runs
+        return
+    image = plan.spec.image or plan.snapshot.image
+    found = pending.waiting(pods, plan.spec, image, plan.snapshot.warning_event or "")
+    if found.fatal:
+        plan.fail(Cause.INVALID_IMAGE, found.message)
+        return
+    if found.reason not in ORDINARY and not plan.snapshot.warning_event:
+        plan.phase(found.phase, found.reason, found.message)
+        return
+    quiet = QUIET_SECONDS + (timestamps.seconds_until(attempt.created, plan.now) or 0.0)
+    if quiet > 0:
+        plan.wake_in(quiet)
+        plan.phase("Starting", reasons.STARTING, reasons.STARTING_MESSAGE.format(attempt=plan.number))
+        return
+    plan.wake_in(LOOK_SECONDS + patience(plan.snapshot.beside))
+    if plan.snapshot.warning_event is None:
+        plan.needs.add(Need.WARNING_EVENT)
+    plan.phase(found.phase, found.reason, found.message)
