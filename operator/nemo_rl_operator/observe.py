@@ -140,8 +140,6 @@ class Snapshot:
     """Trainer image of jobs that name none."""
     begun: int = 0
     """Number of the attempt that was made just now, and that the status does not tell of yet."""
-    beside: int = 0
-    """How many other jobs start, or started, beside its start: each makes it slower."""
     verified: int = 0
     """Number of the attempt whose Job and pods were just read from the API server rather than from the cache."""
     bundle_parts: frozenset[str] | None = None

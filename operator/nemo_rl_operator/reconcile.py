@@ -15,6 +15,7 @@ from nemo_rl_operator.decide import Decision, decide
 from nemo_rl_operator.events import EventPoster
 from nemo_rl_operator.execute import Executor, NamespaceGoneError
 from nemo_rl_operator.observe import Snapshot
+from nemo_rl_operator.patience import patience
 from nemo_rl_operator.plan import Kind, Need
 from nemo_rl_operator.policies import running
 from nemo_rl_operator.progress import ProgressPuller
@@ -107,13 +108,17 @@ class Reconciler:
             return None
         progress, begun = self._progress.newest(key), self._begun(key, entry.resource.uid)
         snapshot = observe.observe(entry.resource, entry.jobs.values(), entry.known_pods, progress, self._image)
+        return replace(snapshot, begun=begun)
+
+    def _beside(self, key: Key) -> int:
+        """How many other jobs start, or started, beside this one's start."""
         start = self._starting.get(key)
-        return replace(snapshot, begun=begun, beside=start.others if start else len(self._starting))
+        return start.others if start else len(self._starting)
 
     def _note_start(self, key: Key, uid: str, status: JobStatus) -> None:
         """Once its objects are made: which attempt starts."""
         number = status.attempt or 0
-        if status.phase != "Starting":
+        if status.phase != "Starting" and status.reason not in running.ORDINARY:
             self._starting.pop(key, None)
         elif self._begun(key, uid) != number:
             self._starting[key] = _Start(uid, number, self._clock())
@@ -154,7 +159,7 @@ class Reconciler:
         if need is Need.WARNING_EVENT:
             if self._busy():  # then every start is slow, for the same reason
                 return {"warning_event": ""}
-            return {"warning_event": await self._incidents.newest(snapshot, number, self._clock())}
+            return {"warning_event": await self._incidents.newest(snapshot, number, self._clock(), self._beside(key))}
         return {"workload": await self._workload(namespace, snapshot, number)}
 
     async def _read_attempt(self, key: Key, uid: str, number: int) -> None:
@@ -185,13 +190,15 @@ class Reconciler:
 
     async def _report(self, key: Key, snapshot: Snapshot, decision: Decision) -> float | None:
         """Write the status if it differs, then post the Events that go with it."""
-        resource = snapshot.resource
+        resource, look = snapshot.resource, decision.requeue_after
+        if look is not None and decision.status.reason in running.ORDINARY and key in self._starting:
+            look += patience(self._beside(key))
         old, new = snapshot.status.dump(), decision.status.dump()
         if old == new or resource.deleting:
-            return decision.requeue_after
+            return look
         wait = self._may_wait(key, old, new)
         if wait > 0:
-            return min(wait, decision.requeue_after or wait)
+            return min(wait, look or wait)
         try:
             written = await self._api.patch_status(*key, resource.version, merge_patch(old, new))
         except ApiError as error:
@@ -208,14 +215,18 @@ class Reconciler:
         _count_ends(snapshot.status, decision.status)
         if old.get("phase") != new.get("phase"):
             log.info("%s/%s: %s: %s", *key, new.get("phase"), new.get("message"))
-        return decision.requeue_after
+        return look
 
     def _may_wait(self, key: Key, old: Object, new: Object) -> float:
         """Seconds for which this need not be written, since the next status may make it superfluous."""
         start = self._starting.get(key)
-        if start and "phase" not in old and new.get("attempt") == 1 and new.get("reason") in running.ORDINARY:
-            patience = FIRST_WORD_SECONDS + running.patience(start.others)
-            return patience - (self._clock() - start.time).total_seconds()
+        if start and new.get("attempt") == start.number and new.get("reason") in running.ORDINARY:
+            age = (self._clock() - start.time).total_seconds()
+            if "phase" not in old and new.get("phase") == "Starting" and start.number == 1:
+                return FIRST_WORD_SECONDS + patience(start.others) - age
+            before = old.get("reason") in running.ORDINARY if "phase" in old else start.number == 1
+            if before and old.get("attempt", start.number) == start.number:
+                return running.QUIET_SECONDS - age  # what every start goes through for a moment
         progress_only = all(old.get(name) == new.get(name) for name in {*old, *new} - {"progress", "checkpoint"})
         return DEFER_SECONDS if progress_only and self._busy() else 0.0
 

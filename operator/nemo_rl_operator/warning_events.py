@@ -6,6 +6,7 @@ import time
 from datetime import datetime
 
 from nemo_rl_operator.observe import Snapshot
+from nemo_rl_operator.patience import patience
 from nemo_rl_operator.plan import Kind
 from nemo_rl_operator.policies import running
 from nemo_rl_operator.runtime import timestamps
@@ -22,11 +23,14 @@ class WarningEvents:
         self._api = api
         self._tokens, self._counted = BURST, time.monotonic()
 
-    async def newest(self, snapshot: Snapshot, number: int, now: datetime) -> str:
-        """The warning about the attempt's first pending pod, or about its Job where it has none; else empty."""
+    async def newest(self, snapshot: Snapshot, number: int, now: datetime, beside: int) -> str:
+        """The warning about the attempt's first pending pod, or about its Job where it has none; else empty.
+
+        `beside`: how many other jobs start; each makes every start slower, and none of them an anomaly.
+        """
         job = snapshot.attempts[number]
         age = -(timestamps.seconds_until(job.created, now) or 0.0)
-        if age < running.QUIET_SECONDS + running.patience(snapshot.beside) or not self._take():
+        if age < running.QUIET_SECONDS + patience(beside) or not self._take():
             return ""
         pods = [pod for pod in snapshot.pods.get(number, ()) if pod.phase == "Pending"]
         selector = f"involvedObject.uid={pods[0].uid if pods else job.uid},type=Warning"

@@ -25,7 +25,7 @@ def load() -> None:
         sys.modules.setdefault(unused, None)  # type: ignore[arg-type]
     from nemo_rl.job import names
     from nemo_rl_operator import assembly, progress
-    from nemo_rl_operator.policies import follow, lost, retry
+    from nemo_rl_operator.policies import lost, retry, running
 
     assert assembly
     names.BUNDLE_WAIT_SECONDS = BUNDLE_WAIT_SECONDS
@@ -34,9 +34,9 @@ def load() -> None:
     retry.COUNTED_BASE = 0.2
     retry.FREE_BASE = 0.1
     retry.LONGEST_DELAY = 0.5
-    follow.QUIET_SECONDS = 1.0
-    follow.LOOK_SECONDS = 1.0
-    follow.QUEUE_SECONDS = 1.0
+    running.QUIET_SECONDS = 1.0
+    running.LOOK_SECONDS = 1.0
+    running.QUEUE_SECONDS = 1.0
     lost.PATIENCE_SECONDS = 2.0
 
 

@@ -10,18 +10,11 @@ from nemo_rl_operator.policies import lost
 from nemo_rl_operator.runtime import timestamps
 
 QUIET_SECONDS = 10.0
-"""A start that says nothing for this long is looked into: its Events are read. Before, it is not worth a word."""
+"""A start that says nothing for this long is looked into: its Events are read."""
 ORDINARY = (reasons.PODS_PENDING, reasons.STARTING, reasons.UNBOUND_CLAIM)
 """What every start goes through for a moment; a new claim is bound while its pod waits."""
 LOOK_SECONDS = 10.0
-PATIENCE_PER_JOB, LONGEST_PATIENCE = 0.1, 60.0
-"""Seconds of patience that each job which starts beside it adds, and their limit: a thousand at once take a minute."""
 QUEUE_SECONDS = 30.0
-
-
-def patience(beside: int) -> float:
-    """How much longer than alone, in seconds, a start may take beside so many others."""
-    return min(beside * PATIENCE_PER_JOB, LONGEST_PATIENCE)
 
 
 def report(plan: Plan) -> bool:
@@ -86,15 +79,13 @@ def _started(plan: Plan, attempt: AttemptView) -> None:
     if found.fatal:
         plan.fail(Cause.INVALID_IMAGE, found.message)
         return
+    plan.phase(found.phase, found.reason, found.message)
     if found.reason not in ORDINARY and not plan.snapshot.warning_event:
-        plan.phase(found.phase, found.reason, found.message)
         return
     quiet = QUIET_SECONDS + (timestamps.seconds_until(attempt.created, plan.now) or 0.0)
     if quiet > 0:
         plan.wake_in(quiet)
-        plan.phase("Starting", reasons.STARTING, reasons.STARTING_MESSAGE.format(attempt=plan.number))
         return
-    plan.wake_in(LOOK_SECONDS + patience(plan.snapshot.beside))
+    plan.wake_in(LOOK_SECONDS)
     if plan.snapshot.warning_event is None:
         plan.needs.add(Need.WARNING_EVENT)
-    plan.phase(found.phase, found.reason, found.message)

@@ -148,18 +148,17 @@ def test_that_it_runs_is_taken_back_only_when_its_pods_were_read() -> None:
 def test_a_start_is_quiet_at_first_and_then_looked_into() -> None:
     young, old = make.attempt(created=make.at(-2)), make.attempt(created=make.at(-30))
     first = decide(make.seen(make.resource(LIVE), [young], [make.pod()]), make.NOW)
-    assert (first.status.message, first.needs, first.requeue_after) == ("attempt 1 starts", frozenset(), 8.0)
+    assert (first.status.message, first.needs, first.requeue_after) == ("the pod starts", frozenset(), 8.0)
     assert decide(make.seen(make.resource(LIVE), [old], [make.pod()]), make.NOW).needs == {Need.WARNING_EVENT}
-    for beside, wake in ((0, 10.0), (100, 20.0), (10_000, 70.0)):
-        looked = make.seen(make.resource(LIVE), [old], [make.pod()], warning_event="", beside=beside)
-        assert decide(looked, make.NOW).requeue_after == wake
+    looked = make.seen(make.resource(LIVE), [old], [make.pod()], warning_event="")
+    assert decide(looked, make.NOW).requeue_after == 10.0
 
 
-def test_a_claim_that_is_not_bound_yet_is_worth_a_word_only_when_it_stays_so() -> None:
+def test_a_claim_that_is_not_bound_yet_is_said_at_once_and_looked_into_when_it_stays_so() -> None:
     pods = [make.pod(unschedulable="0/2 nodes are available: pod has unbound immediate PersistentVolumeClaims.")]
     young, old = make.attempt(created=make.at(-2)), make.attempt(created=make.at(-30))
     first = decide(make.seen(make.resource(LIVE), [young], pods), make.NOW)
-    assert (first.status.phase, first.status.message, first.requeue_after) == ("Starting", "attempt 1 starts", 8.0)
+    assert (first.status.phase, first.status.reason, first.requeue_after) == ("Pending", "UnboundClaim", 8.0)
     later = decide(make.seen(make.resource(LIVE), [old], pods, warning_event=""), make.NOW)
     assert (later.status.phase, later.status.reason) == ("Pending", "UnboundClaim")
 
@@ -168,7 +167,9 @@ def test_success_is_read_from_index_0_before_the_job_says_so() -> None:
     termination = TerminationMessage(
         kind="result", total_steps=500, metrics={"reward": 0.9}, checkpoint=Checkpoint(best="x/best", best_step=450)
     )
-    decision = decide(make.seen(make.resource(LIVE), [make.attempt()], [make.ended_pod(0, termination=termination)]), make.NOW)
+    decision = decide(
+        make.seen(make.resource(LIVE), [make.attempt()], [make.ended_pod(0, termination=termination)]), make.NOW
+    )
     status = decision.status
     assert status.phase == "Succeeded"
     assert status.completion_time == make.at(-20)
@@ -203,8 +204,12 @@ def test_a_complete_job_whose_pods_are_gone_succeeded() -> None:
 
 @pytest.mark.parametrize(("code", "cause"), [(40, "UserError"), (41, "BadData"), (42, "NonFiniteTraining")])
 def test_a_user_error_fails_the_job_at_once_with_its_traceback(code: int, cause: str) -> None:
-    termination = TerminationMessage(kind="failure", message="reward raised KeyError", traceback="line 1\nKeyError: 'a'")
-    decision = decide(make.seen(make.resource(LIVE), [make.attempt()], [make.ended_pod(code, termination=termination)]), make.NOW)
+    termination = TerminationMessage(
+        kind="failure", message="reward raised KeyError", traceback="line 1\nKeyError: 'a'"
+    )
+    decision = decide(
+        make.seen(make.resource(LIVE), [make.attempt()], [make.ended_pod(code, termination=termination)]), make.NOW
+    )
     failure = decision.status.failure
     assert decision.status.phase == "Failed"
     assert failure is not None
