@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from nemo_rl.job import names
+from nemo_rl.job import decode, names
 from nemo_rl.job.spec import RLTrainingJobSpec
 
 _TOP_LEVEL = ("apiVersion", "kind", "metadata", "spec", "status")
@@ -232,14 +231,21 @@ def _the_job(text: str, source: str) -> tuple[dict[str, Any], dict[_PATH, int]]:
     try:
         nodes = [node for node in yaml.compose_all(text, Loader=_Loader) if node is not None]
         documents = [document for document in yaml.load_all(text, Loader=_Loader) if document is not None]
+        positions = [dict(_positions(node, (), source, set())) for node in nodes]
     except yaml.YAMLError as error:
         if text.lstrip().startswith("{"):  # JSON may be indented with tabs, which YAML refuses
             return _from_json(text, source), {}
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise ManifestError(f"{source}{line}: no valid YAML: {getattr(error, 'problem', None) or error}") from None
-    except (ValueError, RecursionError) as error:
+    except ManifestError:
+        raise
+    except ValueError as error:
         raise ManifestError(f"{source}: no valid YAML: {error}") from None
+    except RecursionError:
+        raise ManifestError(
+            f"{source}: lists and mappings are nested too deep to read; at most {names.MAX_NESTING} levels are allowed"
+        ) from None
     jobs = [i for i, d in enumerate(documents) if isinstance(d, dict) and d.get("kind") == names.KIND]
     if len(jobs) != 1:
         kinds = [d.get("kind", "no kind") if isinstance(d, dict) else type(d).__name__ for d in documents]
@@ -248,15 +254,13 @@ def _the_job(text: str, source: str) -> tuple[dict[str, Any], dict[_PATH, int]]:
             f" (of kinds: {', '.join(map(str, kinds)) or 'none, the file is empty'}); expected exactly one"
         )
     document = documents[jobs[0]]
-    lines: dict[_PATH, int] = {}
-    lines.update(_positions(nodes[jobs[0]], (), source, set()))
-    _check_version(document, source, lines)
-    return document, lines
+    _check_version(document, source, positions[jobs[0]])
+    return document, positions[jobs[0]]
 
 
 def _from_json(text: str, source: str) -> dict[str, Any]:
     try:
-        document = json.loads(text)
+        document = decode.loads(text)
     except ValueError as error:
         raise ManifestError(f"{source}: no valid JSON: {error}") from None
     if not isinstance(document, dict) or document.get("kind") != names.KIND:

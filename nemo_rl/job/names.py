@@ -51,6 +51,12 @@ PROGRESS_LIMIT = 64 * 1024
 """Bytes of /progress that the operator reads at most."""
 
 MAX_INLINE_SOURCE = 64 * 1024
+MAX_INLINE_ROWS = 64 * 1024
+"""Bytes of a data set's inline rows as JSON. The client makes a bundle of more; what is stored with more is still read."""
+MAX_NESTING = 32
+"""Levels of lists and mappings within one row, and within affinity."""
+MAX_BUNDLE_PARTS = 64
+"""ConfigMaps of all bundles of a job together; one bundle of the greatest size has 19."""
 MAX_BUNDLE_BYTES = 16 * 1024 * 1024
 BUNDLE_PART_BYTES = 900 * 1000
 BUNDLE_WAIT_SECONDS = 600

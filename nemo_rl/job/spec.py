@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic.alias_generators import to_camel
 
 from nemo_rl.job import names
+from nemo_rl.job.decode import too_deep
 
 Algorithm = Literal["grpo", "sft", "dpo"]
 ALGORITHMS: tuple[Algorithm, ...] = ("grpo", "sft", "dpo")
+
+
+READING = {"reading": True}
+"""Validation context of readers: limits that older versions did not have do not hold for what is there already."""
 
 
 class Section(BaseModel):
@@ -36,13 +41,24 @@ ObjectName = Annotated[
 """Name of an object of the cluster: lower-case letters, digits, '-' and '.'."""
 
 
+def _shallow(value: Any) -> Any:
+    """Refuses what neither JSON decoders nor people can follow."""
+    for number, part in enumerate(value if isinstance(value, list) else [value]):
+        if too_deep(part):
+            where = f"entry {number} is" if isinstance(value, list) else "it is"
+            raise ValueError(f"{where} nested more than {names.MAX_NESTING} levels deep; make it flatter")
+    return value
+
+
 class DatasetSpec(Section):
     """Where the rows come from. Exactly one of name, inline, path."""
 
     name: Annotated[str, Field(min_length=1, max_length=500)] | None = None
     """Name of a data set on the hub, for example nvidia/HelpSteer2."""
-    inline: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=10_000)] | None = None
-    """Rows written into the job itself; each is a mapping of column to value."""
+    inline: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=10_000), AfterValidator(_shallow)] | None = (
+        None
+    )
+    """Rows written into the job itself, at most 64 kB; each is a mapping of column to value. The Python client ships more as files."""
     path: Annotated[str, Field(min_length=1, max_length=1000)] | None = None
     """A .jsonl, .json, .parquet or .csv file: a path in the image, pvc://claim/path or bundle://name/file."""
     split: Annotated[str, Field(min_length=1, max_length=200)] = "train"
@@ -410,7 +426,7 @@ class RLTrainingJobSpec(Section):
     """Labels that a node must have. Default none."""
     tolerations: Annotated[list[Toleration], Field(max_length=32)] = []
     """Taints that the pods tolerate. Default none."""
-    affinity: dict[str, Any] | None = None
+    affinity: Annotated[dict[str, Any], AfterValidator(_shallow)] | None = None
     """Affinity of the pods, as in the core API. Default none."""
     priority_class_name: ObjectName | None = None
     """PriorityClass of the pods. Default none."""
@@ -430,6 +446,16 @@ class RLTrainingJobSpec(Section):
     """Seconds after its end that the job is deleted. Default never."""
     termination_grace_period_seconds: Annotated[int, Field(ge=1, le=86400)] = 120
     """Seconds that a pod has to save when it is stopped. Default 120."""
+
+    @model_validator(mode="after")
+    def _few_bundle_parts(self, info: ValidationInfo) -> RLTrainingJobSpec:
+        parts = sum(len(bundle.config_maps) for bundle in self.bundles)
+        if parts > names.MAX_BUNDLE_PARTS and not (info.context or {}).get("reading"):
+            raise ValueError(
+                f"bundles have {parts} parts together; at most {names.MAX_BUNDLE_PARTS} are allowed: put large data on "
+                "a claim and name it as pvc://claim/path"
+            )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> RLTrainingJobSpec:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from nemo_rl.backends.kubernetes.errors import ApiError, ClusterError, ConnectionCut
-from nemo_rl.job import names
+from nemo_rl.job import decode, names
 
 if TYPE_CHECKING:
     from kubernetes.client import ApiClient
@@ -70,7 +70,7 @@ class Cluster:
                 if attempt == _TRIES - 1:
                     raise
                 time.sleep(_PAUSE_SECONDS * 2**attempt)
-        return json.loads(text) if text[:1] == b"{" else text.decode(errors="replace")
+        return decode.loads(text) if text[:1] == b"{" else text.decode(errors="replace")
 
     def stream(
         self, path: str, *, query: Mapping[str, Any] | None = None, silence: float = STREAM_SILENCE_SECONDS
@@ -254,7 +254,7 @@ def may(
 
 def _words(text: bytes) -> str:
     try:
-        return str(json.loads(text)["message"])
+        return str(decode.loads(text)["message"])
     except (ValueError, KeyError, TypeError):
         return text[:300].decode(errors="replace")
 

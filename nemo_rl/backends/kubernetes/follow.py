@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import queue
 import threading
 import time
@@ -13,7 +12,7 @@ from nemo_rl.backends.kubernetes.connect import CHECK_OPERATOR, INSTALL, Cluster
 from nemo_rl.backends.kubernetes.errors import ApiError, ClusterError, JobNotFound
 from nemo_rl.backends.kubernetes.logs import LogSource, follow_log
 from nemo_rl.backends.kubernetes.screen import Screen
-from nemo_rl.job import names
+from nemo_rl.job import decode, names
 from nemo_rl.job.status import JobStatus
 
 OPERATOR_SECONDS = 10.0
@@ -90,7 +89,7 @@ def _watch(cluster: Cluster, name: str, version: str) -> Iterator[tuple[str, Obj
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
             if line.strip():
-                event = json.loads(line)
+                event = decode.loads(line)
                 yield event["type"], event["object"]
 
 

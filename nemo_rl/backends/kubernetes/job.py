@@ -22,7 +22,7 @@ from nemo_rl.backends.kubernetes.screen import Screen, printable
 from nemo_rl.backends.kubernetes.traces import told_here
 from nemo_rl.errors import TrainingFailed
 from nemo_rl.job.manifest import Manifest
-from nemo_rl.job.spec import RLTrainingJobSpec
+from nemo_rl.job.reading import read_spec
 from nemo_rl.job.status import JobStatus
 
 if TYPE_CHECKING:
@@ -128,11 +128,13 @@ class Job:
         """The job as YAML that `kubectl apply -f -` takes."""
         meta = self._resource["metadata"]
         try:
-            spec = RLTrainingJobSpec.model_validate(self._resource["spec"])
-        except ValidationError:  # a field of another version: better its own words than none
+            found = read_spec(self._resource["spec"])
+        except ValidationError:
+            found = None
+        if found is None or found.unknown:  # of another version: better its own words than a part of them
             kept = {k: meta[k] for k in ("name", "namespace", "labels") if k in meta}
             return yaml.safe_dump({**self._resource, "metadata": kept, "status": None}, sort_keys=False)
-        return Manifest(self.name, spec, self.namespace, meta.get("labels") or {}).to_yaml()
+        return Manifest(self.name, found.spec, self.namespace, meta.get("labels") or {}).to_yaml()
 
     # --- waiting
 

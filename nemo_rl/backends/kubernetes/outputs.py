@@ -16,7 +16,7 @@ from nemo_rl.backends.kubernetes.fetch import FileClient, RemoteFile, download, 
 from nemo_rl.backends.kubernetes.progress import TransferBar
 from nemo_rl.backends.kubernetes.tunnel import open_tunnel
 from nemo_rl.job import names
-from nemo_rl.job.spec import RLTrainingJobSpec
+from nemo_rl.job.reading import read_spec
 from nemo_rl.job.status import JobStatus
 from nemo_rl.run.checkpoint import TRAINER_STATE
 from nemo_rl.run.directory import COMPLETIONS_FILE, METRICS_FILE, RUN_FILE, open_run
@@ -185,7 +185,7 @@ def _load_trainer(job: dict[str, Any], output_dir: Path, checkpoint: Path) -> An
 
     from nemo_rl.api.algorithms import get_algorithm
 
-    spec = RLTrainingJobSpec.model_validate(job["spec"])
+    spec = read_spec(job["spec"]).spec
     trust = spec.training.trust_remote_code
     trainer = get_algorithm(spec.algorithm)(
         spec,

@@ -1,0 +1,66 @@
+"""JSON of the API server, of pods and of users, decoded without ever raising for how deep it is nested.
+
+Free-form fields (rows, affinity) may hold anything that a user can write; a few kilobytes of brackets are deeper than
+Python's decoder can go, and whoever fails on them fails for all other objects in the same answer too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from nemo_rl.job import names
+
+KEPT_DEPTH = 100
+"""Levels that are kept of a text that is nested too deep to decode. More than any field may have, so that what is cut is
+still seen to be nested too deep."""
+
+_STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
+
+
+def loads(content: bytes | str) -> Any:
+    """The value of a JSON text, with null in place of what is nested too deep. ValueError for no JSON."""
+    text = content.encode() if isinstance(content, str) else content
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        return json.loads(b"".join(_cut(text, KEPT_DEPTH)))
+    if text.count(b"[") + text.count(b"{") > KEPT_DEPTH and too_deep(found, KEPT_DEPTH):
+        return json.loads(b"".join(_cut(text, KEPT_DEPTH)))
+    return found
+
+
+def _cut(text: bytes, limit: int) -> Iterator[bytes]:
+    """The text with null in place of every list and mapping that has more than `limit` around it."""
+    depth, kept = 0, 0
+    for match in _STRUCTURE.finditer(text):
+        mark = text[match.start()]
+        if mark in b"[{":
+            depth += 1
+            if depth == limit + 1:
+                yield text[kept : match.start()]
+        elif mark in b"]}":
+            if depth == limit + 1:
+                yield b"null"
+                kept = match.end()
+            depth -= 1
+    if depth <= limit:
+        yield text[kept:]
+
+
+def too_deep(value: Any, limit: int = names.MAX_NESTING) -> bool:
+    """Whether lists and mappings are nested more than `limit` levels deep. Does not recurse."""
+    level = [value]
+    for _ in range(limit + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, list | tuple | dict)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, list | tuple | dict)
+        ]
+        if not level:
+            return False
+    return True
