@@ -15,6 +15,9 @@ CRD_NAME = f"{PLURAL}.{GROUP}"
 MAX_NAME_LENGTH = 50
 """Longest name of a job: children add a suffix and must stay below 63 characters."""
 
+MAX_ATTEMPT_NUMBER = 10**9
+"""Numbers beyond are no attempt's: anybody can write labels."""
+
 LABEL_JOB = f"{GROUP}/job"
 LABEL_JOB_UID = f"{GROUP}/job-uid"
 """Uid of the RLTrainingJob, on its Jobs and pods: tells a job from an earlier one of the same name."""
@@ -36,7 +39,12 @@ FILES_PORT = 8081
 """The file server of the `x-files` pod, on its loopback only."""
 
 JOB_DIR = "/etc/nemo-rl"
-JOB_FILE = f"{JOB_DIR}/job.json"
+JOB_KEY = "job.json"
+JOB_FILE = f"{JOB_DIR}/{JOB_KEY}"
+JOB_DIGEST_OPTION = "--job-sha256"
+"""Argument of the trainer's program: SHA-256 of the frozen job that the operator made; no other content is run."""
+JOB_DIGEST_VARIABLE = "NEMO_RL_JOB_SHA256"
+"""The same for the file server, as an environment variable: one of an earlier version knows no such argument."""
 BUNDLE_DIR = "/var/run/nemo-rl/bundles"
 OUTPUT_DIR = "/output"
 CACHE_DIR = "/cache"

@@ -24,6 +24,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from nemo_rl.job import names
+from nemo_rl.worker.digest import check_digest
 
 MANIFEST = "/manifest"
 FILES = "/files/"
@@ -203,11 +204,19 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def job_name(path: Path) -> str:
-    """The name in the frozen job, whose folder alone is served; empty where there is none: then all of the root is."""
+    """The name in the frozen job, whose folder alone is served; empty where there is none: then all of the root is.
+
+    ValueError where the frozen job is not the one that the operator made.
+    """
+    wanted = os.environ.get(names.JOB_DIGEST_VARIABLE)
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["metadata"]["name"])
+        content = path.read_bytes()
     except FileNotFoundError:
+        if wanted:
+            raise
         return ""
+    check_digest(content, wanted)
+    return str(json.loads(content)["metadata"]["name"])
 
 
 def main() -> None:

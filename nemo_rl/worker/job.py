@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from nemo_rl.job import names
+from nemo_rl.job.reading import read_spec
 from nemo_rl.job.spec import RLTrainingJobSpec
+from nemo_rl.worker.digest import check_digest
 
 ROOT_VARIABLE = "NEMO_RL_POD_ROOT"
 """A folder that stands for the pod's root directory: all its paths are taken below it. For runs outside of a pod."""
@@ -55,19 +58,32 @@ class Pod:
         return self.root / absolute.lstrip("/")
 
 
-def read_job(path: Path) -> Job:
-    """The frozen job. ValueError naming each field that this image's version of nemo-rl does not understand."""
+def read_job(path: Path, sha256: str | None = None) -> Job:
+    """The frozen job. Fields that this image's version of nemo-rl does not know are ignored, and said on stderr.
+
+    ValueError where the content is not the one with this SHA-256, and where a field has a value that does not fit.
+    """
     try:
-        document: Any = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        check_digest(content, sha256)
+        document: Any = json.loads(content)
         meta = document["metadata"]
-        spec = RLTrainingJobSpec.model_validate(document["spec"])
-        return Job(meta["name"], meta.get("namespace") or "", meta.get("uid") or "", spec)
+        reading = read_spec(document["spec"])
+        job = Job(meta["name"], meta.get("namespace") or "", meta.get("uid") or "", reading.spec)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
         raise ValueError(
             f"the job does not fit this trainer image: {problems}; use an image of the operator's version"
         ) from None
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(
             f"{path} holds no frozen job ({error!r}); the operator mounts it there. Outside of a pod set {ROOT_VARIABLE}"
         ) from None
+    if reading.unknown and os.environ.get("RANK", "0") == "0":
+        print(
+            f"nemo-rl: this trainer image does not know {', '.join(reading.unknown)}, and trains without; "
+            "use an image of the operator's version where they matter",
+            file=sys.stderr,
+            flush=True,
+        )
+    return job

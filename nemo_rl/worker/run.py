@@ -20,6 +20,7 @@ from nemo_rl.job.status import TerminationMessage
 from nemo_rl.run.checkpoint import find_checkpoints
 from nemo_rl.run.directory import RUN_FILE
 from nemo_rl.worker import ending, inputs
+from nemo_rl.worker.digest import digest_argument
 from nemo_rl.worker.grace import Grace
 from nemo_rl.worker.job import Job, Pod, read_job
 from nemo_rl.worker.prometheus import TrainMetrics
@@ -41,7 +42,7 @@ def run() -> int:
     report = Report(started=process_started())
     _stop_while_starting(pod, report)
     try:
-        job = read_job(pod.path(names.JOB_FILE))
+        job = read_job(pod.path(names.JOB_FILE), digest_argument(sys.argv[1:]))
         word = _finished_before(job, pod) or _attempt(job, pod, report)
         code = int(ExitCode.DONE)
     except BaseException as error:

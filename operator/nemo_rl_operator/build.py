@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from nemo_rl.job import names
 from nemo_rl.job.names import ExitCode
 from nemo_rl.job.spec import DatasetSpec, EnvVar, RLTrainingJobSpec, Toleration
+from nemo_rl_operator import frozen
+from nemo_rl_operator.fingerprint import fingerprint
 from nemo_rl_operator.observe import Resource
 
 Object = dict[str, Any]
@@ -45,18 +46,12 @@ def _meta(resource: Resource, name: str, *, component: str | None = None, owned:
 
 def frozen_job(resource: Resource, spec: RLTrainingJobSpec) -> Object:
     """ConfigMap with the job as the pods read it; later changes of the resource do not reach a running attempt."""
-    job = {
-        "apiVersion": names.API_VERSION,
-        "kind": names.KIND,
-        "metadata": {"name": resource.name, "namespace": resource.namespace, "uid": resource.uid},
-        "spec": spec.model_dump(mode="json", by_alias=True),
-    }
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": _meta(resource, names.frozen_job(resource.name)),
         "immutable": True,
-        "data": {"job.json": json.dumps(job, separators=(",", ":"), ensure_ascii=False)},
+        "data": {names.JOB_KEY: frozen.text(resource, spec)},
     }
 
 
@@ -121,6 +116,11 @@ def attempt_job(resource: Resource, spec: RLTrainingJobSpec, number: int, image:
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": job}
 
 
+def attempt_content(resource: Resource, spec: RLTrainingJobSpec, number: int, image: str) -> str:
+    """Fingerprint of the Job of an attempt, as the operator makes it."""
+    return fingerprint(attempt_job(resource, spec, number, image)["spec"])
+
+
 def _failure_rules() -> list[Object]:
     """All end the Job; the rule that matched stays in the Job's condition when the pods are gone.
 
@@ -170,6 +170,7 @@ def trainer_pod(resource: Resource, spec: RLTrainingJobSpec, number: int, image:
         "image": spec.image or image,
         "imagePullPolicy": spec.image_pull_policy or "IfNotPresent",
         "command": command(resource, spec, number),
+        "args": [f"{names.JOB_DIGEST_OPTION}={frozen.digest(frozen.text(resource, spec))}"],
         "env": _environment(spec),
         "ports": [{"name": "progress", "containerPort": names.TRAINER_PORT}],
         "resources": _resources(spec),
@@ -199,7 +200,10 @@ def files_pod(resource: Resource, spec: RLTrainingJobSpec, image: str) -> Object
         "image": spec.image or image,
         "imagePullPolicy": spec.image_pull_policy or "IfNotPresent",
         "command": ["python", "-m", names.FILES_MODULE],
-        "env": _scratch_environment(),
+        "env": [
+            *_scratch_environment(),
+            {"name": names.JOB_DIGEST_VARIABLE, "value": frozen.digest(frozen.text(resource, spec))},
+        ],
         "resources": {"requests": {"cpu": "50m", "memory": "128Mi"}, "limits": {"memory": "512Mi"}},
         "volumeMounts": [
             {"name": "output", "mountPath": names.OUTPUT_DIR, "readOnly": True},

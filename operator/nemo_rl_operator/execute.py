@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 
 from nemo_rl.job import names
-from nemo_rl_operator import reasons
+from nemo_rl_operator import children, frozen, reasons
 from nemo_rl_operator.observe import Blocked, Resource
 from nemo_rl_operator.pending import from_warning
 from nemo_rl_operator.plan import Action, Create, Delete, Kind
@@ -38,14 +39,18 @@ class Executor:
                 await self._delete(resource, action)
         creations = [a for a in actions if isinstance(a, Create)]
         first = [a for a in creations if a.kind not in (Kind.JOB, Kind.POD)]
-        blocks = await asyncio.gather(*(self._create(resource, a) for a in first))
+        there: dict[Kind, Object] = {}
+        blocks = await asyncio.gather(*(self._create(resource, a, there) for a in first))
         for action in creations:
             if any(blocks):
                 break
             if action.kind is Kind.JOB:
-                blocks.append(await self._create(resource, action))
+                blocks.append(await self._create(resource, _pinned(action, there), there))
         for action in creations:
-            if action.kind is Kind.POD and (block := await self._create(resource, action)):
+            if action.kind is not Kind.POD:
+                continue
+            block = next((b for b in blocks if b), None) or await self._create(resource, _pinned(action, there), there)
+            if block:
                 log.warning("%s/%s: no file server: %s", resource.namespace, resource.name, block.message)
         return next((block for block in blocks if block), None)
 
@@ -61,17 +66,18 @@ class Executor:
             raise
         self._remember(action.kind, left)
 
-    async def _create(self, resource: Resource, action: Create) -> Blocked | None:
+    async def _create(self, resource: Resource, action: Create, there: dict[Kind, Object]) -> Blocked | None:
+        """Make it. What is there already and says the same goes into `there`."""
         try:
             made = await self._api.create(action.kind, resource.namespace, action.body)
         except ApiError as error:
             if error.status == 409:
-                return await self._existing(resource, action)
+                return await self._existing(resource, action, there)
             return _refusal(error, action)
         self._remember(action.kind, made)
         return None
 
-    async def _existing(self, resource: Resource, action: Create) -> Blocked | None:
+    async def _existing(self, resource: Resource, action: Create, there: dict[Kind, Object]) -> Blocked | None:
         """An object of that name exists. Ours: fine. An earlier job's: it is on its way out. Otherwise: a conflict."""
         name = action.body["metadata"]["name"]
         found = await self._api.get(action.kind, resource.namespace, name)
@@ -84,8 +90,7 @@ class Executor:
         if action.kind is Kind.CLAIM and not owner:
             ours = (meta.get("labels") or {}).get(names.LABEL_JOB) == resource.name  # kept from an earlier job
         if ours and not meta.get("deletionTimestamp"):
-            self._remember(action.kind, found)
-            return None
+            return self._adopt(action, found, there)
         if ours or (owner.get("kind") == names.KIND and owner.get("name") == resource.name):
             return Blocked(
                 reasons.ENDING, f"waiting for {what} of an earlier run of this name to be deleted", fatal=False
@@ -95,6 +100,21 @@ class Executor:
             cure = f"set spec.output.claim to {name} to use it, or give the job another name"
         text = f"{what} exists and does not belong to this job; {cure}"
         return Blocked("NameConflict", text, fatal=False, conflict=True)
+
+    def _adopt(self, action: Create, found: Object, there: dict[Kind, Object]) -> Blocked | None:
+        """An object that says it is the job's: it counts as such where its content is what we would make.
+
+        Anybody can write an owner into what he makes, so the owner alone proves nothing.
+        """
+        differs = children.difference(action.kind, found, action.body)
+        if differs:
+            name = action.body["metadata"]["name"]
+            text = f"{action.body['kind']} {name} exists with other content ({differs}); {_cure(action.kind, name)}"
+            stray = (name, found["metadata"]["uid"]) if action.kind is Kind.JOB else None
+            return Blocked("NameConflict", text, fatal=False, conflict=True, stray=stray)
+        there[action.kind] = found
+        self._remember(action.kind, found)
+        return None
 
     def _remember(self, kind: Kind, answer: Object) -> None:
         if answer.get("kind") == "Status":
@@ -110,6 +130,20 @@ class Executor:
             self._cache.remove("job", key, action.name, action.uid)
         elif action.kind is Kind.POD:
             self._cache.remove("pod", key, action.name, action.uid)
+
+
+def _pinned(action: Create, there: dict[Kind, Object]) -> Create:
+    """With the digest of the frozen job that is there, where another version of the operator made it."""
+    config_map = there.get(Kind.CONFIG_MAP)
+    return replace(action, body=frozen.pin(action.body, config_map)) if config_map else action
+
+
+def _cure(kind: Kind, name: str) -> str:
+    if kind is Kind.CLAIM:
+        return f"set spec.output.claim to {name} to use it as it is, delete it, or give the job another name"
+    if kind is Kind.JOB:
+        return f"it is deleted after {children.STRAY_SECONDS} s"
+    return "somebody else made it: delete it, and the job goes on"
 
 
 def _refusal(error: ApiError, action: Create) -> Blocked:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from nemo_rl.job import names
 from nemo_rl.job.spec import RLTrainingJobSpec
 from nemo_rl.job.status import JobStatus, Progress
+from nemo_rl_operator.fingerprint import fingerprint
 
 Raw = Mapping[str, Any]
 
@@ -64,6 +65,8 @@ class AttemptView:
     """Of the Failed condition."""
     message: str
     ended: str
+    content: str
+    """Fingerprint of what it runs."""
 
     @property
     def finished(self) -> bool:
@@ -121,6 +124,8 @@ class Blocked:
     """Trying again cannot help."""
     conflict: bool = False
     """The object exists and belongs to somebody else."""
+    stray: tuple[str, str] | None = None
+    """Name and uid of a Job that says it is this job's, and is not what the operator makes."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +213,7 @@ def attempt_view(raw: Raw) -> AttemptView:
         reason=(failed or {}).get("reason", ""),
         message=(failed or {}).get("message", ""),
         ended=end.get("lastTransitionTime") or "",
+        content=fingerprint(spec),
     )
 
 
@@ -285,12 +291,35 @@ def observe(
     pods: Iterable[PodView],
     progress: Progress | None = None,
     image: str = "",
+    *,
+    begun: int = 0,
+    expected: Callable[[Resource, RLTrainingJobSpec, int, str], str] | None = None,
 ) -> Snapshot:
-    """Put together what belongs to this very job: children of an earlier job of the same name have another owner."""
+    """Put together what belongs to this very job: children of an earlier job of the same name have another owner.
+
+    Anybody who may create Jobs can write our labels and owner on them. One that the status does not tell of yet is an
+    attempt where this process made it (`begun`), or where it is the next and runs what we would make (`expected`).
+    """
     spec, problem = parse_spec(found.spec)
     status = JobStatus.load(json.loads(found.status) if found.status else None)
-    jobs = {a.number: a for a in attempts if a.owner == found.uid and a.number}
-    own = [pod for pod in pods if pod.owner == found.uid and not _foreign(pod, jobs.get(pod.attempt))]
+    last = max(begun, status.attempt or 0)
+
+    def is_ours(job: AttemptView) -> bool:
+        if job.name != names.attempt_job(found.name, job.number) or job.number > names.MAX_ATTEMPT_NUMBER:
+            return False
+        if job.number <= last or expected is None:
+            return True
+        next_one = job.number == last + 1 or status.attempt is None  # a status that was lost is made anew
+        return next_one and spec is not None and job.content == expected(found, spec, job.number, image)
+
+    claimed = [a for a in attempts if a.owner == found.uid and a.number]
+    jobs = {a.number: a for a in claimed if is_ours(a)}
+    strays = {a.uid for a in claimed if jobs.get(a.number) is not a}
+    own = [
+        pod
+        for pod in pods
+        if pod.owner == found.uid and pod.controller not in strays and not _foreign(pod, jobs.get(pod.attempt))
+    ]
     by_attempt: dict[int, tuple[PodView, ...]] = {}
     for pod in sorted((p for p in own if p.attempt), key=lambda p: (p.index, p.created, p.name)):
         by_attempt[pod.attempt] = (*by_attempt.get(pod.attempt, ()), pod)
@@ -304,4 +333,5 @@ def observe(
         files=next((p for p in own if not p.attempt), None),
         progress=progress,
         image=image,
+        begun=begun,
     )

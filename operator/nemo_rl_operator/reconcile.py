@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from nemo_rl.job import names
 from nemo_rl.job.status import JobStatus
-from nemo_rl_operator import metrics, observe
+from nemo_rl_operator import build, metrics, observe
 from nemo_rl_operator.decide import Decision, decide
 from nemo_rl_operator.events import EventPoster
 from nemo_rl_operator.execute import Executor, NamespaceGoneError
@@ -107,8 +107,15 @@ class Reconciler:
         if entry.resource is None:
             return None
         progress, begun = self._progress.newest(key), self._begun(key, entry.resource.uid)
-        snapshot = observe.observe(entry.resource, entry.jobs.values(), entry.known_pods, progress, self._image)
-        return replace(snapshot, begun=begun)
+        return observe.observe(
+            entry.resource,
+            entry.jobs.values(),
+            entry.known_pods,
+            progress,
+            self._image,
+            begun=begun,
+            expected=build.attempt_content,
+        )
 
     def _beside(self, key: Key) -> int:
         """How many other jobs start, or started, beside this one's start."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from nemo_rl.job import names
 from nemo_rl.job.status import Cause
-from nemo_rl_operator import reasons
-from nemo_rl_operator.plan import Plan
+from nemo_rl_operator import children, reasons
+from nemo_rl_operator.plan import Delete, Kind, Plan
 from nemo_rl_operator.runtime import timestamps
 
 RETRY_SECONDS = 10.0
@@ -36,6 +36,8 @@ def report_block(plan: Plan) -> bool:
         plan.condition("Accepted", False, Cause.NAME_CONFLICT, blocked.message)
         since = plan.status.condition("Accepted")
         waited = -(timestamps.seconds_until(since.last_transition_time if since else None, plan.now) or 0.0)
+        if blocked.stray and waited >= children.STRAY_SECONDS:
+            plan.actions.append(Delete(Kind.JOB, *blocked.stray, foreground=True))
         if waited >= names.BUNDLE_WAIT_SECONDS:
             minutes = names.BUNDLE_WAIT_SECONDS // 60
             message = reasons.CONFLICT_MESSAGE.format(message=blocked.message, minutes=minutes)

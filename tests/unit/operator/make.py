@@ -86,6 +86,7 @@ def attempt(number: int = 1, **fields: Any) -> AttemptView:
         reason="",
         message="",
         ended="",
+        content="",
     )
     return _replace(found, fields)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -205,14 +206,45 @@ def test_no_claim_is_made_beside_the_users() -> None:
     assert volume["persistentVolumeClaim"] == {"claimName": "mine"}
 
 
-def test_the_frozen_job_says_everything_the_trainer_needs() -> None:
+def frozen_spec(**fields: Any) -> dict[str, Any]:
+    made = build.frozen_job(make.resource(**fields), make.parsed(**fields))
+    return json.loads(made["data"]["job.json"])["spec"]
+
+
+def test_the_frozen_job_says_what_its_author_said_and_no_defaults() -> None:
     spec = make.parsed(training={"maxSteps": 7})
-    made = build.frozen_job(make.resource(), spec)
+    made = build.frozen_job(make.resource(training={"maxSteps": 7}), spec)
     found = json.loads(made["data"]["job.json"])
     assert made["immutable"] is True
     assert found["metadata"] == {"name": "x", "namespace": "ns", "uid": make.UID}
     assert RLTrainingJobSpec.model_validate(found["spec"]) == spec
-    assert found["spec"]["training"]["batchSize"] == 32, "defaults are written out"
+    assert found["spec"]["training"] == {"maxSteps": 7}
+
+
+def test_defaults_that_the_api_server_filled_in_are_not_frozen() -> None:
+    filled = make.parsed().model_dump(mode="json", by_alias=True, exclude_none=True)
+    assert frozen_spec(**filled) == make.spec()
+
+
+def test_a_field_that_this_operator_does_not_know_reaches_a_newer_image() -> None:
+    resource = make.resource(training={"maxSteps": 7, "fp8": True})
+    made = build.frozen_job(resource, make.parsed(training={"maxSteps": 7}))
+    assert json.loads(made["data"]["job.json"])["spec"]["training"] == {"maxSteps": 7, "fp8": True}
+
+
+def test_what_may_change_in_a_live_job_is_not_frozen() -> None:
+    changeable = {"suspend": True, "backoffLimit": 9, "activeDeadlineSeconds": 5, "ttlSecondsAfterFinished": 5}
+    assert frozen_spec(**changeable, output={"serveUntil": "2030-01-01T00:00:00Z"}) == make.spec()
+
+
+def test_pods_name_the_digest_of_the_frozen_job() -> None:
+    fields = {"training": {"maxSteps": 7}}
+    text = build.frozen_job(make.resource(**fields), make.parsed(**fields))["data"]["job.json"]
+    wanted = hashlib.sha256(text.encode()).hexdigest()
+    trainer = build.attempt_job(make.resource(**fields), make.parsed(**fields), 1, make.IMAGE)
+    files = build.files_pod(make.resource(**fields), make.parsed(**fields), make.IMAGE)
+    assert trainer["spec"]["template"]["spec"]["containers"][0]["args"] == [f"--job-sha256={wanted}"]
+    assert {"name": "NEMO_RL_JOB_SHA256", "value": wanted} in files["spec"]["containers"][0]["env"]
 
 
 def test_kueue_gets_a_suspended_job_with_its_labels() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
 from typing import Any
 
 import pytest
@@ -68,10 +71,132 @@ async def test_nothing_is_started_when_something_it_needs_is_blocked() -> None:
     assert "JOB x-1" not in api.made()
 
 
-async def test_a_claim_kept_from_an_earlier_job_of_the_name_is_used_again() -> None:
+def kept_claim(size: str = "20Gi", mode: str = "ReadWriteOnce", **spec: Any) -> dict[str, Any]:
+    meta = {"name": "x-output", "labels": {names.LABEL_JOB: "x", names.LABEL_JOB_UID: "old"}}
+    content = {"accessModes": [mode], "resources": {"requests": {"storage": size}}, **spec}
+    return {"kind": "PersistentVolumeClaim", "metadata": meta, "spec": content}
+
+
+@pytest.mark.parametrize("size", ["20Gi", "20480Mi", "1Ti", "22G"])
+async def test_a_claim_kept_from_an_earlier_job_of_the_name_is_used_again(size: str) -> None:
     api = FakeApi()
-    api.put(Kind.CLAIM, foreign(Kind.CLAIM, "x-output", labels={names.LABEL_JOB: "x", names.LABEL_JOB_UID: "old"}))
+    api.put(Kind.CLAIM, kept_claim(size))
     assert await run(api, CLAIM) is None
+
+
+@pytest.mark.parametrize(
+    ("claim", "output", "words"),
+    [
+        (kept_claim("20Gi"), {"size": "2Ti"}, "it has 20Gi, spec.output.size asks for 2Ti"),
+        (kept_claim("19G"), {}, "it has 19G, spec.output.size asks for 20Gi"),
+        (
+            kept_claim(),
+            {"accessMode": "ReadWriteMany"},
+            "its access mode is ReadWriteOnce, the job asks for ReadWriteMany",
+        ),
+        (
+            kept_claim(storageClassName="slow"),
+            {"storageClassName": "fast"},
+            "its storage class is slow, the job asks for fast",
+        ),
+        (kept_claim(volumeMode="Block"), {}, "its volume mode is Block"),
+    ],
+)
+async def test_a_kept_claim_that_gives_less_than_is_asked_is_a_conflict_that_says_so(
+    claim: dict[str, Any], output: dict[str, Any], words: str
+) -> None:
+    api = FakeApi()
+    api.put(Kind.CLAIM, claim)
+    blocked = await run(api, Create(Kind.CLAIM, build.output_claim(RESOURCE, make.parsed(output=output)) or {}))
+    assert blocked is not None and blocked.conflict and not blocked.fatal
+    assert words in blocked.message
+    assert "set spec.output.claim to x-output to use it as it is" in blocked.message
+
+
+def forged_map(change: Any = None, **fields: Any) -> dict[str, Any]:
+    """A frozen job that says it is ours, of a spec with these fields, as `change` leaves its document."""
+    body = build.frozen_job(make.resource(**fields), make.parsed(**fields))
+    document = json.loads(body["data"]["job.json"])
+    if change:
+        change(document)
+    body["data"]["job.json"] = json.dumps(document)
+    return body
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (forged_map(reward={"source": "def reward(prompt, response): return 1.0"}), "spec.reward.builtin"),
+        (forged_map(training={"learningRate": 1.0}), "spec.training.learningRate"),
+        (forged_map(lambda job: job["metadata"].update(name="y")), "metadata"),
+        (forged_map(lambda job: job["spec"].update(code="evil")), "spec.code"),
+        (forged_map(lambda job: job["spec"].setdefault("training", {}).update(hook="evil")), "spec.training.hook"),
+        (forged_map(lambda job: job.pop("spec")), "its form"),
+        ({**forged_map(), "data": {"job.json": "[" * 5000}}, "its form"),
+        ({**forged_map(), "data": {"job.json": "{}", "b": ""}}, "its keys"),
+    ],
+)
+async def test_a_forged_frozen_job_is_a_conflict_and_no_pod_reads_it(body: dict[str, Any], words: str) -> None:
+    api = FakeApi()
+    api.put(Kind.CONFIG_MAP, body)
+    blocked = await run(api, MAP, JOB)
+    assert blocked is not None and blocked.conflict and not blocked.fatal
+    assert f"ConfigMap x-job exists with other content ({words})" in blocked.message
+    assert "JOB x-1" not in api.made()
+
+
+async def test_a_frozen_job_of_another_version_is_used_and_pods_name_its_digest() -> None:
+    api = FakeApi()
+    older = forged_map(lambda job: job["spec"].update(training={"maxSteps": 1000}, backoffLimit=3))
+    assert json.loads(older["data"]["job.json"])["spec"]["training"]["maxSteps"] == make.parsed().training.max_steps
+    assert older["data"] != MAP.body["data"]
+    api.put(Kind.CONFIG_MAP, older)
+    assert await run(api, MAP, JOB) is None
+    wanted = hashlib.sha256(older["data"]["job.json"].encode()).hexdigest()
+    made = api.objects[Kind.JOB, "x-1"]["spec"]["template"]["spec"]["containers"][0]
+    assert made["args"] == [f"--job-sha256={wanted}"]
+
+
+async def test_a_field_that_a_newer_definition_fills_in_meanwhile_is_no_conflict() -> None:
+    api = FakeApi()
+    await run(api, MAP)
+    resource = make.resource(training={"fp8": False})
+    assert await run(api, Create(Kind.CONFIG_MAP, build.frozen_job(resource, make.parsed()))) is None
+
+
+def forged_job(**pod: Any) -> dict[str, Any]:
+    body = copy.deepcopy(JOB.body)
+    body["spec"]["template"]["spec"] |= pod
+    return body
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        forged_job(containers=[{"name": "trainer", "image": "evil:1"}]),
+        forged_job(initContainers=[{"name": "a", "image": "evil:1"}]),
+        forged_job(serviceAccountName="admin"),
+        forged_job(volumes=[{"name": "a", "hostPath": {"path": "/"}}]),
+        forged_job(hostNetwork=True),
+    ],
+)
+async def test_a_job_of_ours_that_runs_something_else_is_no_attempt(body: dict[str, Any]) -> None:
+    api = FakeApi()
+    api.put(Kind.JOB, body)
+    blocked = await run(api, JOB)
+    assert blocked is not None and blocked.conflict
+    assert blocked.stray == ("x-1", api.objects[Kind.JOB, "x-1"]["metadata"]["uid"])
+
+
+@pytest.mark.parametrize("change", [{"selector": {"app": "evil"}}, {"clusterIP": "10.0.0.9"}, {"type": "ExternalName"}])
+async def test_a_forged_service_is_a_conflict(change: dict[str, Any]) -> None:
+    body = build.service(RESOURCE, make.parsed(resources={"nodes": 2}))
+    assert body is not None
+    api = FakeApi()
+    api.put(Kind.SERVICE, {**body, "spec": body["spec"] | change})
+    blocked = await run(api, Create(Kind.SERVICE, body))
+    assert blocked is not None and blocked.conflict
+    assert f"Service x exists with other content ({next(iter(change))})" in blocked.message
 
 
 async def test_children_of_an_earlier_job_of_the_name_are_waited_for() -> None:

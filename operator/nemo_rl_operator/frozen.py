@@ -1,0 +1,153 @@
+"""The frozen job: what the pods of a job read, its digest in their arguments, and whether one that exists is the same."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from nemo_rl.job import names
+from nemo_rl.job.crd import MUTABLE
+from nemo_rl.job.reading import read_spec
+from nemo_rl.job.spec import RLTrainingJobSpec
+from nemo_rl_operator.observe import Resource
+
+Object = dict[str, Any]
+
+
+def text(resource: Resource, spec: RLTrainingJobSpec) -> str:
+    """The job as JSON: what its author said, and no defaults, so that a trainer image of another version has its own.
+
+    What may change while the job lives is not in it: all attempts read the same.
+    """
+    job = {
+        "apiVersion": names.API_VERSION,
+        "kind": names.KIND,
+        "metadata": {"name": resource.name, "namespace": resource.namespace, "uid": resource.uid},
+        "spec": _fixed(_said(json.loads(resource.spec), spec)),
+    }
+    return json.dumps(job, separators=(",", ":"), sort_keys=True, ensure_ascii=False)
+
+
+def digest(content: str) -> str:
+    """By this a pod's program refuses any other content."""
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def pin(body: Object, config_map: Object) -> Object:
+    """A Job or pod with the digest of this ConfigMap: one of another version of the operator has other bytes."""
+    found = copy.deepcopy(body)
+    pod = found["spec"]["template"]["spec"] if "template" in found["spec"] else found["spec"]
+    wanted, option = digest(config_map["data"][names.JOB_KEY]), f"{names.JOB_DIGEST_OPTION}="
+    for container in pod["containers"]:
+        if "args" in container:
+            container["args"] = [option + wanted if a.startswith(option) else a for a in container["args"]]
+        for variable in container["env"]:
+            if variable["name"] == names.JOB_DIGEST_VARIABLE:
+                variable["value"] = wanted
+    return found
+
+
+def difference(config_map: Mapping[str, Any], body: Mapping[str, Any]) -> str:
+    """Where a ConfigMap that exists says something else than the one that the operator makes; empty where it does not.
+
+    Both may be of different versions of the operator: what counts is what they mean here. A field that this version
+    does not know counts where it is in the one that exists alone: then it did not come from the resource.
+    """
+    data = config_map.get("data") or {}
+    if sorted(data) != [names.JOB_KEY] or config_map.get("binaryData"):
+        return "its keys"
+    if data == body["data"]:
+        return ""
+    try:
+        found, wanted = json.loads(data[names.JOB_KEY]), json.loads(body["data"][names.JOB_KEY])
+        if found["metadata"] != wanted["metadata"]:
+            return "metadata"
+        theirs, unknown = _meaning(found["spec"])
+        ours, own_unknown = _meaning(wanted["spec"])
+    except (ValueError, TypeError, KeyError, RecursionError, ValidationError):
+        return "its form"
+    place = _first_difference(theirs, ours)
+    if place is not None:
+        return f"spec{place}"
+    strange = [path for path in unknown if path not in own_unknown or _at(found, path) != _at(wanted, path)]
+    return strange[0] if strange else ""
+
+
+def _meaning(content: Any) -> tuple[Object, tuple[str, ...]]:
+    """A specification with all defaults, and the paths of fields in it that are not known here."""
+    found = read_spec(content)
+    return _fixed(found.spec.model_dump(mode="json", by_alias=True)), found.unknown
+
+
+def _at(job: Any, path: str) -> Any:
+    found = job
+    for part in path.split("."):
+        found = found[int(part)] if isinstance(found, list) else found[part]
+    return found
+
+
+def _fixed(spec: Object) -> Object:
+    """The specification without the fields that may change while the job lives."""
+    found = copy.deepcopy(spec)
+    for path in MUTABLE:
+        *sections, last = path.split(".")[1:]
+        section: Any = found
+        for name in sections:
+            section = section.get(name) or {}
+        section.pop(last, None)
+    return {name: value for name, value in found.items() if value != {} or spec.get(name) == {}}
+
+
+def _first_difference(one: Any, other: Any) -> str | None:
+    """Path of the first value that differs, beginning with a dot or bracket where it is not the whole; None if equal."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        pairs = [(f".{name}", one.get(name, _ABSENT), other.get(name, _ABSENT)) for name in sorted({*one, *other})]
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = [(f"[{place}]", left, right) for place, (left, right) in enumerate(zip(one, other, strict=True))]
+    else:
+        return None if one == other and type(one) is type(other) else ""
+    for name, left, right in pairs:
+        below = _first_difference(left, right)
+        if below is not None:
+            return name + below
+    return None
+
+
+_ABSENT = object()
+
+
+def _said(content: Mapping[str, Any], spec: RLTrainingJobSpec) -> dict[str, Any]:
+    """What `content` says beyond the defaults, as camelCase JSON; `spec` is what was read from it.
+
+    Fields that this version does not know stay as they are.
+    """
+    return _merged(
+        spec.model_dump(mode="json", by_alias=True, exclude_defaults=True),
+        _unknown(content, spec.model_dump(mode="json", by_alias=True)),
+    )
+
+
+def _unknown(content: Any, known: Any) -> Any:
+    """The part of `content` that is not in `known`, in the same shape; empty where there is none."""
+    if not isinstance(content, Mapping) or not isinstance(known, Mapping):
+        return {}
+    found = {}
+    for name, value in content.items():
+        if name not in known:
+            found[name] = value
+        elif below := _unknown(value, known[name]):
+            found[name] = below
+    return found
+
+
+def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(one)
+    for name, value in other.items():
+        before = found.get(name)
+        found[name] = _merged(before or {}, value) if isinstance(value, Mapping) and name in found else value
+    return found
