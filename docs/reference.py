@@ -33,7 +33,7 @@ EXIT_MEANINGS = {
     ExitCode.USER_ERROR: "An error in the job's own code or settings. Not tried again.",
     ExitCode.BAD_DATA: "Data that cannot be used. Not tried again.",
     ExitCode.NON_FINITE: "Loss or gradient stayed NaN or infinite. Not tried again.",
-    ExitCode.PREEMPTED: "Asked to stop (SIGTERM), and saved. Tried again without counting.",
+    ExitCode.PREEMPTED: "Asked to stop (SIGTERM), and saved. Tried again; without counting, where the cluster or a person did ask.",
 }
 JOB_MEANINGS = {
     JobExit.DONE: "Succeeded.",
@@ -45,7 +45,7 @@ JOB_MEANINGS = {
 VERDICTS = {
     "fatal": "ends the job",
     "counted": "tried again, counts towards backoffLimit",
-    "free": "tried again, does not count",
+    "free": "tried again, does not count (but see below)",
 }
 
 
@@ -276,11 +276,11 @@ def _metric_table(registry: Any) -> str:
 
 def exit_codes_page() -> str:
     from nemo_rl_operator.classify import verdict
+    from nemo_rl_operator.policies.retry import MOST_FRUITLESS
 
     trainer = [(str(int(code)), code.name, meaning) for code, meaning in EXIT_MEANINGS.items()]
     jobs = [(str(int(code)), meaning) for code, meaning in JOB_MEANINGS.items()]
-    ends = {Cause.BUNDLES_MISSING, Cause.NAME_CONFLICT}  # no attempt ends so; the job does, after ten minutes
-    causes = [(f"`{cause}`", VERDICTS["fatal" if cause in ends else verdict(cause)]) for cause in Cause]
+    causes = [(f"`{cause}`", VERDICTS[verdict(cause)]) for cause in Cause]
     return "\n\n".join(
         [
             "# Exit codes and causes",
@@ -293,6 +293,13 @@ def exit_codes_page() -> str:
             "## Causes",
             "`status.attempts[].cause` and `status.failure.cause` say why an attempt or the job ended.",
             _table(("Cause", "What follows"), causes),
+            "What decides is how the trainer's own container ended. Containers that others add to the pod, such as those of a "
+            "service mesh, neither hold an attempt nor fail it; an init container that fails is named in the message "
+            "(`StartFailed`).",
+            "An eviction counts (as `OutOfMemory` or `StorageExceeded`) where the kubelet says that the trainer used more of "
+            "the node's memory or disk than it asks for: that would happen again anywhere. And of `Preempted`, `Disrupted` "
+            f"and `JobDeleted`, the first {MOST_FRUITLESS} in a row that bring no new checkpoint do not count; further ones "
+            "do. `NodeRejected` never counts, but each time the next attempt starts later.",
         ]
     )
 

@@ -439,9 +439,9 @@ class RLTrainingJobSpec(Section):
     suspend: bool = False
     """true saves, stops and frees the pods; false goes on from the last checkpoint. Default false."""
     backoff_limit: Annotated[int, Field(ge=0, le=1000)] = 3
-    """Failed attempts that are retried. Disruptions such as evictions are retried without counting. Default 3."""
+    """Failed attempts that are retried. Disruptions by others are retried without counting, as long as checkpoints come of it. Default 3."""
     active_deadline_seconds: Annotated[int, Field(ge=1)] | None = None
-    """Seconds that the job may run in all, not counting time suspended. Default no limit."""
+    """Seconds that the job may run in all: time in which pods run or start. No queue, no pause and no wait for a node counts. Default no limit."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0)] | None = None
     """Seconds after its end that the job is deleted. Default never."""
     termination_grace_period_seconds: Annotated[int, Field(ge=1, le=86400)] = 120

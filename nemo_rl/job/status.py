@@ -43,12 +43,12 @@ class Cause(StrEnum):
 
     OUT_OF_MEMORY = "OutOfMemory"
     STORAGE_EXCEEDED = "StorageExceeded"
-    NODE_REJECTED = "NodeRejected"
     START_FAILED = "StartFailed"
     NO_RESULT = "NoResult"
     ERROR = "Error"
     UNKNOWN = "Unknown"
 
+    NODE_REJECTED = "NodeRejected"
     PREEMPTED = "Preempted"
     DISRUPTED = "Disrupted"
     JOB_DELETED = "JobDeleted"
@@ -328,7 +328,7 @@ class JobStatus(Wire):
     completion_time: Time | None = None
     """When the job succeeded or failed."""
     active_since: Time | None = None
-    """Since when the clock of activeDeadlineSeconds runs; not set while suspended, queued or waiting for bundles."""
+    """Since when the clock of activeDeadlineSeconds runs; set only while a pod of the job may run."""
     active_seconds: Count | None = None
     """Seconds of that clock before activeSince."""
     gpus: Count | None = None

@@ -1,4 +1,4 @@
-"""What to do about a job: a pure function of what is snapshot and of the time. This is the heart of the operator.
+"""What to do about a job: a pure function of what was seen and of the time. This is the heart of the operator.
 
 The checklist is gone through from the top until a step says that the matter is settled. All memory is in the status
 and in the children, so the same sight gives the same decision, whoever asks and however often.
@@ -23,6 +23,7 @@ from nemo_rl_operator.policies import (
     retry,
     running,
     serve,
+    sidecars,
     start,
     suspend,
 )
@@ -31,11 +32,13 @@ CHECKLIST: tuple[Callable[[Plan], bool], ...] = (
     accept.refuse_invalid,
     adopt.take_in_jobs,
     outcome.note_progress,
+    deadline.keep_clock,  # before anything ends the job, which reads the clock
     outcome.conclude,
     lost.give_up,
+    sidecars.release,  # once an attempt's end is recorded, and before the next one starts
     adopt.miss_deleted_job,
+    suspend.suspend,  # before the deadline: what is being suspended is not failed for the time that it takes
     deadline.enforce,
-    suspend.suspend,
     running.report,
     start.wait_for_pods,
     accept.report_block,
@@ -51,7 +54,7 @@ class Decision:
     """What follows from a sight.
 
     `status` is right once `actions` are done, in their order; `events` are to be posted once it is written. With
-    `needs`, the answer may change when those are read; `blocking` needs must be read before anything is done.
+    `needs`, the answer may change when those are read, so nothing is done before.
     """
 
     status: JobStatus
@@ -62,7 +65,7 @@ class Decision:
 
 
 def decide(snapshot: Snapshot, now: datetime) -> Decision:
-    """The decision about what is snapshot at `now`. Touches nothing, asks nobody."""
+    """The decision about what is seen at `now`. Touches nothing, asks nobody."""
     if snapshot.resource.deleting:
         return Decision(snapshot.status)  # its children go with it
     plan = Plan(snapshot, now, snapshot.status.model_copy(deep=True))

@@ -20,6 +20,7 @@ from nemo_rl.job.status import JobStatus, Progress
 from nemo_rl_operator.fingerprint import fingerprint
 
 Raw = Mapping[str, Any]
+ENDED = ("Succeeded", "Failed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +83,12 @@ class PodView:
     owner: str
     """Uid of the RLTrainingJob that it belongs to, by its label."""
     controller: str
-    """Uid of the Job that made it."""
+    """Uid of the Job that made it; empty where nothing or somebody else did."""
     attempt: int
     """0 for the file server."""
     index: int
     phase: str
+    """Of the trainer's container: Running while it runs and ended when it has, whatever containers of others do."""
     reason: str
     message: str
     ip: str
@@ -97,6 +99,7 @@ class PodView:
     forced: bool
     """Deleted without waiting for its node's word: kubectl delete --force."""
     scheduled: bool
+    """Whether it has a node: from then on it holds what it asked for."""
     unschedulable: str
     waiting: str
     waiting_message: str
@@ -108,10 +111,18 @@ class PodView:
     ended: str
     disruption: str
     """Reason and message of the DisruptionTarget condition."""
+    lingers: bool = False
+    """The trainer has ended, but a container that others added keeps the pod."""
+    scheduled_at: str = ""
+    init_failure: str = ""
+    """Which init container failed, and how, in words."""
+    init_waiting: str = ""
+    """Which init container the trainer waits for, and why, in words."""
 
     @property
     def terminal(self) -> bool:
-        return self.phase in ("Succeeded", "Failed")
+        """Whether the trainer has ended."""
+        return self.phase in ENDED
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,9 +197,9 @@ def _conditions(status: Raw) -> dict[str, Raw]:
     return {c["type"]: c for c in status.get("conditions") or () if c.get("status") == "True"}
 
 
-def _owner(meta: Raw) -> str:
-    """Uid of the controller among the owners."""
-    return next((o["uid"] for o in meta.get("ownerReferences") or () if o.get("controller")), "")
+def _controller(meta: Raw) -> Raw:
+    """The controller among the owners."""
+    return next((o for o in meta.get("ownerReferences") or () if o.get("controller")), {})
 
 
 def _number(text: str | None) -> int:
@@ -204,7 +215,7 @@ def attempt_view(raw: Raw) -> AttemptView:
         number=_number((meta.get("labels") or {}).get(names.LABEL_ATTEMPT)),
         name=meta["name"],
         uid=meta["uid"],
-        owner=_owner(meta),
+        owner=_controller(meta).get("uid", ""),
         created=meta.get("creationTimestamp", ""),
         suspended=bool(spec.get("suspend")),
         deleting=bool(meta.get("deletionTimestamp")),
@@ -220,8 +231,12 @@ def attempt_view(raw: Raw) -> AttemptView:
 def pod_view(raw: Raw) -> PodView:
     meta, status = raw["metadata"], raw.get("status") or {}
     labels = meta.get("labels") or {}
+    attempt = _number(labels.get(names.LABEL_ATTEMPT))
+    controller = _maker(meta, labels, attempt)
     trainer = _container(status)
     state = trainer.get("state") or {}
+    told = status.get("phase") or "Pending"
+    phase = _trainer_phase(told, state) if attempt else told
     ended, waiting = state.get("terminated") or {}, state.get("waiting") or {}
     scheduling: Raw = next((c for c in status.get("conditions") or () if c.get("type") == "PodScheduled"), {})
     disruption = _conditions(status).get("DisruptionTarget")
@@ -229,11 +244,11 @@ def pod_view(raw: Raw) -> PodView:
     return PodView(
         name=meta["name"],
         uid=meta["uid"],
-        owner=labels.get(names.LABEL_JOB_UID, ""),
-        controller=_owner(meta),
-        attempt=_number(labels.get(names.LABEL_ATTEMPT)),
+        owner=labels.get(names.LABEL_JOB_UID, "") if controller else "",
+        controller=controller,
+        attempt=attempt,
         index=_number(index),
-        phase=status.get("phase", "Pending"),
+        phase=phase,
         reason=status.get("reason", ""),
         message=status.get("message", ""),
         ip=status.get("podIP", ""),
@@ -251,7 +266,48 @@ def pod_view(raw: Raw) -> PodView:
         started=(state.get("running") or ended).get("startedAt") or status.get("startTime") or "",
         ended=ended.get("finishedAt") or "",
         disruption=f"{disruption.get('reason', '')}: {disruption.get('message', '')}" if disruption else "",
+        lingers=phase in ENDED and told not in ENDED,
+        scheduled_at=scheduling.get("lastTransitionTime") or "" if scheduling.get("status") == "True" else "",
+        init_failure=_init_failure(status),
+        init_waiting=_init_waiting(status),
     )
+
+
+def _maker(meta: Raw, labels: Mapping[str, str], attempt: int) -> str:
+    """Uid of what made the pod, if that is what makes such pods: the attempt's Job, or the resource (the file server).
+
+    Labels can be written by anybody who makes pods. So can an owner, but one that does not exist is the end of a pod:
+    the garbage collector deletes it.
+    """
+    job, found = labels.get(names.LABEL_JOB, ""), _controller(meta)
+    kind, name = ("Job", names.attempt_job(job, attempt)) if attempt else (names.KIND, job)
+    wanted = found.get("kind", kind) == kind and found.get("name", name) == name
+    return str(found.get("uid") or "") if wanted else ""
+
+
+def _trainer_phase(phase: str, state: Raw) -> str:
+    """The pod's phase as it would be with the trainer's container alone."""
+    if ended := state.get("terminated"):
+        return "Succeeded" if ended.get("exitCode") == 0 else "Failed"
+    return "Running" if phase == "Pending" and state.get("running") else phase
+
+
+def _init_failure(status: Raw) -> str:
+    for container in status.get("initContainerStatuses") or ():
+        ended = (container.get("state") or {}).get("terminated") or {}
+        if ended.get("exitCode"):
+            why = ": ".join(text for text in (ended.get("reason"), ended.get("message")) if text)
+            return f"{container.get('name')} exited with {ended['exitCode']}" + (f" ({why[:300]})" if why else "")
+    return ""
+
+
+def _init_waiting(status: Raw) -> str:
+    for container in status.get("initContainerStatuses") or ():
+        waiting = (container.get("state") or {}).get("waiting") or {}
+        if waiting.get("reason") not in (None, "", "PodInitializing", "ContainerCreating"):
+            why = ": ".join(text for text in (waiting.get("reason"), waiting.get("message")) if text)
+            return f"{container.get('name')} ({why[:300]})"
+    return ""
 
 
 def _container(status: Raw) -> Raw:
@@ -281,8 +337,10 @@ def newest(pods: tuple[PodView, ...]) -> tuple[PodView, ...]:
 
 
 def _foreign(pod: PodView, job: AttemptView | None) -> bool:
-    """Whether a pod carries our labels but was not made by the attempt's Job."""
-    return job is not None and pod.controller != job.uid
+    """Whether a pod carries our labels but was not made by the attempt's Job, which may be gone."""
+    if not pod.attempt:
+        return False
+    return pod.controller != job.uid if job else not pod.controller
 
 
 def observe(

@@ -10,6 +10,9 @@ from nemo_rl.job.spec import RLTrainingJobSpec
 from nemo_rl_operator import reasons
 from nemo_rl_operator.observe import PodView
 
+MOST_NAMED = 3
+"""Late pods that a message names."""
+
 
 @dataclass(frozen=True)
 class Waiting:
@@ -30,6 +33,9 @@ def waiting(pods: tuple[PodView, ...], spec: RLTrainingJobSpec, image: str, warn
             return unschedulable(pod.unschedulable, spec)
         if pod.waiting and (found := container(pod.waiting, pod.waiting_message, image)):
             return found
+        if pod.init_waiting:
+            text = f"the trainer in pod {pod.name} waits for init container {pod.init_waiting}"
+            return Waiting("Starting", reasons.INIT_CONTAINER, text)
     if warning_event:
         return from_warning(warning_event)
     nodes = spec.resources.nodes
@@ -37,8 +43,28 @@ def waiting(pods: tuple[PodView, ...], spec: RLTrainingJobSpec, image: str, warn
         return Waiting("Starting", reasons.PODS_PENDING, reasons.PODS_PENDING_MESSAGE)
     if nodes > 1:
         running = sum(pod.phase == "Running" for pod in pods)
-        return Waiting("Starting", reasons.STARTING, reasons.PODS_STARTING_MESSAGE.format(running=running, nodes=nodes))
+        text = reasons.PODS_STARTING_MESSAGE.format(running=running, nodes=nodes, others=late_pods(pods, nodes))
+        return Waiting("Starting", reasons.STARTING, text)
     return Waiting("Starting", reasons.STARTING, "the pod starts")
+
+
+def late_pods(pods: tuple[PodView, ...], nodes: int) -> str:
+    """The first pods that do not run yet, by name, and what each does instead."""
+    known = {pod.index: pod for pod in pods}
+    late = [
+        _late_pod(index, known.get(index))
+        for index in range(nodes)
+        if index not in known or known[index].phase == "Pending"
+    ]
+    more = [f"{len(late) - MOST_NAMED} more"] if len(late) > MOST_NAMED else []
+    return ", ".join([*late[:MOST_NAMED], *more])
+
+
+def _late_pod(index: int, pod: PodView | None) -> str:
+    if pod is None:
+        return f"the pod with index {index}, which is not made yet"
+    what = pod.waiting or ("without a node" if not pod.scheduled else "")
+    return f"{pod.name} ({what})" if what else pod.name
 
 
 def unschedulable(message: str, spec: RLTrainingJobSpec) -> Waiting:

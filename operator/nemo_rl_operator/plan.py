@@ -1,4 +1,4 @@
-"""One plan of deciding: what is snapshot, the status as it will be, and what is to be done. Policies read and write it."""
+"""One round of deciding: what was seen, the status as it will be, and what is to be done. Policies read and write it."""
 
 from __future__ import annotations
 
@@ -115,6 +115,12 @@ class Plan:
         """Whether the newest attempt has begun and its end is not recorded yet."""
         return self.record is not None and self.record.end_time is None
 
+    @property
+    def ended(self) -> str:
+        """When the newest attempt ended: by its Job, where that has, or just now. Never by the clock of a node."""
+        ended = timestamps.parse(self.attempt.ended) if self.attempt else None
+        return timestamps.write(min(ended, self.now)) if ended else self.time
+
     def live_pods(self) -> list[PodView]:
         """Pods of any attempt that have not ended."""
         return [pod for pods in self.snapshot.pods.values() for pod in pods if not pod.terminal]
@@ -145,10 +151,10 @@ class Plan:
         else:
             self.status.conditions = [*self.status.conditions, new]
 
-    def phase(self, phase: Phase, reason: str, message: str) -> None:
-        """Set the phase and the conditions that follow from it."""
+    def phase(self, phase: Phase, reason: str, message: str, *, training: bool = True) -> None:
+        """Set the phase and the conditions that follow from it. Not `training`: it runs no more, although pods do."""
         self.status.phase, self.status.reason, self.status.message = phase, reason, message[:1024]
-        self.condition("Running", phase == "Running", reason, message)
+        self.condition("Running", phase == "Running" and training, reason, message)
         if phase == "Suspended":
             self.condition("Suspended", True, reasons.SUSPENDED, message)
         elif self.status.condition("Suspended"):
@@ -176,7 +182,7 @@ class Plan:
         record = self.record
         if record is None or record.end_time is not None:
             return
-        record.end_time = (found.ended if found else "") or self.time
+        record.end_time = self.ended
         record.cause, record.counted, record.message = cause, counted, message[:200] or None
         record.exit_code = found.exit_code if found else None
         record.to_step = self.status.progress.step if self.status.progress else None
@@ -185,17 +191,17 @@ class Plan:
         if counted:
             self.status.counted_failures = (self.status.counted_failures or 0) + 1
 
-    def clock(self, running: bool, since: str | None = None) -> None:
-        """Start or stop the clock of activeDeadlineSeconds."""
+    def clock(self, running: bool, at: str | None = None) -> None:
+        """Start or stop the clock of activeDeadlineSeconds, by default now."""
         if running:
-            self.status.active_since = self.status.active_since or since or self.time
+            self.status.active_since = self.status.active_since or at or self.time
         elif self.status.active_since:
-            self.status.active_seconds = int(self.active_seconds())
+            self.status.active_seconds = int(self.active_seconds(timestamps.parse(at)))
             self.status.active_since = None
 
-    def active_seconds(self) -> float:
-        """Seconds on that clock."""
-        running = timestamps.seconds_until(self.status.active_since, self.now)
+    def active_seconds(self, until: datetime | None = None) -> float:
+        """Seconds on that clock, by default until now."""
+        running = timestamps.seconds_until(self.status.active_since, min(until or self.now, self.now))
         return (self.status.active_seconds or 0) + max(0.0, -(running or 0.0))
 
     def fail(self, cause: Cause, message: str, found: Outcome | None = None, reason: str | None = None) -> None:

@@ -25,8 +25,9 @@ FINISHED = ("Succeeded", "Failed")
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
-def now() -> str:
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+def now(skew: float = 0) -> str:
+    time = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=skew)
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class Kubelet:
@@ -37,6 +38,8 @@ class Kubelet:
         self.pods: dict[tuple[str, str], Object] = {}
         self.played: dict[str, PlayedPod] = {}
         self.automatic: dict[str, Callable[[PlayedPod], None]] = {}
+        self.clock: dict[str, float] = {}
+        """By namespace: seconds by which the clock of its pods' nodes is wrong."""
         self.ended = threading.Event()
         # several test runs on one machine: the process id keeps their addresses apart
         net = f"127.{64 + os.getpid() % 128}"
@@ -191,7 +194,8 @@ class PlayedPod:
     def run(self) -> PlayedPod:
         self.schedule()
         conditions = [condition(kind, True) for kind in ("PodScheduled", "Initialized", "ContainersReady", "Ready")]
-        self.started = now()
+        self.started = self.now()
+        conditions = [{**c, "lastTransitionTime": self.started} for c in conditions]
         self._status(
             phase="Running",
             podIP=self.address,
@@ -214,7 +218,7 @@ class PlayedPod:
                 "reason": reason or ("Error" if code else "Completed"),
                 "message": text[: names.TERMINATION_LIMIT],
                 "startedAt": self.started,
-                "finishedAt": now(),
+                "finishedAt": self.now(),
             }
         }
         self._status(phase="Failed" if code else "Succeeded", containerStatuses=self._containers(state), **status)
@@ -222,11 +226,35 @@ class PlayedPod:
     def oom(self) -> None:
         self.exit(137, reason="OOMKilled")
 
-    def disrupt(self, reason: str = "EvictionByEvictionAPI", code: int = 143) -> None:
+    def disrupt(self, reason: str = "EvictionByEvictionAPI", code: int = 143, message: str | Object = "") -> None:
         """The cluster takes the pod away: the condition that says so, then the end of the container."""
         conditions = [condition("DisruptionTarget", True, reason, "the node is drained")]
         self._status(conditions=conditions)
-        self.exit(code, conditions=conditions)
+        self.exit(code, message, conditions=conditions)
+
+    def reject(self, reason: str, message: str) -> None:
+        """The kubelet refuses a pod that was bound to its node: it ends at once, without any container."""
+        self.schedule()
+        self._status(phase="Failed", reason=reason, message=message, startTime=self.now())
+
+    def states(self, phase: str, trainer: Object, init: list[Object] | None = None, **others: Object) -> None:
+        """Each container by itself: the trainer's state, and by name those that a webhook added; and the pod's phase."""
+        self.schedule()
+        common = {"image": "test", "imageID": "test", "restartCount": 0, "ready": False}
+        states = {names.TRAINER_CONTAINER: trainer, **others}
+        found = [{"name": name.replace("_", "-"), **common, "state": state} for name, state in states.items()]
+        before = {"initContainerStatuses": [{**common, **container} for container in init]} if init else {}
+        self._status(phase=phase, containerStatuses=found, **before)
+
+    def ended(self, code: int, message: str = "", reason: str = "") -> Object:
+        """The state of a container that ended just now."""
+        why = reason or ("Error" if code else "Completed")
+        times = {"startedAt": self.started, "finishedAt": self.now()}
+        return {"terminated": {"exitCode": code, "reason": why, "message": message, **times}}
+
+    def now(self) -> str:
+        """The time by the clock of the pod's node."""
+        return now(self.kubelet.clock.get(self.namespace, 0))
 
     def evict(self, message: str = "The node was low on resource: memory.") -> None:
         """The kubelet evicts for lack of node resources: no container status at all, only the pod's reason."""

@@ -25,7 +25,7 @@ def load() -> None:
         sys.modules.setdefault(unused, None)  # type: ignore[arg-type]
     from nemo_rl.job import names
     from nemo_rl_operator import assembly, progress
-    from nemo_rl_operator.policies import lost, retry, running
+    from nemo_rl_operator.policies import lost, retry, running, sidecars
 
     assert assembly
     names.BUNDLE_WAIT_SECONDS = BUNDLE_WAIT_SECONDS
@@ -38,6 +38,7 @@ def load() -> None:
     running.LOOK_SECONDS = 1.0
     running.QUEUE_SECONDS = 1.0
     lost.PATIENCE_SECONDS = 2.0
+    sidecars.PATIENCE_SECONDS = 2.0
 
 
 def start(arguments: list[str], environment: dict[str, str], log: str) -> int:

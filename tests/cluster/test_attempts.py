@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 
 import pytest
 
 from cluster.api import eventually
 from cluster.kubelet import PlayedPod
-from cluster.manifests import failure
+from cluster.manifests import failure, result
 from cluster.scene import Scene
 from nemo_rl.job.names import ExitCode, attempt_job
 from nemo_rl.job.status import Cause
@@ -20,6 +21,10 @@ TRACEBACK = """Traceback (most recent call last):
     return 1 / 0
 ZeroDivisionError: division by zero"""
 
+OWN_USE = (
+    "The node was low on resource: {0}. Threshold quantity: 100Mi, available: 52Mi. "
+    "Container trainer was using 61234Mi, request is 1Gi, has larger consumption of {0}. "
+)
 FINAL: dict[str, tuple[Callable[[PlayedPod], None], Cause]] = {
     "user error": (lambda p: p.run().exit(ExitCode.USER_ERROR, failure("no")), Cause.USER_ERROR),
     "bad data": (lambda p: p.run().exit(ExitCode.BAD_DATA, failure("no")), Cause.BAD_DATA),
@@ -36,10 +41,25 @@ COUNTED: dict[str, tuple[Callable[[PlayedPod], None], Cause]] = {
     "unknown exit code": (lambda p: p.run().exit(3), Cause.ERROR),
     "crash": (lambda p: p.run().exit(139), Cause.ERROR),
     "success without a result": (lambda p: p.run().exit(0, ""), Cause.NO_RESULT),
+    "saved although nobody asked it to stop": (lambda p: p.run().exit(ExitCode.PREEMPTED), Cause.ERROR),
+    "a word that claims that it saved": (
+        lambda p: p.run().exit(139, failure("saved", exit_code=int(ExitCode.PREEMPTED))),
+        Cause.ERROR,
+    ),
+    "evicted for its own memory": (lambda p: p.run().evict(OWN_USE.format("memory")), Cause.OUT_OF_MEMORY),
+    "evicted for its own disk": (lambda p: p.run().evict(OWN_USE.format("ephemeral-storage")), Cause.STORAGE_EXCEEDED),
     "success with garbage": (lambda p: p.run().exit(0, "\x00{not json"), Cause.NO_RESULT),
 }
 FREE: dict[str, tuple[Callable[[PlayedPod], None], Cause]] = {
-    "preempted after a checkpoint": (lambda p: p.run().exit(ExitCode.PREEMPTED), Cause.PREEMPTED),
+    "drained after a checkpoint": (lambda p: p.run().disrupt(code=75), Cause.DISRUPTED),
+    "refused by the node": (
+        lambda p: p.reject("UnexpectedAdmissionError", "Allocate failed: unhealthy device"),
+        Cause.NODE_REJECTED,
+    ),
+    "no room left on the node": (
+        lambda p: p.reject("OutOfmemory", "Node didn't have enough resource"),
+        Cause.NODE_REJECTED,
+    ),
     "evicted by the node": (lambda p: p.run().evict(), Cause.DISRUPTED),
     "drained": (lambda p: p.run().disrupt(), Cause.DISRUPTED),
     "drained, killed after the grace period": (lambda p: p.run().disrupt(code=137), Cause.DISRUPTED),
@@ -121,10 +141,21 @@ def test_backoff_limit_may_be_raised_while_the_job_runs(scene: Scene) -> None:
 def test_only_the_newest_ten_attempts_are_kept(scene: Scene) -> None:
     scene.submit(backoffLimit=0)
     for number in range(1, 13):
-        scene.attempt(number).run().exit(ExitCode.PREEMPTED)
+        saved = {"latest": f"x/checkpoint-{number}", "latestStep": number}
+        scene.attempt(number).run().disrupt(message=failure("saved", checkpoint=saved))
     status = scene.succeed(attempt=13)
     assert [a["number"] for a in status["attempts"]] == list(range(4, 14))
     assert status["attempt"] == 13
+
+
+def test_disruptions_that_bring_no_checkpoint_count_in_the_end(scene: Scene) -> None:
+    scene.submit(backoffLimit=0)
+    for number in range(1, 10):
+        scene.attempt(number).run().disrupt()
+    status = scene.phase("Failed")
+    assert status["failure"]["cause"] == Cause.DISRUPTED
+    assert "9th attempt in a row that ended without a new checkpoint" in status["failure"]["message"]
+    assert [a["counted"] for a in status["attempts"]] == [False] * 8 + [True]
 
 
 def test_next_attempt_starts_only_when_all_pods_of_the_last_are_gone(scene: Scene) -> None:
@@ -148,12 +179,54 @@ def test_one_failed_pod_of_several_decides_the_cause(scene: Scene) -> None:
     assert status["failure"]["pod"] == pods[1].name
 
 
+def test_a_failed_pod_of_several_is_named_while_the_others_end(scene: Scene) -> None:
+    scene.submit(resources={"nodes": 3}, terminationGracePeriodSeconds=5)
+    pods = [scene.attempt(1, index=i).run() for i in range(3)]
+    scene.phase("Running")
+    seen = scene.record()
+    for pod in pods:
+        pod.silent = True  # they take their time to save
+    pods[1].exit(139)
+    scene.message(pods[1].name, "exited with 139")
+    assert scene.condition("Running")["status"] == "False"
+    assert "trains on 3 pods" not in scene.status()["message"]
+    for pod in (pods[0], pods[2]):
+        eventually(lambda pod=pod: "deletionTimestamp" in pod.object["metadata"], "the Job controller stops the others")
+    for pod in (pods[0], pods[2]):
+        pod.silent = False
+        pod.stop()
+    [scene.attempt(2, index=i).run() for i in range(3)]
+    assert scene.phase("Running")["attempts"][0]["cause"] == Cause.ERROR
+    assert not [s for s in seen if s.get("reason") == "PodFailed" and "trains on" in s["message"]]
+
+
+def test_the_last_late_pod_is_named(scene: Scene) -> None:
+    scene.submit(resources={"nodes": 2})
+    scene.attempt(1, index=0).run()
+    late = scene.attempt(1, index=1)
+    late.wait_for("ContainerCreating")
+    scene.message("1 of 2 pods run", late.name, "ContainerCreating")
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_wrong_clock_of_the_node_moves_no_time(scene: Scene, hours: int) -> None:
+    scene.submit(backoffLimit=1, activeDeadlineSeconds=1000)
+    scene.kubelet.clock[scene.namespace] = hours * 3600
+    scene.attempt(1).run().oom()
+    scene.attempt(2).run().exit(0, result(3))
+    status = scene.phase("Succeeded")
+    now = datetime.datetime.now(datetime.UTC)
+    for time in (status["completionTime"], *(a["endTime"] for a in status["attempts"])):
+        assert abs((datetime.datetime.fromisoformat(time) - now).total_seconds()) < 120
+    assert status.get("activeSeconds", 0) < 120
+
+
 def test_attempts_remember_the_steps(scene: Scene) -> None:
     scene.submit()
     pod = scene.attempt(1).run()
     pod.serve({"step": 7, "totalSteps": 10, "checkpoint": {"latest": "x/checkpoint-5", "latestStep": 5}})
     scene.until(lambda s: s["progress"]["step"] == 7, "progress is shown")
-    pod.exit(ExitCode.PREEMPTED, failure("saved", total_steps=7))
+    pod.disrupt(message=failure("saved", total_steps=7))
     status = scene.succeed(attempt=2)
     assert status["attempts"][0]["toStep"] == 7
 

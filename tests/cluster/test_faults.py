@@ -45,7 +45,7 @@ def eventful_life(scene: Scene, nodes: int = 1) -> Object:
     def run(number: int) -> list[PlayedPod]:
         return [scene.attempt(number, index=i).run() for i in range(nodes)]
 
-    run(1)[0].exit(ExitCode.PREEMPTED)
+    run(1)[0].disrupt()
     run(2)[0].oom()
     run(3)
     scene.phase("Running")

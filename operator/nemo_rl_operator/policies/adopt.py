@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from nemo_rl.job.status import Cause
 from nemo_rl_operator import reasons
-from nemo_rl_operator.classify import outcome, verdict
+from nemo_rl_operator.classify import Outcome, outcome, verdict
 from nemo_rl_operator.plan import Need, Plan
+from nemo_rl_operator.policies import retry
 
 
 def take_in_jobs(plan: Plan) -> bool:
@@ -43,6 +44,7 @@ def miss_deleted_job(plan: Plan) -> bool:
     if plan.live_pods():
         plan.phase(plan.status.phase or "Starting", reasons.ENDING, reasons.ENDING_MESSAGE.format(attempt=plan.number))
         return True
-    cause = record.cause or (Cause.SUSPENDED if plan.spec.suspend else Cause.JOB_DELETED)
-    plan.close(cause, message="" if cause == Cause.SUSPENDED else "its Job was deleted")
-    return False
+    if record.cause == Cause.SUSPENDED or plan.spec.suspend:
+        plan.close(Cause.SUSPENDED)
+        return False
+    return retry.judge(plan, Outcome(Cause.JOB_DELETED, "its Job was deleted"))

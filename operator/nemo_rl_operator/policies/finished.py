@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nemo_rl_operator.plan import Plan
-from nemo_rl_operator.policies import ttl
+from nemo_rl_operator.policies import sidecars, ttl
 from nemo_rl_operator.runtime import timestamps
 
 LINGER_SECONDS = 300.0
@@ -20,4 +20,6 @@ def settle(plan: Plan) -> None:
             plan.wake_in(left)
         else:
             plan.stop_live()
+    if not plan.actions:
+        sidecars.release(plan)
     ttl.expire(plan)

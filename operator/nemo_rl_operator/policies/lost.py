@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from nemo_rl.job.status import Cause
 from nemo_rl_operator import reasons
+from nemo_rl_operator.classify import Outcome
 from nemo_rl_operator.observe import PodView
 from nemo_rl_operator.plan import Delete, Kind, Plan
+from nemo_rl_operator.policies import retry
 from nemo_rl_operator.runtime import timestamps
 
 PATIENCE_SECONDS = 30.0
@@ -23,12 +25,8 @@ def give_up(plan: Plan) -> bool:
     if not any(overdue(plan, pod) for pod in forced):
         plan.wake_in(min(_left(plan, pod) for pod in forced))
         return False
-    message = reasons.FORCED_MESSAGE.format(pod=forced[0].name)
-    plan.close(Cause.DISRUPTED, message=message)
-    plan.event(
-        reasons.EVENT_ENDED, f"attempt {plan.number}: {Cause.DISRUPTED}: {message}", warning=True, key=str(plan.number)
-    )
-    return False
+    found = Outcome(Cause.DISRUPTED, reasons.FORCED_MESSAGE.format(pod=forced[0].name), pod=forced[0].name)
+    return retry.judge(plan, found)
 
 
 def release(plan: Plan) -> None:

@@ -7,7 +7,7 @@ from nemo_rl_operator import reasons
 from nemo_rl_operator.classify import Outcome, outcome
 from nemo_rl_operator.observe import newest
 from nemo_rl_operator.plan import Plan
-from nemo_rl_operator.policies import retry
+from nemo_rl_operator.policies import retry, sidecars
 from nemo_rl_operator.runtime import timestamps
 
 SETTLE_SECONDS = 5.0
@@ -60,7 +60,7 @@ def conclude(plan: Plan) -> bool:
         return False
     since = timestamps.seconds_until(attempt.ended, plan.now)
     settled = since is not None and since <= -SETTLE_SECONDS
-    found = outcome(attempt, plan.pods, plan.spec.resources.nodes, settled)
+    found = outcome(attempt, plan.pods, plan.spec.resources.nodes, settled, kept=_kept(plan))
     if found is None:
         if attempt.finished:
             plan.wake_in(SETTLE_SECONDS if since is None else SETTLE_SECONDS + since + 0.1)
@@ -72,6 +72,16 @@ def conclude(plan: Plan) -> bool:
         _succeed(plan, found)
         return True
     return retry.judge(plan, found)
+
+
+def _kept(plan: Plan) -> bool:
+    """Whether a trainer failed some time ago in a pod that others keep, so that the Job does not hear of it."""
+    if not any(pod.lingers and pod.phase == "Failed" for pod in newest(plan.pods)):
+        return False
+    said = plan.status.condition("Running")
+    if said is None or said.reason != reasons.POD_FAILED:
+        return False
+    return (timestamps.seconds_until(said.last_transition_time, plan.now) or 0.0) <= -sidecars.PATIENCE_SECONDS
 
 
 def _succeed(plan: Plan, found: Outcome) -> None:
@@ -86,7 +96,7 @@ def _succeed(plan: Plan, found: Outcome) -> None:
     )
     plan.close("Succeeded", found=found)
     plan.clock(False)
-    status.completion_time = found.ended or plan.time
+    status.completion_time = plan.ended
     message = reasons.SUCCEEDED_MESSAGE.format(steps=steps)
     plan.phase("Succeeded", reasons.SUCCEEDED, message)
     plan.event(reasons.EVENT_SUCCEEDED, message)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from nemo_rl.job.status import Cause
 from nemo_rl_operator import pending, reasons
+from nemo_rl_operator.classify import pod_failure
 from nemo_rl_operator.observe import AttemptView, PodView, newest
 from nemo_rl_operator.plan import Need, Plan
-from nemo_rl_operator.policies import lost
+from nemo_rl_operator.policies import lost, sidecars
 from nemo_rl_operator.runtime import timestamps
 
 QUIET_SECONDS = 10.0
@@ -26,14 +27,12 @@ def report(plan: Plan) -> bool:
     elif attempt.suspended:
         _queued(plan, attempt)
     else:
-        plan.clock(True, since=attempt.created or None)
         _started(plan, attempt)
     return True
 
 
 def _queued(plan: Plan, attempt: AttemptView) -> None:
     """Its Job is suspended: by us for Kueue to start it, or by Kueue to make room. It is not ours to resume."""
-    plan.clock(False)
     queue = plan.snapshot.resource.queue
     if not queue:
         plan.phase("Queued", reasons.QUEUED, reasons.HELD_MESSAGE.format(job=attempt.name))
@@ -60,10 +59,22 @@ def _ending(plan: Plan, pods: list[PodView]) -> None:
     plan.phase(plan.status.phase or "Starting", reasons.ENDING, message)
 
 
+def _failed(plan: Plan, failed: tuple[PodView, ...], pods: tuple[PodView, ...]) -> None:
+    """The attempt is over; its Job says in a moment how it ended, or when the other pods have ended too."""
+    found, left = pod_failure(failed, pods), sum(not pod.terminal for pod in pods)
+    message = reasons.POD_FAILED_MESSAGE.format(pod=found.pod, why=found.message)
+    if left:
+        message += reasons.POD_FAILED_WAIT_MESSAGE.format(left=left, nodes=plan.spec.resources.nodes)
+    plan.phase(plan.status.phase or "Starting", reasons.POD_FAILED, message, training=False)
+    if any(pod.lingers for pod in failed):
+        plan.wake_in(sidecars.PATIENCE_SECONDS)
+
+
 def _started(plan: Plan, attempt: AttemptView) -> None:
     nodes, pods = plan.spec.resources.nodes, newest(plan.pods)
-    if any(pod.phase == "Failed" for pod in pods):
-        return  # the Job says in a moment how it ended
+    if failed := tuple(pod for pod in pods if pod.phase == "Failed"):
+        _failed(plan, failed, pods)
+        return
     if ending := [pod for pod in pods if pod.deleting and not pod.terminal]:
         _ending(plan, ending)
         return
@@ -79,10 +90,13 @@ def _started(plan: Plan, attempt: AttemptView) -> None:
     if found.fatal:
         plan.fail(Cause.INVALID_IMAGE, found.message)
         return
-    plan.phase(found.phase, found.reason, found.message)
+    quiet = QUIET_SECONDS + (timestamps.seconds_until(attempt.created, plan.now) or 0.0)
+    if found.reason == reasons.PODS_PENDING and quiet > 0:  # as was said when it was started
+        plan.phase("Starting", reasons.STARTING, reasons.STARTING_MESSAGE.format(attempt=plan.number))
+    else:
+        plan.phase(found.phase, found.reason, found.message)
     if found.reason not in ORDINARY and not plan.snapshot.warning_event:
         return
-    quiet = QUIET_SECONDS + (timestamps.seconds_until(attempt.created, plan.now) or 0.0)
     if quiet > 0:
         plan.wake_in(quiet)
         return

@@ -30,7 +30,6 @@ def wait_for_bundles(plan: Plan) -> bool:
     missing = [part for part in parts if part not in plan.snapshot.bundle_parts]
     if not missing:
         return False
-    plan.clock(False)
     waited = _waited(plan)
     if waited >= names.BUNDLE_WAIT_SECONDS:
         minutes = names.BUNDLE_WAIT_SECONDS // 60
@@ -79,7 +78,6 @@ def start(plan: Plan) -> bool:
     )
     plan.actions += [Create(kind, body) for kind, body in made if body is not None]
     plan.begin(number, plan.time)
-    plan.clock(not resource.queue)
     plan.event(reasons.EVENT_STARTED, reasons.STARTING_MESSAGE.format(attempt=number), key=str(number))
     if resource.queue:
         plan.phase("Queued", reasons.QUEUED, reasons.QUEUED_MESSAGE.format(queue=resource.queue))

@@ -22,7 +22,6 @@ def suspend(plan: Plan) -> bool:
             record.cause, record.counted = Cause.SUSPENDED, False
         plan.phase(plan.status.phase or "Starting", reasons.STOPPING, reasons.STOPPING_MESSAGE)
         return True
-    plan.clock(False)
     if plan.status.phase != "Suspended":
         plan.event(reasons.EVENT_SUSPENDED, reasons.SUSPENDED_MESSAGE, key=str(plan.snapshot.resource.generation))
     plan.phase("Suspended", reasons.SUSPENDED, reasons.SUSPENDED_MESSAGE)

@@ -10,14 +10,19 @@ def now() -> datetime:
 
 
 def parse(text: str | None) -> datetime | None:
-    """The time in `text`, in UTC; None where there is none or it is none."""
+    """The time in `text`, in UTC; None where there is none or it is none. Beyond the calendar: its first or last moment."""
     if not text:
         return None
     try:
-        found = datetime.fromisoformat(text)
+        found = datetime.fromisoformat(text.upper())  # RFC 3339 allows small letters for T and Z
     except ValueError:
         return None
-    return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
+    if not found.tzinfo:
+        return found.replace(tzinfo=UTC)
+    try:
+        return found.astimezone(UTC)
+    except OverflowError:
+        return (datetime.max if found.year > 1 else datetime.min).replace(tzinfo=UTC)
 
 
 def write(time: datetime) -> str:

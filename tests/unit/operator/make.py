@@ -121,6 +121,10 @@ def pod(number: int = 1, index: int = 0, **fields: Any) -> PodView:
         started="",
         ended="",
         disruption="",
+        lingers=False,
+        scheduled_at="",
+        init_failure="",
+        init_waiting="",
     )
     return _replace(found, fields)
 

@@ -26,7 +26,8 @@ def cause(*pods: PodView, **attempt: Any) -> Cause | None:
         (make.ended_pod(40), Cause.USER_ERROR, "fatal"),
         (make.ended_pod(41), Cause.BAD_DATA, "fatal"),
         (make.ended_pod(42), Cause.NON_FINITE, "fatal"),
-        (make.ended_pod(75), Cause.PREEMPTED, "free"),
+        (make.ended_pod(75, deleting=True), Cause.PREEMPTED, "free"),
+        (make.ended_pod(75), Cause.ERROR, "counted"),
         (make.ended_pod(1), Cause.ERROR, "counted"),
         (make.ended_pod(139), Cause.ERROR, "counted"),
         (make.ended_pod(137, end_reason="OOMKilled"), Cause.OUT_OF_MEMORY, "counted"),
@@ -52,7 +53,7 @@ def cause(*pods: PodView, **attempt: Any) -> Cause | None:
         (
             make.ended_pod(1, exit_code=None, reason="UnexpectedAdmissionError", message="no gpu"),
             Cause.NODE_REJECTED,
-            "counted",
+            "free",
         ),
         (make.ended_pod(128, end_reason="StartError"), Cause.START_FAILED, "counted"),
         (make.ended_pod(137, end_reason="ContainerStatusUnknown"), Cause.DISRUPTED, "free"),
@@ -65,6 +66,77 @@ def cause(*pods: PodView, **attempt: Any) -> Cause | None:
 def test_one_pod(pod: PodView, expected: Cause, judged: str) -> None:
     assert cause(pod) is expected
     assert verdict(expected) == judged
+
+
+LOW = "The node was low on resource: {0}. Threshold quantity: 100Mi, available: 52Mi. {1}"
+USED = "Container {0} was using 61234Mi, request is {2}, has larger consumption of {1}. "
+OVER = [  # texts of the kubelet's eviction manager
+    (LOW.format("memory", USED.format("trainer", "memory", 0)), Cause.OUT_OF_MEMORY, "spec.resources.memory"),
+    (LOW.format("memory", USED.format("trainer", "memory", "1Gi")), Cause.OUT_OF_MEMORY, "asks for 1Gi"),
+    (
+        LOW.format("ephemeral-storage", USED.format("trainer", "ephemeral-storage", 0)),
+        Cause.STORAGE_EXCEEDED,
+        "spec.resources.ephemeralStorage",
+    ),
+    (
+        LOW.format("memory", USED.format("mesh", "memory", 0) + USED.format("trainer", "memory", 0)),
+        Cause.OUT_OF_MEMORY,
+        "used 61234Mi",
+    ),
+    ('Container trainer exceeded its local ephemeral storage limit "1Gi". ', Cause.STORAGE_EXCEEDED, "write less"),
+    ('Usage of EmptyDir volume "cache" exceeds the limit "1Gi". ', Cause.STORAGE_EXCEEDED, "write less"),
+    (LOW.format("memory", USED.format("mesh", "memory", 0)), Cause.DISRUPTED, "mesh was using"),
+    (LOW.format("memory", ""), Cause.DISRUPTED, "low on resource"),
+]
+
+
+@pytest.mark.parametrize(("message", "expected", "words"), OVER)
+@pytest.mark.parametrize("told", ["by the pod", "by the condition alone"])
+def test_an_eviction_for_what_the_trainer_itself_used_counts(
+    message: str, expected: Cause, words: str, told: str
+) -> None:
+    condition = f"TerminationByKubelet: {message}"
+    said = {"reason": "Evicted", "message": message} if told == "by the pod" else {}
+    found = outcome(FAILED, (make.ended_pod(137, exit_code=None, disruption=condition, **said),), 1, True)
+    assert found is not None
+    assert found.cause is expected
+    assert words in found.message
+    assert verdict(expected) == ("free" if expected is Cause.DISRUPTED else "counted")
+
+
+@pytest.mark.parametrize(
+    ("code", "pod", "expected"),
+    [
+        (1, {}, Cause.ERROR),  # nobody asked it to stop
+        (1, {"deleting": True}, Cause.PREEMPTED),  # torchrun ends with 1 whatever its processes ended with
+        (137, {"end_reason": "OOMKilled"}, Cause.OUT_OF_MEMORY),
+        (139, {}, Cause.ERROR),
+    ],
+)
+def test_a_word_that_claims_a_saved_checkpoint_does_not_make_a_crash_free(
+    code: int, pod: dict[str, Any], expected: Cause
+) -> None:
+    claim = TerminationMessage(kind="failure", exit_code=75, message="saved")
+    found = outcome(FAILED, (make.ended_pod(code, termination=claim, **pod),), 1, True)
+    assert found is not None
+    assert found.cause is expected
+    if code != 1:
+        assert found.exit_code == code
+
+
+def test_one_pod_that_is_asked_to_stop_lets_all_save() -> None:
+    asked = make.ended_pod(75, index=1, deleting=True)
+    assert cause(make.ended_pod(75), asked) is Cause.PREEMPTED
+    drained = make.ended_pod(75, index=1, disruption="EvictionByEvictionAPI: drained")
+    assert cause(make.ended_pod(75), drained) is Cause.DISRUPTED
+
+
+def test_an_init_container_of_others_is_named_as_the_cause() -> None:
+    pod = make.ended_pod(1, exit_code=None, init_failure="vault-agent exited with 137 (OOMKilled)")
+    found = outcome(FAILED, (pod,), 1, True)
+    assert found is not None
+    assert found.cause is Cause.START_FAILED
+    assert found.message == "the trainer could not start, for init container vault-agent exited with 137 (OOMKilled)"
 
 
 def test_the_code_that_the_trainer_chose_survives_torchrun() -> None:

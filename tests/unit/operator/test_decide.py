@@ -130,8 +130,36 @@ def test_several_nodes_run_when_all_of_them_do() -> None:
     job = make.resource(LIVE, resources={"nodes": 2})
     one = decide(make.seen(job, [make.attempt()], [make.running_pod(), make.pod(index=1)], warning_event=""), make.NOW)
     both = decide(make.seen(job, [make.attempt()], [make.running_pod(), make.running_pod(index=1)]), make.NOW)
-    assert (one.status.phase, one.status.message) == ("Starting", "1 of 2 pods run; waiting for the others")
+    assert (one.status.phase, one.status.message) == (
+        "Starting",
+        "1 of 2 pods run; waiting for x-1-1-abcde",
+    )
     assert (both.status.phase, both.status.message) == ("Running", "attempt 1 trains on 2 pods")
+
+
+def test_a_failed_pod_of_eight_is_named_and_nobody_says_that_all_train() -> None:
+    status = make.status(make.record(), phase="Running", message="attempt 1 trains on 8 pods")
+    pods = [make.running_pod(index=i, deleting=True, gone_by=make.at(120)) for i in range(8)]
+    pods[3] = make.ended_pod(1, index=3)
+    job = make.resource(status, resources={"nodes": 8})
+    decision = decide(make.seen(job, [make.attempt()], pods), make.later(60))
+    assert decision.status.reason == "PodFailed"
+    assert decision.status.message == (
+        "pod x-1-3-abcde ended: the trainer exited with 1; waiting for the other pods to end (7 of 8 left)"
+    )
+    assert conditions(decision)["Running"] == "False"
+
+
+def test_late_pods_are_named() -> None:
+    job = make.resource(LIVE, resources={"nodes": 8})
+    seven = [make.running_pod(index=i) for i in range(7)]
+    late = make.pod(index=7, waiting="ContainerCreating")
+    said = decide(make.seen(job, [make.attempt()], [*seven, late], warning_event=""), make.NOW)
+    assert said.status.message == "7 of 8 pods run; waiting for x-1-7-abcde (ContainerCreating)"
+    none = decide(make.seen(job, [make.attempt()], seven, warning_event=""), make.NOW)
+    assert none.status.message == "7 of 8 pods run; waiting for the pod with index 7, which is not made yet"
+    few = decide(make.seen(job, [make.attempt()], [*seven[:2], late], warning_event=""), make.NOW)
+    assert str(few.status.message).endswith("index 4, which is not made yet, 3 more")
 
 
 def test_that_it_runs_is_taken_back_only_when_its_pods_were_read() -> None:
@@ -172,7 +200,7 @@ def test_success_is_read_from_index_0_before_the_job_says_so() -> None:
     )
     status = decision.status
     assert status.phase == "Succeeded"
-    assert status.completion_time == make.at(-20)
+    assert status.completion_time == make.at(0), "by our clock, not by the node's"
     assert status.result is not None
     assert (status.result.total_steps, status.result.metrics) == (500, {"reward": "0.9"})
     assert status.checkpoint is not None
@@ -238,9 +266,9 @@ def test_an_infrastructure_failure_is_counted_and_retried_after_a_delay() -> Non
     assert made(decision) == []
     assert (decision.status.phase, decision.status.reason) == ("Pending", "BackOff")
     assert decision.status.counted_failures == 1
-    assert decision.requeue_after == 6.0
+    assert decision.requeue_after == 7.0
     again = make.resource(decision.status)
-    assert "Job x-2" in made(decide(make.seen(again, [make.failed_attempt()], pods, verified=1), make.later(6)))
+    assert "Job x-2" in made(decide(make.seen(again, [make.failed_attempt()], pods, verified=1), make.later(7)))
 
 
 def test_after_backoff_limit_failures_the_job_fails() -> None:

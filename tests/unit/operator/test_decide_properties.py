@@ -8,6 +8,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from nemo_rl.job.status import JobStatus
+from nemo_rl_operator.policies.retry import MOST_FRUITLESS
+from nemo_rl_operator.runtime import timestamps
 from unit.operator.world import World
 
 STEPS: st.SearchStrategy[tuple[Any, ...]] = st.one_of(
@@ -21,6 +23,10 @@ STEPS: st.SearchStrategy[tuple[Any, ...]] = st.one_of(
     st.tuples(st.just("end deleted")),
     st.tuples(st.just("end"), st.integers(0, 3), st.sampled_from([75, 75, 75, 1, 137, 0, 40])),
     st.tuples(st.just("evict"), st.integers(0, 3)),
+    st.tuples(st.just("reject"), st.integers(0, 3)),
+    st.tuples(st.just("sidecar"), st.booleans()),
+    st.tuples(st.just("stranger"), st.integers(0, 9)),
+    st.tuples(st.just("node clock"), st.sampled_from([-3600, 3600])),
     st.tuples(st.just("delete job")),
     st.tuples(st.just("delete pod"), st.integers(0, 3), st.sampled_from([False, False, True])),
     st.tuples(st.just("kueue"), st.booleans()),
@@ -58,6 +64,14 @@ def play(world: World, step: tuple[Any, ...]) -> None:
             world.end_pod(*rest)
         case "evict":
             world.end_pod(rest[0], 143, disruption="EvictionByEvictionAPI: drained")
+        case "reject":
+            world.reject_pod(rest[0])
+        case "sidecar":
+            world.sidecars = rest[0]
+        case "stranger":
+            world.stranger(rest[0])
+        case "node clock":
+            world.skew = rest[0]
         case "delete job":
             world.delete_job()
         case "delete pod":
@@ -132,7 +146,7 @@ def test_every_story_comes_to_an_end(start: Start, script: list[tuple[Any, ...]]
 
 
 HARMLESS = ("tick", "reconcile", "hear", "controller", "run", "end deleted", "evict", "delete job", "delete pod")
-HARMLESS += ("kueue", "suspend", "time")
+HARMLESS += ("kueue", "suspend", "time", "reject", "sidecar", "stranger", "node clock")
 DELETED: list[tuple[Any, ...]] = [TICK, TICK, ("delete pod", 0, False), ("end deleted",), ("controller",)]
 
 
@@ -148,8 +162,12 @@ def test_what_the_cluster_does_to_a_job_never_counts(start: Start, script: list[
     world.suspend(False)
     world.kueue(False)
     world.settle()
-    assert world.status.phase == "Succeeded"
-    assert not world.status.counted_failures
+    if not world.status.counted_failures:
+        assert world.status.phase == "Succeeded"
+        return
+    ended = [attempt.message or "" for attempt in world.status.attempts if attempt.counted]
+    assert all("in a row that ended without a new checkpoint" in message for message in ended)
+    assert (world.status.attempt or 0) > MOST_FRUITLESS
 
 
 @MANY
@@ -224,3 +242,34 @@ def test_late_news_change_nothing_in_the_end(script: list[tuple[Any, ...]], rand
         world.settle()
     assert (prompt.status.phase, slow.status.phase) == ("Succeeded", "Succeeded")
     assert prompt.status.counted_failures == slow.status.counted_failures
+
+
+@MANY
+@given(WORLDS, SCRIPTS)
+def test_the_clock_of_the_deadline_never_runs_faster_than_pods_do(start: Start, script: list[tuple[Any, ...]]) -> None:
+    """What it counts is at most the time in which a pod had a node, and each look that the operator took late."""
+    nodes, hasty, _, patient = start
+    world, had_a_node, late = World(nodes, hasty, {}, patient), 0.0, 0.0
+    for step in script:
+        seconds = step[1] if step[0] == "time" else 0.0
+        if seconds and any(not pod.terminal for pod in world.live.pods.values()):
+            had_a_node += seconds
+        elif seconds and world.status.active_since:
+            late += seconds  # nobody has told the operator yet
+        play(world, step)
+    status = world.status
+    counted = (status.active_seconds or 0) - (timestamps.seconds_until(status.active_since, world.now) or 0.0)
+    assert counted <= had_a_node + late + 1
+
+
+@MANY
+@given(WORLDS, SCRIPTS)
+def test_no_time_in_the_status_is_a_nodes(start: Start, script: list[tuple[Any, ...]]) -> None:
+    world = World(*start)
+    world.skew = 3600
+    for step in script:
+        if step[0] != "node clock":
+            play(world, step)
+    found = world.status
+    times = [found.completion_time, found.active_since, *(attempt.end_time for attempt in found.attempts)]
+    assert all((timestamps.seconds_until(time, world.now) or 0.0) <= 1 for time in times)

@@ -257,7 +257,8 @@ async def test_a_refusal_is_written_into_the_status() -> None:
 
 async def test_the_last_attempt_is_read_before_the_next_starts() -> None:
     setting = await started()
-    setting.pod("Failed", terminated={"exitCode": 75})
+    setting.pod("Failed", terminated={"exitCode": 143})
+    setting.api.objects[Kind.POD, "x-1-0"]["status"]["conditions"] = [{"type": "DisruptionTarget", "status": "True"}]
     setting.deliver()
     setting.api.calls.clear()
     await setting.reconcile(KEY)

@@ -59,8 +59,13 @@ class World:
         self.uids = 0
         self.begun = 0
         self.released: set[str] = set()
+        self.strangers: dict[str, PodView] = {}
         self.silent: set[str] = set()
         """Pods whose node does not answer any more."""
+        self.sidecars = False
+        """Pods that end from now on are kept by a container of somebody else, until they are deleted."""
+        self.skew = 0.0
+        """Seconds by which the nodes' clocks are wrong."""
         self.seen_phases: list[str] = []
         self.writes = 0
 
@@ -113,8 +118,8 @@ class World:
                 continue
             if job.suspended:
                 for pod in pods:
-                    if not pod.terminal:
-                        self.live.pods[pod.name] = replace(pod, deleting=True)
+                    if not pod.terminal or pod.lingers:
+                        self.live.pods[pod.name] = replace(pod, deleting=True, lingers=False)
                         self.released.add(pod.uid)
                 continue
             stopping = [p for p in pods if p.uid in self.released and not p.terminal]
@@ -128,9 +133,13 @@ class World:
                     pod = make.pod(job.number, index, name=f"{job.name}-{index}-{self.uids}", controller=job.uid)
                     self.live.pods[pod.name] = replace(pod, uid=f"pod-{self.uids}", created=self.time)
                 continue
+            pods = [replace(p, phase="Running") if p.lingers else p for p in pods]  # it sees pods, no containers
             if any(p.phase == "Failed" for p in pods):
                 for pod in pods:
-                    if not pod.terminal:
+                    held = self.live.pods[pod.name]
+                    if pod.phase == "Running" and held.lingers:
+                        self.live.pods[pod.name] = replace(held, deleting=True, lingers=False)
+                    elif not pod.terminal:
                         self.live.pods[pod.name] = replace(pod, deleting=True)
                 if self.hasty or all(p.terminal for p in pods):
                     self.live.jobs[job.name] = replace(job, failed=True, ended=self.time, **_why(pods))
@@ -187,11 +196,25 @@ class World:
         if running:
             self._end(self.live.pods[running[choice % len(running)]], code, **fields)
 
+    def reject_pod(self, choice: int) -> None:
+        """A node refuses a pod that it was to run."""
+        waiting = sorted(n for n, p in self.live.pods.items() if p.phase == "Pending" and not p.deleting)
+        if waiting:
+            pod = self.live.pods[waiting[choice % len(waiting)]]
+            self.live.pods[pod.name] = replace(pod, phase="Failed", reason="UnexpectedAdmissionError", message="no GPU")
+
+    def stranger(self, attempt: int) -> None:
+        """Somebody makes a pod with our labels, for whichever attempt."""
+        pod = make.running_pod(attempt or 1, name=f"stranger-{attempt}", controller="")
+        self.strangers[pod.name] = pod
+
     def _end(self, pod: PodView, code: int, **fields: Any) -> None:
         word = TerminationMessage(kind="result", total_steps=9).encode() if code == 0 else ""
-        ended = replace(
-            pod, phase="Failed" if code else "Succeeded", exit_code=code, ended=self.time, termination=word, **fields
-        )
+        time = timestamps.write(self.now + timedelta(seconds=self.skew))
+        phase = "Failed" if code else "Succeeded"
+        ended = replace(pod, phase=phase, exit_code=code, ended=time, termination=word, **fields)
+        if self.sidecars and not pod.deleting:
+            ended = replace(ended, lingers=True)
         self.live.pods[pod.name] = ended
 
     def delete_job(self) -> None:
@@ -223,7 +246,8 @@ class World:
 
     def look(self, verified: int = 0) -> Snapshot:
         cache = self.cache
-        found = observe(cache.resource, cache.jobs.values(), cache.pods.values(), None, make.IMAGE)
+        pods = [*cache.pods.values(), *self.strangers.values()]
+        found = observe(cache.resource, cache.jobs.values(), pods, None, make.IMAGE)
         return replace(found, verified=verified, warning_event="", begun=self.begun)
 
     def decide(self) -> tuple[Snapshot, Decision]:
