@@ -446,6 +446,12 @@ class RLTrainingJobSpec(Section):
     """Seconds after its end that the job is deleted. Default never."""
     termination_grace_period_seconds: Annotated[int, Field(ge=1, le=86400)] = 120
     """Seconds that a pod has to save when it is stopped. Default 120."""
+    startup_timeout_seconds: Annotated[int, Field(ge=1, le=604800)] = 3600
+    """Seconds until all pods of an attempt run. Then the attempt gives its nodes back and is repeated; that never counts. Also the time that loading may take in silence. Default 3600."""
+    stall_timeout_seconds: Annotated[int, Field(ge=10, le=604800)] = 1800
+    """Seconds without any sign of progress (tokens, micro-batches, steps, checkpoints) after which an attempt counts as stuck, fails with the stacks of its processes, and is retried. Rewards get their own time besides. Default 1800."""
+    on_node_lost: Literal["wait", "replace"] = "wait"
+    """When a pod does not end because its node is silent: wait until somebody says that the pod is gone, or replace, which starts the next attempt; a write lease in the output keeps the lost pod from writing. Default wait."""
 
     @model_validator(mode="after")
     def _few_bundle_parts(self, info: ValidationInfo) -> RLTrainingJobSpec:

@@ -45,12 +45,15 @@ class Cause(StrEnum):
     STORAGE_EXCEEDED = "StorageExceeded"
     START_FAILED = "StartFailed"
     NO_RESULT = "NoResult"
+    STALLED = "Stalled"
     ERROR = "Error"
     UNKNOWN = "Unknown"
 
     NODE_REJECTED = "NodeRejected"
     PREEMPTED = "Preempted"
     DISRUPTED = "Disrupted"
+    STARTUP_TIMEOUT = "StartupTimeout"
+    NODE_LOST = "NodeLost"
     JOB_DELETED = "JobDeleted"
     SUSPENDED = "Suspended"
 
@@ -271,6 +274,8 @@ class Attempt(Wire):
     """Name of its batch/v1 Job."""
     start_time: Time | None = None
     """When its Job was created."""
+    running_time: Time | None = None
+    """When all its pods ran for the first time; not set where they never did."""
     end_time: Time | None = None
     """When it ended; not set while it is live."""
     cause: Word | None = None

@@ -137,29 +137,25 @@ def _failure_rules() -> list[Object]:
 
 
 def command(resource: Resource, spec: RLTrainingJobSpec, number: int) -> list[str]:
-    """What a trainer pod runs: the worker, under torchrun where there is more than one process."""
+    """What a trainer pod runs: the worker; where there is more than one process, what starts them once all pods run."""
     gpus, nodes = spec.resources.gpus_per_node, spec.resources.nodes
     if nodes == 1 and gpus <= 1:
         return ["python", "-m", names.WORKER_MODULE]
     grace = max(1, spec.termination_grace_period_seconds - EXIT_BARRIER_SECONDS)
     run = [
-        *("python", "-m", "torch.distributed.run"),
-        f"--nnodes={nodes}",
-        f"--nproc-per-node={max(1, gpus)}",
-        "--max-restarts=0",
+        *("python", "-m", names.LAUNCH_MODULE),
+        f"--nodes={nodes}",
+        f"--processes={max(1, gpus)}",
         f"--shutdown-timeout={grace}",
     ]
-    if nodes == 1:
-        run.append("--standalone")
-    else:
-        job = names.attempt_job(resource.name, number)
-        run += [  # static: the pod with index 0 must be rank 0, for it is the one that reports
-            "--rdzv-backend=static",
-            "--node-rank=$(JOB_COMPLETION_INDEX)",
-            f"--master-addr={job}-0.{resource.name}",
-            f"--master-port={names.RENDEZVOUS_PORT}",
+    if nodes > 1:
+        run += [
+            "--node=$(JOB_COMPLETION_INDEX)",
+            f"--attempt-job={names.attempt_job(resource.name, number)}",
+            f"--service={resource.name}",
+            f"--startup-timeout={spec.startup_timeout_seconds}",
         ]
-    return [*run, "-m", names.WORKER_MODULE]
+    return run
 
 
 def trainer_pod(resource: Resource, spec: RLTrainingJobSpec, number: int, image: str) -> Object:

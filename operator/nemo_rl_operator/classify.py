@@ -23,7 +23,12 @@ FATAL = frozenset(
         *(Cause.DEADLINE, Cause.BUNDLES_MISSING, Cause.NAME_CONFLICT),
     }
 )
-FREE = frozenset({Cause.NODE_REJECTED, Cause.PREEMPTED, Cause.DISRUPTED, Cause.JOB_DELETED, Cause.SUSPENDED})
+FREE = frozenset(
+    {
+        *(Cause.NODE_REJECTED, Cause.PREEMPTED, Cause.DISRUPTED, Cause.STARTUP_TIMEOUT, Cause.NODE_LOST),
+        *(Cause.JOB_DELETED, Cause.SUSPENDED),
+    }
+)
 
 EXIT_CAUSES = {
     ExitCode.USER_ERROR: Cause.USER_ERROR,

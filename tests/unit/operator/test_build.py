@@ -75,19 +75,19 @@ def test_one_process_needs_no_torchrun(resources: dict[str, Any], expected: list
     assert container(resources=resources)["command"] == expected
 
 
-def test_several_gpus_run_under_torchrun() -> None:
+def test_several_processes_are_started_by_the_launcher() -> None:
     command = container(resources={"gpusPerNode": 8}, terminationGracePeriodSeconds=60)["command"]
-    assert command[:3] == ["python", "-m", "torch.distributed.run"]
-    assert {"--nproc-per-node=8", "--standalone", "--shutdown-timeout=45", "--max-restarts=0"} <= set(command)
-    assert command[-2:] == ["-m", "nemo_rl.worker"]
+    assert command == [
+        *("python", "-m", "nemo_rl.worker.launch", "--nodes=1", "--processes=8", "--shutdown-timeout=45"),
+    ]
 
 
-def test_several_nodes_meet_at_index_0() -> None:
-    made = pod(resources={"nodes": 2, "gpusPerNode": 0})
+def test_several_nodes_meet_at_index_0_for_as_long_as_the_job_says() -> None:
+    made = pod(resources={"nodes": 2, "gpusPerNode": 0}, startupTimeoutSeconds=77)
     command = made["containers"][0]["command"]
-    assert {"--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=static"} <= set(command)
-    assert "--node-rank=$(JOB_COMPLETION_INDEX)" in command
-    assert "--master-addr=x-1-0.x" in command
+    assert command[:3] == ["python", "-m", "nemo_rl.worker.launch"]
+    assert {"--nodes=2", "--processes=1", "--startup-timeout=77"} <= set(command)
+    assert {"--node=$(JOB_COMPLETION_INDEX)", "--attempt-job=x-1", "--service=x"} <= set(command)
     assert made["subdomain"] == "x"
     service = build.service(make.resource(), make.parsed(resources={"nodes": 2}))
     assert service is not None
