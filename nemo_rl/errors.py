@@ -48,3 +48,7 @@ class TrainingFailed(RuntimeError):
         self.step = step
         self.traceback = traceback
         self.checkpoint = checkpoint
+
+
+class LeaseLost(RuntimeError):
+    """Another attempt of the job writes to the output now, for this one's node was taken for lost. Nothing more is published."""

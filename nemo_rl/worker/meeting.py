@@ -75,7 +75,8 @@ def host(party: Party, seconds: float) -> None:
             if now - begin > seconds:
                 gathering.close()
                 raise MeetingFailed(
-                    f"waited {seconds:.0f} s for all {party.nodes} pods, and {party.named(missing)} did not come", missing
+                    f"waited {seconds:.0f} s for all {party.nodes} pods, and {party.named(missing)} did not come",
+                    missing,
                 )
             if now >= remind:
                 remind = now + REMIND_SECONDS

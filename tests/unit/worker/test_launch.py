@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -69,10 +68,9 @@ class Meeting:
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in (("REMIND_SECONDS", 0.2), ("TELL_SECONDS", 0.5), ("RETRY_SECONDS", 0.2)):
         monkeypatch.setattr(meeting, name, seconds)
-    yield
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
@@ -102,18 +100,6 @@ def test_the_missing_are_named_while_they_are_waited_for_and_in_the_end():
 
 
 def test_a_pod_that_dies_while_it_waits_is_missing_again_and_its_successor_takes_its_place():
-    found = Meeting(2)
-    waiting = found.come(0)
-    with socket.create_connection((HERE, found.port), timeout=5) as connection:
-        line = meeting._Line(connection)
-        challenge = str(line.read()["challenge"])
-        proof = meeting._proof("secret", "join", 1, challenge, "mine")
-        # of three pods, so that nobody is sent off at once
-        line.send({"node": 1, "challenge": "mine", "proof": proof})
-        assert "go" in line.read()
-    waiting.join(10)
-    assert found.results == {0: True}
-
     found = Meeting(3)
     waiting = found.come(0)
     late = subprocess.Popen(
@@ -157,11 +143,13 @@ def test_a_false_listener_sends_nobody_off():
             time.sleep(5)
 
         threading.Thread(target=deceive, daemon=True).start()
-        with pytest.raises(MeetingFailed, match="does not know the job's token|x-1-0"):
+        with pytest.raises(MeetingFailed, match=r"does not know the job's token|x-1-0"):
             meeting.join(Party(2, port, "secret", print, lambda n: f"x-1-{n}"), 1, HERE, 1.5)
 
 
-@pytest.mark.parametrize("garbage", [b"\n", b"GET / HTTP/1.1\r\n\r\n", b"[" * 9999 + b"\n", b"x" * 99999, b'{"node": true}\n'])
+@pytest.mark.parametrize(
+    "garbage", [b"\n", b"GET / HTTP/1.1\r\n\r\n", b"[" * 9999 + b"\n", b"x" * 99999, b'{"node": true}\n']
+)
 def test_strangers_do_not_disturb(garbage: bytes):
     found = Meeting(2)
     waiting = found.come(0)
@@ -194,7 +182,13 @@ class Launched:
             self.process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", names.LAUNCH_MODULE, "--nodes=2", "--processes=1", f"--node={number}"),
-                    *("--attempt-job=x-1", f"--first-address={HERE}", f"--port={port}", "--shutdown-timeout=5", *options),
+                    *(
+                        "--attempt-job=x-1",
+                        f"--first-address={HERE}",
+                        f"--port={port}",
+                        "--shutdown-timeout=5",
+                        *options,
+                    ),
                 ],
                 env={**surroundings(), **pod.environment()},
                 stdout=log,
