@@ -28,12 +28,19 @@ from nemo_rl.run.signals import Interrupted
 T = TypeVar("T")
 R = TypeVar("R")
 
-JOIN_SECONDS = 600.0
-"""The ranks of a job wait for each other this long at the start: images and volumes of other nodes may come late."""
-COLLECTIVE_SECONDS = 1800.0
-"""The longest that a rank waits for another one: rollouts of one may take far longer than those of the others."""
+JOIN_SECONDS = 1800.0
+"""The ranks of a job wait for each other this long at the start. Their pods run by then; imports and bundles may differ."""
+SILENT_SECONDS = 1800.0
+"""The longest that a rank waits for others of which none gives a sign of life. While one does, it waits on: rollouts of one
+may take far longer than those of the others."""
+COLLECTIVE_SECONDS = 24 * 3600.0
+"""The longest that one exchange may take, whatever signs of life there are."""
+KERNEL_SECONDS = 4 * 3600.0
+"""The same between GPUs, where the ranks compute one step together. In a pod its own time limit comes first."""
 CHECK_SECONDS = 0.5
 """Between two looks at whether another rank ended."""
+ALIVE_SECONDS = 5.0
+"""How often a rank that works gives those that wait a sign of life."""
 
 RETRY_SECONDS = 5.0
 """How long one try to reach the first rank may take: between two tries, signals are seen."""
@@ -78,7 +85,12 @@ class Ranks:
         run = next(_runs)
         self._asked = f"nemo_rl/asked/{run}"
         self._left = f"nemo_rl/left/{run}"
-        self._next_look = 0.0
+        self._alive = f"nemo_rl/alive/{run}"
+        self._heard: Any = None
+        self._signs = count()
+        self._next_sign = self._next_look = 0.0
+        self.heard_at = time.monotonic()
+        """When this rank worked, or heard from one that does; on the clock of time.monotonic."""
         self._agreed = False
         self._in_flight = False
 
@@ -135,6 +147,7 @@ class Ranks:
     def _wait(self, begin: Callable[[], Any]) -> None:
         """Waits for a collective in Python, where signals are seen, and not for ranks that will never come."""
         pause = 1e-4
+        self.heard_at = time.monotonic()
         try:
             self._in_flight = True
             operation = begin()
@@ -143,6 +156,7 @@ class Ranks:
                 pause = min(2 * pause, 0.02)
                 if self._may_look():
                     self._look()
+                    self._listen()
                     if signal := self.requested():
                         self._ask(signal)
             self._in_flight = False
@@ -190,8 +204,11 @@ class Ranks:
 
     def check(self) -> None:
         """Ends this rank's work in `gather` soon after another rank's ended by an exception. Cheap: call it in loops."""
-        if self.size > 1 and self._may_look() and self._look():
-            raise _Asked
+        if self.size > 1 and self._may_look():
+            asked = self._look()
+            self._give_sign()
+            if asked:
+                raise _Asked
 
     def leave(self, error: BaseException) -> BaseException:
         """Tells the other ranks that this one's run ends by `error`; returns what to raise.
@@ -223,6 +240,31 @@ class Ranks:
             if isinstance(error, RankFailed):
                 raise
             raise RankFailed(self._story(error)) from error
+
+    def _give_sign(self) -> None:
+        """Tells the ranks that wait that this one works."""
+        self.heard_at = time.monotonic()
+        if self.heard_at >= self._next_sign:
+            self._next_sign = self.heard_at + ALIVE_SECONDS
+            with contextlib.suppress(RuntimeError, dist.DistError):  # the next look tells it better
+                self._store.set(self._alive, f"rank {self.rank}, sign {next(self._signs)}")
+
+    def _listen(self) -> None:
+        """Hears whether any rank works. RankFailed where none has for very long: one of them hangs."""
+        with contextlib.suppress(RuntimeError, dist.DistError):
+            if self._store.check([self._alive]) and (sign := self._store.get(self._alive)) != self._heard:
+                self._heard, self.heard_at = sign, time.monotonic()
+        if time.monotonic() - self.heard_at > SILENT_SECONDS:
+            raise RankFailed(
+                f"no rank gave a sign of life for {SILENT_SECONDS:.0f} s while rank {self.rank} waited; one of them hangs: "
+                "see the ranks' stacks, for example with py-spy"
+            )
+
+    def announce_end(self, text: str) -> None:
+        """Tells the ranks that wait for this one that it ends, and why. May be called from any thread."""
+        with contextlib.suppress(RuntimeError, dist.DistError):
+            if self.size > 1 and not self._store.check([self._left]):
+                self._store.set(self._left, text)
 
     def _ask(self, signal: str) -> None:
         """Asks the other ranks to leave their work and come to the exchange."""
@@ -273,14 +315,16 @@ def _connect(device: torch.device, rank: int, size: int, seconds: float) -> None
                 "pods or processes started, and whether this one can reach that address"
             )
         time.sleep(0.05)
-    store.set_timeout(timedelta(seconds=COLLECTIVE_SECONDS))
+    store.set_timeout(timedelta(seconds=KERNEL_SECONDS))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=store,
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+        timeout=timedelta(seconds=KERNEL_SECONDS),
     )
+    gloo = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+    gloo._set_default_timeout(timedelta(seconds=COLLECTIVE_SECONDS))
     atexit.register(_disconnect)
 
 

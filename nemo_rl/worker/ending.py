@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nemo_rl
@@ -144,10 +144,42 @@ def stopped(message: str, *, step: int, checkpoint: Checkpoint | None) -> Termin
     )
 
 
+def stalled(message: str, where: str, stack: str, *, step: int, checkpoint: Checkpoint | None) -> TerminationMessage:
+    """The word of a process that got nowhere, with the stack of its main thread; `where` is the process."""
+    return TerminationMessage(
+        kind="failure",
+        total_steps=step,
+        checkpoint=checkpoint,
+        exit_code=OTHER,
+        cause=Cause.STALLED,
+        message=message,
+        traceback=_together(f"{where}:\n{stack}"),
+    )
+
+
 def write(word: TerminationMessage, path: Path) -> None:
     """Leaves the word in the termination log. A word that is there already stays: the first failure is the cause.
 
     Only a rank that merely followed another one's end gives way to the one that knows the cause.
+    """
+    _update(path, lambda there: word if there is None or there.cause == FOLLOWED else None)
+
+
+def write_stalled(word: TerminationMessage, path: Path) -> None:
+    """Leaves the word of a process that got nowhere; the stacks of several processes of the pod stand in one word."""
+
+    def merged(there: TerminationMessage | None) -> TerminationMessage | None:
+        if there is None or there.cause == FOLLOWED:
+            return word
+        if there.cause != Cause.STALLED:
+            return None
+        return there.model_copy(update={"traceback": _together(there.traceback or "", word.traceback or "")})
+
+    _update(path, merged)
+
+
+def _update(path: Path, choose: Callable[[TerminationMessage | None], TerminationMessage | None]) -> None:
+    """Replaces the word in the termination log by what `choose` makes of it; None leaves it.
 
     It is written in place and by one call, for the kubelet's file cannot be replaced; a lock keeps several processes of
     a pod apart. A log that cannot be written is told on stderr only.
@@ -157,8 +189,8 @@ def write(word: TerminationMessage, path: Path) -> None:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX)
             present = os.read(descriptor, 1 << 16).decode(errors="replace")
-            there = TerminationMessage.parse(present)
-            if there is None or there.cause == FOLLOWED:  # what users' code may have put there is no word
+            word = choose(TerminationMessage.parse(present))  # what users' code may have put there is no word
+            if word is not None:
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, word.encode().encode(), 0)
         finally:
@@ -198,12 +230,36 @@ def _cure(cause: str) -> str:
 
 # --- tracebacks of at most 20 lines
 
+_PLACE = re.compile(r"(rank \d+|the main thread):$")
+"""The line above a stack that says whose it is."""
 _HEADER = "Traceback (most recent call last):"
 _FRAME = re.compile(r'  File "(.*)", line \d+')
 _LIBRARIES = ("/site-packages/", "/dist-packages/", f"{os.path.dirname(os.__file__)}/", "<frozen ")
 _OURS = os.path.dirname(nemo_rl.__file__) + os.sep
 _USER_FRAMES = 3
 _LAST_FRAMES = 2
+
+
+def stack_of(thread: int | None) -> str:
+    """Where a thread of this process is now: at most 19 lines, the user's own frames and the innermost ones."""
+    frame = sys._current_frames().get(thread or 0)
+    if frame is None:
+        return "(no Python frame)"
+    text = shortened(f"{_HEADER}\n{''.join(traceback.format_stack(frame))}hangs here")
+    return "\n".join(text.splitlines()[1:][-(TRACEBACK_LINES - 1) :])
+
+
+def _together(*stacks: str) -> str:
+    """Stacks of several processes in at most 20 lines: of each who it is, and its innermost frames."""
+    sections: list[list[str]] = []
+    for line in "\n".join(stack for stack in stacks if stack).splitlines():
+        if _PLACE.match(line) or not sections:
+            sections.append([line])
+        else:
+            sections[-1].append(line)
+    sections = sections[: TRACEBACK_LINES // 2]
+    each = TRACEBACK_LINES // max(1, len(sections)) - 1
+    return "\n".join("\n".join([head, *frames[-each:]]) for head, *frames in sections)
 
 
 def traceback_of(error: BaseException) -> str:

@@ -41,6 +41,8 @@ class Pod:
     root: Path = Path("/")
     port: int = names.TRAINER_PORT
     rank: int = 0
+    local_rank: int = 0
+    """Among the processes of this pod."""
     world_size: int = 1
 
     @classmethod
@@ -50,6 +52,7 @@ class Pod:
             root=Path(environment.get(ROOT_VARIABLE, "/")),
             port=int(environment.get(PORT_VARIABLE, names.TRAINER_PORT)),
             rank=int(environment.get("RANK", "0")),
+            local_rank=int(environment.get("LOCAL_RANK", "0")),
             world_size=int(environment.get("WORLD_SIZE", "1")),
         )
 

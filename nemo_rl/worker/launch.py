@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 
 from nemo_rl.job import names
@@ -62,7 +63,7 @@ def _meet(options: argparse.Namespace) -> None:
     party = meeting.Party(
         options.nodes,
         options.port,
-        token=os.environ.get(names.TOKEN_VARIABLE, ""),
+        token=_token(),
         say=_say,
         name=lambda number: f"{prefix}{number}",
     )
@@ -71,6 +72,14 @@ def _meet(options: argparse.Namespace) -> None:
     else:
         meeting.join(party, options.node, _first(options), options.startup_timeout)
     _say(f"all {options.nodes} pods are here")
+
+
+def _token() -> bytes:
+    """The job's secret; empty where it has none."""
+    try:
+        return Path(os.environ.get(names.TOKEN_VARIABLE, names.TOKEN_FILE)).read_bytes().strip()
+    except FileNotFoundError:
+        return b""
 
 
 def _run(options: argparse.Namespace, rest: list[str], pod: Pod) -> int:

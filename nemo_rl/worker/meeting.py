@@ -46,7 +46,7 @@ class Party:
 
     nodes: int
     port: int
-    token: str = ""
+    token: bytes = b""
     say: Callable[[str], None] = print
     name: Callable[[int], str] = str
     """What a pod is called, by its number."""
@@ -298,9 +298,9 @@ class _Line:
             self.connection.close()
 
 
-def _proof(token: str, *parts: object) -> str:
-    return hmac.new(token.encode(), "|".join(map(str, parts)).encode(), hashlib.sha256).hexdigest()
+def _proof(token: bytes, *parts: object) -> str:
+    return hmac.new(token, "|".join(map(str, parts)).encode(), hashlib.sha256).hexdigest()
 
 
-def _proves(word: dict[str, Any], token: str, *parts: object) -> bool:
+def _proves(word: dict[str, Any], token: bytes, *parts: object) -> bool:
     return hmac.compare_digest(str(word.get("proof")).encode(), _proof(token, *parts).encode())

@@ -94,6 +94,7 @@ def observed(trainer: type[Trainer], report: Report, observer: Observer) -> type
 
     class Observed(trainer):  # type: ignore[misc,valid-type]
         def _prepare(self, *args: Any, **kwargs: Any) -> Any:
+            report.tell_ranks = self.ranks.announce_end
             with report.during(phases.PREPARING_DATA):
                 return super()._prepare(*args, **kwargs)
 
@@ -121,7 +122,7 @@ def observed(trainer: type[Trainer], report: Report, observer: Observer) -> type
             super().poll()
 
         def stop_requested(self) -> str | None:
-            report.beat()
+            report.alive_at(self.ranks.heard_at)  # waiting for others is no progress, but theirs is
             return super().stop_requested()
 
     Observed.__name__ = trainer.__name__

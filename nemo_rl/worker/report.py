@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,9 @@ EVALUATING = "evaluating"
 SAVING = "saving"
 FINISHED = "finished"
 
-QUIET_SECONDS = {TRAINING: 600.0, EVALUATING: 600.0}
-"""Seconds without a sign of life after which a phase counts as stuck, besides the time that rewards may take.
-
-In these the loops report at every decoded token and every micro-batch."""
-LONGEST_QUIET_SECONDS = 3600.0
-"""The same for phases that say nothing while they work: imports, downloads, loading and saving."""
+SPEAKING = frozenset({TRAINING, EVALUATING})
+"""In these the loops report at every decoded token and every micro-batch. The others say nothing while they work: imports,
+downloads, loading and saving."""
 PACE_STEPS = 20
 """Steps whose pace the estimate of the time left follows."""
 
@@ -47,6 +45,12 @@ class Report:
         """How long each phase of the start took."""
         self.reward_seconds = 0.0
         """How long one reward may take without a word."""
+        self.stall_seconds = math.inf
+        """Seconds without a sign of life after which a phase that speaks counts as stuck (spec.stallTimeoutSeconds)."""
+        self.silent_seconds = math.inf
+        """The same for phases that say nothing while they work: the longer of that and spec.startupTimeoutSeconds."""
+        self.tell_ranks: Callable[[str], None] | None = None
+        """Tells the ranks that wait for this one that it ends; None before they have met."""
         self._phase = IMPORTING
         self._alive_at = time.monotonic()
         self._step = 0
@@ -78,6 +82,10 @@ class Report:
     def beat(self) -> None:
         """A sign of life. Costs a reading of the clock: called in the innermost loops."""
         self._alive_at = time.monotonic()
+
+    def alive_at(self, moment: float) -> None:
+        """A sign of life of a rank that this one waits for, at that time of time.monotonic."""
+        self._alive_at = max(self._alive_at, moment)
 
     def begin(self, step: int, total_steps: int) -> None:
         """Training begins, after `step` steps of earlier attempts."""
@@ -131,18 +139,21 @@ class Report:
             checkpoint=self._checkpoint,
         )
 
+    def quiet(self) -> tuple[float, float]:
+        """Seconds since the last sign of life, and how many of them the phase may take."""
+        phase, quiet = self._phase, time.monotonic() - self._alive_at
+        limit = self.stall_seconds if phase in SPEAKING else self.silent_seconds
+        return quiet, limit + 2 * self.reward_seconds
+
     def health(self) -> tuple[bool, str]:
         """Whether this process gets on, and a sentence about it.
 
         It does not when its phase has given no sign of life for longer than that phase may be quiet.
         """
-        phase, quiet = self._phase, time.monotonic() - self._alive_at
-        limit = QUIET_SECONDS.get(phase, LONGEST_QUIET_SECONDS) + 2 * self.reward_seconds
+        quiet, limit = self.quiet()
         word = "ok" if quiet <= limit else "stuck"
-        return (
-            quiet <= limit,
-            f"{word}: {phase}, step {self._step}, last sign of life {quiet:.0f} s ago (limit {limit:.0f})",
-        )
+        bound = f" (limit {limit:.0f})" if math.isfinite(limit) else ""
+        return quiet <= limit, f"{word}: {self._phase}, step {self._step}, last sign of life {quiet:.0f} s ago{bound}"
 
 
 def shown_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,13 +19,14 @@ from nemo_rl.job.names import ExitCode
 from nemo_rl.job.status import TerminationMessage
 from nemo_rl.run.checkpoint import find_checkpoints
 from nemo_rl.run.directory import RUN_FILE
-from nemo_rl.worker import ending, inputs
+from nemo_rl.worker import ending, inputs, probe
 from nemo_rl.worker.digest import digest_argument
 from nemo_rl.worker.grace import Grace
 from nemo_rl.worker.job import Job, Pod, read_job
 from nemo_rl.worker.prometheus import TrainMetrics
 from nemo_rl.worker.report import FINISHED, IMPORTING, STARTING, Report, shown_metrics
 from nemo_rl.worker.server import ReportServer
+from nemo_rl.worker.stall import StallWatch
 
 if TYPE_CHECKING:
     from nemo_rl.api.result import TrainResult
@@ -92,8 +93,12 @@ def _attempt(job: Job, pod: Pod, report: Report) -> TerminationMessage:
     metrics = TrainMetrics()
     if spec.reward is not None:
         report.reward_seconds = spec.reward.timeout_seconds
+    report.stall_seconds = float(spec.stall_timeout_seconds)
+    report.silent_seconds = float(max(spec.stall_timeout_seconds, spec.startup_timeout_seconds))
+    StallWatch(report, pod).start()
     if pod.rank == 0:
         report.expect(_step_to_go_on_from(output, spec.training.resume))
+    if pod.local_rank == 0:
         _serve(pod, report, metrics, spec)
     bundles = inputs.open_bundles(spec.bundles, pod)
     spec = inputs.resolve(spec, bundles, pod)
@@ -186,13 +191,17 @@ def _configure_logging(level: str) -> None:
 
 
 def _serve(pod: Pod, report: Report, metrics: TrainMetrics, spec: Any) -> None:
-    try:
-        server = ReportServer(pod.port, report, metrics)
-    except OSError as error:  # training matters more than being watched, and the last word needs no network
-        print(f"nemo-rl: no progress will be served: port {pod.port}: {error}", file=sys.stderr, flush=True)
-        return
+    """The first process of the job speaks to the cluster; in the other pods, and where its port is taken, to the probes alone."""
+    server: ReportServer | None = None
+    if pod.rank == 0:
+        try:
+            server = ReportServer(pod.port, report, metrics)
+            say(spec, f"serving /progress, /metrics and /healthz on port {server.server_port}")
+        except OSError as error:  # training matters more than being watched, and the last word needs no network
+            print(f"nemo-rl: no progress will be served: port {pod.port}: {error}", file=sys.stderr, flush=True)
+    server = server or ReportServer(0, report, metrics, host="127.0.0.1")
     server.start()
-    say(spec, f"serving /progress, /metrics and /healthz on port {server.server_port}")
+    probe.announce(server.server_port)
 
 
 def _leave_within(seconds: float, code: int) -> None:

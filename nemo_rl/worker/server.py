@@ -22,9 +22,11 @@ class ReportServer(ThreadingHTTPServer):
     daemon_threads = True
     address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
 
-    def __init__(self, port: int, report: Report, metrics: TrainMetrics) -> None:
+    def __init__(self, port: int, report: Report, metrics: TrainMetrics, host: str = "") -> None:
         self.report, self.metrics = report, metrics
-        super().__init__(("", port), _Handler)
+        if host:
+            self.address_family = socket.AF_INET
+        super().__init__((host, port), _Handler)
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:  # clusters with one or both families

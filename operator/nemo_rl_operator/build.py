@@ -19,6 +19,9 @@ USER = 1000
 EXIT_BARRIER_SECONDS = 15
 """Of the grace period, what torchrun keeps for itself after its processes have ended."""
 
+PROBE_SECONDS = 30
+"""Between two probes of a trainer; each is a small program in its container."""
+
 
 def owner(resource: Resource) -> Object:
     """Ownership by the RLTrainingJob: its children go with it."""
@@ -167,8 +170,9 @@ def trainer_pod(resource: Resource, spec: RLTrainingJobSpec, number: int, image:
         "imagePullPolicy": spec.image_pull_policy or "IfNotPresent",
         "command": command(resource, spec, number),
         "args": [f"{names.JOB_DIGEST_OPTION}={frozen.digest(frozen.text(resource, spec))}"],
-        "env": _environment(spec),
+        "env": [*_environment(spec), {"name": names.ATTEMPT_VARIABLE, "value": str(number)}],
         "ports": [{"name": "progress", "containerPort": names.TRAINER_PORT}],
+        **_probes(spec),
         "resources": _resources(spec),
         "volumeMounts": mounts,
         "terminationMessagePath": names.TERMINATION_LOG,
@@ -187,6 +191,20 @@ def trainer_pod(resource: Resource, spec: RLTrainingJobSpec, number: int, image:
     if spec.resources.nodes > 1:
         pod["subdomain"] = resource.name
     return pod | _placement(spec)
+
+
+def _probes(spec: RLTrainingJobSpec) -> Object:
+    """What the kubelet asks the pod. A process that hangs ends itself; these are for one that cannot even do that."""
+    ask = {"exec": {"command": ["python", "-m", names.PROBE_MODULE]}, "timeoutSeconds": 20}
+    startup = spec.startup_timeout_seconds + spec.stall_timeout_seconds
+    return {
+        "startupProbe": {**ask, "periodSeconds": PROBE_SECONDS, "failureThreshold": -(-startup // PROBE_SECONDS) + 1},
+        "livenessProbe": {
+            **ask,
+            "periodSeconds": PROBE_SECONDS,
+            "failureThreshold": max(3, -(-spec.stall_timeout_seconds // PROBE_SECONDS)),
+        },
+    }
 
 
 def files_pod(resource: Resource, spec: RLTrainingJobSpec, image: str) -> Object:

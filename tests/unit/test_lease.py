@@ -88,7 +88,7 @@ def test_what_was_taken_away_to_be_replaced_comes_to_the_next_holder(output: Pat
 def test_a_descriptor_of_an_earlier_holder_leads_nowhere(output: Path):
     first = claim(output, 1).take()
     (first.staging / "metrics").write_text("1\n")
-    stream = open(first.staging / "metrics", "a")
+    stream = open(first.staging / "metrics", "a")  # noqa: SIM115
     first.publish(first.staging / "metrics", output / "metrics")
     stream.write("2\n")
     stream.flush()

@@ -95,6 +95,20 @@ def test_several_nodes_meet_at_index_0_for_as_long_as_the_job_says() -> None:
     assert service["spec"]["publishNotReadyAddresses"]
 
 
+def test_probes_come_after_the_limits_of_the_trainer_itself() -> None:
+    made = container(startupTimeoutSeconds=3600, stallTimeoutSeconds=1800)
+    for kind, seconds in (("startupProbe", 5400), ("livenessProbe", 1800)):
+        assert made[kind]["exec"]["command"] == ["python", "-m", "nemo_rl.worker.probe"]
+        assert made[kind]["periodSeconds"] * made[kind]["failureThreshold"] >= seconds
+    short = container(stallTimeoutSeconds=10)["livenessProbe"]
+    assert short["periodSeconds"] * short["failureThreshold"] >= 60, "one slow answer is no hang"
+
+
+def test_pods_know_their_attempt_whatever_the_user_sets() -> None:
+    env = container(env=[{"name": names.ATTEMPT_VARIABLE, "value": "9"}])["env"]
+    assert [e["value"] for e in env if e["name"] == names.ATTEMPT_VARIABLE][-1] == "1", "the last one counts"
+
+
 def test_pods_are_restricted() -> None:
     made = pod()
     assert made["automountServiceAccountToken"] is False

@@ -49,7 +49,7 @@ class Meeting:
         self.results: dict[int, bool | MeetingFailed] = {}
         self.said: list[str] = []
 
-    def come(self, number: int, seconds: float = 30.0, token: str = "secret") -> threading.Thread:
+    def come(self, number: int, seconds: float = 30.0, token: bytes = b"secret") -> threading.Thread:
         party = Party(self.nodes, self.port, token, self.said.append, lambda n: f"x-1-{n}")
 
         def run() -> None:
@@ -99,7 +99,8 @@ def test_the_missing_are_named_while_they_are_waited_for_and_in_the_end():
     assert "x-1-0" in str(third)
 
 
-def test_a_pod_that_dies_while_it_waits_is_missing_again_and_its_successor_takes_its_place():
+def test_a_pod_that_dies_while_it_waits_is_missing_again_and_its_successor_takes_its_place(tmp_path: Path):
+    (tmp_path / "token").write_bytes(b"secret")
     found = Meeting(3)
     waiting = found.come(0)
     late = subprocess.Popen(
@@ -107,7 +108,7 @@ def test_a_pod_that_dies_while_it_waits_is_missing_again_and_its_successor_takes
             *(sys.executable, "-m", names.LAUNCH_MODULE, "--nodes=3", "--processes=1", "--node=1"),
             *(f"--first-address={HERE}", f"--port={found.port}"),
         ],
-        env={**surroundings(), names.TOKEN_VARIABLE: "secret", "NEMO_RL_POD_ROOT": "/nowhere"},
+        env={**surroundings(), names.TOKEN_VARIABLE: str(tmp_path / "token"), "NEMO_RL_POD_ROOT": "/nowhere"},
     )
     until(lambda: any("2 of 3 pods are here; waiting for x-1-2" in line for line in found.said), "the second pod")
     late.kill()
@@ -120,8 +121,8 @@ def test_a_pod_that_dies_while_it_waits_is_missing_again_and_its_successor_takes
     assert found.results == {0: True, 1: True, 2: True}
 
 
-@pytest.mark.parametrize("token", ["", "wrong"])
-def test_who_does_not_know_the_token_is_not_let_in_and_learns_nothing(token: str):
+@pytest.mark.parametrize("token", [b"", b"wrong"])
+def test_who_does_not_know_the_token_is_not_let_in_and_learns_nothing(token: bytes):
     found = Meeting(2)
     threads = [found.come(0, 2), found.come(1, 2, token)]
     for thread in threads:
@@ -139,12 +140,12 @@ def test_a_false_listener_sends_nobody_off():
             line = meeting._Line(connection)
             line.send({"challenge": "x"})
             line.read()
-            line.send({"go": meeting._proof("", "go", 1, "x", "x")})
+            line.send({"go": meeting._proof(b"", "go", 1, "x", "x")})
             time.sleep(5)
 
         threading.Thread(target=deceive, daemon=True).start()
         with pytest.raises(MeetingFailed, match=r"does not know the job's token|x-1-0"):
-            meeting.join(Party(2, port, "secret", print, lambda n: f"x-1-{n}"), 1, HERE, 1.5)
+            meeting.join(Party(2, port, b"secret", print, lambda n: f"x-1-{n}"), 1, HERE, 1.5)
 
 
 @pytest.mark.parametrize(

@@ -68,10 +68,9 @@ def test_the_time_left_forgets_an_old_pace(clock: Clock):
 
 def test_a_loop_without_a_sign_of_life_is_stuck_until_the_next_one(clock: Clock):
     report = Report()
-    report.reward_seconds = 60
+    report.reward_seconds, report.stall_seconds, report.silent_seconds = 60, 600, 3600
     report.begin(0, 10)
-    limit = phases.QUIET_SECONDS[phases.TRAINING] + 120
-    clock.now += limit
+    clock.now += 600 + 2 * 60
     assert report.health()[0]
     clock.now += 1
     healthy, sentence = report.health()
@@ -83,13 +82,27 @@ def test_a_loop_without_a_sign_of_life_is_stuck_until_the_next_one(clock: Clock)
 
 def test_a_phase_that_cannot_speak_may_be_quiet_for_longer(clock: Clock):
     report = Report()
+    report.stall_seconds, report.silent_seconds = 600, 3600
     report.begin(0, 10)
     with report.during(phases.SAVING):
-        clock.now += phases.LONGEST_QUIET_SECONDS
+        clock.now += 3600
         assert report.health()[0]
         clock.now += 1
         assert not report.health()[0]
     assert report.health()[0]  # the save is over, and that was a sign of life
+
+
+def test_signs_of_life_of_the_ranks_that_it_waits_for_count(clock: Clock):
+    report = Report()
+    report.stall_seconds = 600
+    report.begin(0, 10)
+    clock.now += 500
+    report.alive_at(clock.now - 100)
+    clock.now += 500
+    assert report.health()[0]
+    report.alive_at(clock.now - 900)  # an older one takes nothing back
+    clock.now += 1
+    assert not report.health()[0]
 
 
 def test_the_checkpoint_is_served_beside_the_progress():
