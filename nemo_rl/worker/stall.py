@@ -14,7 +14,6 @@ import threading
 import time
 
 from nemo_rl.job import names
-from nemo_rl.job.status import Cause
 from nemo_rl.worker import ending
 from nemo_rl.worker.job import Pod
 from nemo_rl.worker.report import Report
