@@ -21,6 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_rl.errors import LeaseLost
+from nemo_rl.run.lease import REPLACED, Lease, guarded
+
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
@@ -105,13 +108,14 @@ def _step_directories(root: Path) -> list[Path]:
 class CheckpointStore:
     """Writes and prunes the checkpoints of one run. Only the process that holds the run makes one."""
 
-    def __init__(self, run_dir: Path, keep: int) -> None:
-        """Keep the `keep` newest checkpoints, and the best one besides."""
+    def __init__(self, run_dir: Path, keep: int, *, lease: Lease | None = None) -> None:
+        """Keep the `keep` newest checkpoints, and the best one besides. With a lease, all is written and moved by it."""
         if keep < 1:
             raise ValueError(f"found keep={keep}; at least one checkpoint must be kept")
         self.run_dir = Path(run_dir)
         self.root = self.run_dir / CHECKPOINTS
         self.keep = keep
+        self.lease = lease
         if is_rank_zero():
             self._clear_leftovers()
 
@@ -131,7 +135,8 @@ class CheckpointStore:
         replaced. With several ranks every rank calls it.
         """
         path = self.root / f"{_STEP_PREFIX}{step:08d}"
-        write_checkpoint(path, step, model=model, tokenizer=tokenizer, optimizer=optimizer, state=state, metric=metric)
+        parts = {"model": model, "tokenizer": tokenizer, "optimizer": optimizer}
+        write_checkpoint(path, step, **parts, state=state, metric=metric, lease=self.lease)
         if is_rank_zero():
             self._prune()
         return path
@@ -171,14 +176,22 @@ class CheckpointStore:
         best = best_of(complete)
         if best is None:
             return
-        _point(self.root / LATEST, complete[-1].path.name)
-        _point(self.root / BEST, best.path.name)
+        _point(self.root / LATEST, complete[-1].path.name, self.lease)
+        _point(self.root / BEST, best.path.name, self.lease)
         for checkpoint in complete[: -self.keep]:
             if checkpoint.path != best.path:
-                _remove(checkpoint.path)
+                _remove(checkpoint.path, self.lease)
 
     def _clear_leftovers(self) -> None:
         """What a killed save left: half-written directories go, a checkpoint that was about to be replaced returns."""
+        kept = self.lease.staging.glob(f"{REPLACED}*") if self.lease else ()
+        for path in kept:
+            original = self.root / path.name.removeprefix(REPLACED)
+            if original.exists():
+                shutil.rmtree(path)
+            elif self.lease:
+                self.root.mkdir(parents=True, exist_ok=True)
+                self.lease.publish(path, original)
         for path in self.root.glob(f"{_REPLACED}*"):
             original = path.with_name(path.name.removeprefix(_REPLACED))
             if original.exists():
@@ -192,23 +205,25 @@ class CheckpointStore:
                 path.unlink()
 
 
-def _point(link: Path, target: str) -> None:
+def _point(link: Path, target: str, lease: Lease | None) -> None:
     """Make `link` name its sibling `target`, in one rename. A file with the name where links are not supported."""
-    aside = link.with_name(f"{_UNFINISHED}{link.name}")
-    aside.unlink(missing_ok=True)
-    try:
-        aside.symlink_to(target)
-    except OSError:
-        aside.write_text(target + "\n", encoding="utf-8")
-    aside.replace(link)
+    aside = lease.staging / link.name if lease else link.with_name(f"{_UNFINISHED}{link.name}")
+    with guarded(lease):
+        aside.unlink(missing_ok=True)
+        try:
+            aside.symlink_to(target)
+        except OSError:
+            aside.write_text(target + "\n", encoding="utf-8")
+        aside.replace(link)
     _fsync(link.parent)
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Path, lease: Lease | None) -> None:
     """Remove a checkpoint; a kill in between leaves a leftover, never a half checkpoint under its name."""
-    aside = path.with_name(f"{_UNFINISHED}old-{path.name}")
-    path.rename(aside)
-    shutil.rmtree(aside)
+    aside = lease.staging / f"old-{path.name}" if lease else path.with_name(f"{_UNFINISHED}old-{path.name}")
+    with guarded(lease):
+        path.rename(aside)
+        shutil.rmtree(aside)
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -223,6 +238,7 @@ def write_checkpoint(
     optimizer: Any = None,
     state: Mapping[str, Any],
     metric: float | None = None,
+    lease: Lease | None = None,
 ) -> Path:
     """Write one checkpoint as directory `path`: a kill at any moment leaves the whole of it, or what was there before.
 
@@ -233,7 +249,7 @@ def write_checkpoint(
     path = Path(path)
     if path.exists() and not any((path / name).exists() for name in (STATE_FILE, TRAINER_STATE)):
         raise FileExistsError(f"{path} exists and is not a checkpoint; give a path that does not exist")
-    aside = path.with_name(f"{_UNFINISHED}{path.name}")
+    aside = lease.staging / path.name if lease else path.with_name(f"{_UNFINISHED}{path.name}")
     groups = optimizer_groups(optimizer)
     if metric is not None and not math.isfinite(metric):
         metric = None
@@ -252,9 +268,11 @@ def write_checkpoint(
             if tokenizer is not None:
                 tokenizer.save_pretrained(aside)
             _seal(aside, record)
-            _publish(aside, path)
+            _publish(aside, path, lease)
         _barrier()
     except BaseException as error:
+        if lease and isinstance(error, Exception) and not isinstance(error, LeaseLost) and not lease.held():
+            raise lease.lost() from error
         error.add_note(f"while saving the checkpoint of step {step} to {path}")
         if is_rank_zero():
             shutil.rmtree(aside, ignore_errors=True)
@@ -275,14 +293,16 @@ def _seal(aside: Path, record: dict[str, Any]) -> None:
     _fsync(aside)
 
 
-def _publish(aside: Path, path: Path) -> None:
+def _publish(aside: Path, path: Path, lease: Lease | None) -> None:
     """Rename `aside` to `path`; one that is there already steps aside first and returns if we are killed between."""
-    replaced = path.with_name(f"{_REPLACED}{path.name}")
-    if path.exists():
-        if replaced.exists():
-            shutil.rmtree(replaced)
-        path.rename(replaced)
-    aside.rename(path)
+    replaced = lease.staging / f"{REPLACED}{path.name}" if lease else path.with_name(f"{_REPLACED}{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with guarded(lease):
+        if path.exists():
+            if replaced.exists():
+                shutil.rmtree(replaced)
+            path.rename(replaced)
+        aside.rename(path)
     _fsync(path.parent)
     if replaced.exists():
         shutil.rmtree(replaced)

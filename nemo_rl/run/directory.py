@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nemo_rl.run.checkpoint import CHECKPOINTS, find_checkpoints
+from nemo_rl.run.lease import Lease, guarded
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
@@ -47,10 +48,11 @@ class Run:
     settings: dict[str, Any] = field(repr=False)
     owns_directory: bool = field(repr=False)
     _lock: int | None = field(repr=False)
+    lease: Lease | None = field(default=None, repr=False)
 
     def finish(self) -> None:
         """Record that the run is complete, and let go of the directory."""
-        _write_record(self.dir, self.settings, "finished", self.owns_directory)
+        _write_record(self.dir, self.settings, "finished", self.owns_directory, self.lease)
         self.close()
 
     def close(self) -> None:
@@ -66,13 +68,18 @@ class Run:
         self.close()
 
 
-def open_run(output_dir: Path, settings: dict[str, Any], resume: Literal["auto", "required", "never"]) -> Run:
+def open_run(
+    output_dir: Path,
+    settings: dict[str, Any],
+    resume: Literal["auto", "required", "never"],
+    lease: Lease | None = None,
+) -> Run:
     """Take `output_dir` for a run of these settings (JSON-able; two runs are equal when theirs are).
 
     auto: an unfinished run of the same settings goes on, anything else steps aside. required: ValueError, naming the
     differences field by field, when there is no such run with a checkpoint. never: whatever is there steps aside.
     Stepping aside renames to `<directory>.old-1`, `.old-2`, …: nothing is ever overwritten. RunBusyError when another
-    run is active in the directory.
+    run is active in the directory. With a lease, no lock is asked for: a lost node may keep one for ever.
     """
     directory = Path(output_dir).resolve()
     settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists, keys are strings
@@ -82,7 +89,7 @@ def open_run(output_dir: Path, settings: dict[str, Any], resume: Literal["auto",
         if resume == "required" and created:
             raise ValueError(f'resume="required", but there is no run in {directory}; use resume="auto" to begin one')
         directory.mkdir(parents=True, exist_ok=True)
-        lock = _take_lock(directory)
+        lock = _take_lock(directory) if lease is None else None
         try:
             record = _read_record(directory)
             obstacle = _obstacle(directory, record, settings)
@@ -95,18 +102,20 @@ def open_run(output_dir: Path, settings: dict[str, Any], resume: Literal["auto",
             if found and (resume == "never" or obstacle is not None):
                 aside = _step_aside(directory, whole=bool(record and record.get("owns_directory")))
                 notices.append(f"{obstacle or 'found a run there'}; moved it to {_from_here(aside)} and begin anew")
-                _unlock(directory, lock)
+                if lock is not None:
+                    _unlock(directory, lock)
                 continue
             # An empty directory may be one that another caller has just made for the same run: it is the run's own.
             owns = record["owns_directory"] if record else created or os.listdir(directory) == [LOCK_FILE]
             if found:
                 notices.append(f"continuing the unfinished run in {_from_here(directory)}")
             else:
-                _write_record(directory, settings, "unfinished", owns)
-            return Run(directory, found, "; ".join(notices) or None, settings, owns, lock)
+                _write_record(directory, settings, "unfinished", owns, lease)
+            return Run(directory, found, "; ".join(notices) or None, settings, owns, lock, lease)
         except BaseException:
-            with contextlib.suppress(OSError):
-                _unlock(directory, lock)
+            if lock is not None:
+                with contextlib.suppress(OSError):
+                    _unlock(directory, lock)
             raise
 
 
@@ -169,7 +178,9 @@ def _read_record(directory: Path) -> dict[str, Any] | None:
         return None
 
 
-def _write_record(directory: Path, settings: dict[str, Any], status: str, owns_directory: bool) -> None:
+def _write_record(
+    directory: Path, settings: dict[str, Any], status: str, owns_directory: bool, lease: Lease | None
+) -> None:
     record = {
         "format": FORMAT,
         "status": status,
@@ -177,12 +188,13 @@ def _write_record(directory: Path, settings: dict[str, Any], status: str, owns_d
         "owns_directory": owns_directory,
         "settings": settings,
     }
-    aside = directory / f".{RUN_FILE}.tmp"
-    with open(aside, "w", encoding="utf-8") as stream:
-        json.dump(record, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(directory / RUN_FILE)
+    aside = lease.staging / RUN_FILE if lease else directory / f".{RUN_FILE}.tmp"
+    with guarded(lease):
+        with open(aside, "w", encoding="utf-8") as stream:
+            json.dump(record, stream, indent=1)
+            stream.flush()
+            os.fsync(stream.fileno())
+        aside.replace(directory / RUN_FILE)
 
 
 def _step_aside(directory: Path, whole: bool) -> Path:

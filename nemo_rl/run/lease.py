@@ -176,6 +176,11 @@ class Lease:
                     shutil.rmtree(begun, ignore_errors=True)
 
 
+def guarded(lease: Lease | None) -> contextlib.AbstractContextManager[None]:
+    """`lease.guard()`; without a lease errors are what they are."""
+    return lease.guard() if lease else contextlib.nullcontext()
+
+
 def _folder(root: Path, generation: int) -> Path:
     return root / f"{generation:08d}"
 

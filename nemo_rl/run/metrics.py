@@ -7,12 +7,14 @@ import logging
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, unquote
 
 from nemo_rl.run.directory import COMPLETIONS_FILE, METRICS_FILE, TENSORBOARD_DIR
+from nemo_rl.run.lease import Lease
 
 logger = logging.getLogger(__name__)
 
@@ -39,22 +41,26 @@ class MetricsLog:
     Call `log` for a step before its checkpoint is saved: what a checkpoint has behind it is then in the files.
     """
 
-    def __init__(self, run_dir: Path, *, resume_step: int, tensorboard: bool) -> None:
-        """`resume_step` is the step of the checkpoint that the run goes on from, 0 for a new run."""
+    def __init__(self, run_dir: Path, *, resume_step: int, tensorboard: bool, lease: Lease | None = None) -> None:
+        """`resume_step` is the step of the checkpoint that the run goes on from, 0 for a new run.
+
+        With a lease both files begin as copies: what an earlier holder still writes goes to files without a name.
+        """
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._last_step = _cut(run_dir / METRICS_FILE, resume_step)
+        self._lease = lease
+        self._metrics, self._last_step = _go_on(run_dir / METRICS_FILE, resume_step, lease)
         if self._last_step != resume_step:
             logger.warning("%s ends at step %d, the run goes on after step %d: the steps between are lost",
                            run_dir / METRICS_FILE, self._last_step, resume_step)  # fmt: skip
             self._last_step = resume_step
-        _cut(run_dir / COMPLETIONS_FILE, resume_step)
-        self._metrics = _open_lines(run_dir / METRICS_FILE)
-        self._completions = _open_lines(run_dir / COMPLETIONS_FILE)
+        self._completions, _ = _go_on(run_dir / COMPLETIONS_FILE, resume_step, lease)
         self._board = _open_board(run_dir / TENSORBOARD_DIR, resume_step) if tensorboard else None
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one step. Values are numbers (tensors of one element, too), text or None; NaN and ±inf become null."""
+        if self._lease is not None:
+            self._lease.check()
         step = metrics["step"]
         if step <= self._last_step:
             raise ValueError(
@@ -101,6 +107,21 @@ def _open_board(directory: Path, resume_step: int) -> Any:
             "tensorboard=True, but the package tensorboard is not installed; pip install 'nemo-rl[tensorboard]'"
         ) from None
     return SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else None)
+
+
+def _go_on(path: Path, resume_step: int, lease: Lease | None) -> tuple[IO[str], int]:
+    """The file to append to, cut after `resume_step`, and the last step in it. With a lease it is a copy in its place."""
+    if lease is None:
+        last = _cut(path, resume_step)
+        return _open_lines(path), last
+    aside = lease.staging / path.name
+    with lease.guard():
+        if path.exists():
+            shutil.copyfile(path, aside)
+        last = _cut(aside, resume_step)
+        stream = _open_lines(aside)
+    lease.publish(aside, path)
+    return stream, last
 
 
 def _cut(path: Path, resume_step: int) -> int:

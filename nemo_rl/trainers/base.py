@@ -20,6 +20,7 @@ from nemo_rl.model.policy import Policy
 from nemo_rl.model.sharding import ShardedModel
 from nemo_rl.run.checkpoint import Checkpoint, CheckpointStore
 from nemo_rl.run.directory import Run, differences, open_run
+from nemo_rl.run.lease import Claim, Lease
 from nemo_rl.run.ranks import Ranks, join
 from nemo_rl.run.signals import Interrupted, StopSignals
 from nemo_rl.trainers.callbacks import CallbackList
@@ -71,6 +72,9 @@ class Trainer(Passes, ABC):
         self.current_step = 0
         self.should_stop = False
         self.total_steps = 0
+        self.lease_claim: Claim | None = None
+        """Set in a pod: what asks for the right to write to output_dir, which an earlier attempt may still believe to have."""
+        self.lease: Lease | None = None
         self._start_model: Any = None
         self.policy: Policy
         self.optimizer: Optimizer | None = None
@@ -147,16 +151,19 @@ class Trainer(Passes, ABC):
                 found = "; ".join(differences(identities[0], other))
                 raise ValueError(f"rank {rank} trains something else than rank 0: {found}; give all ranks the same")
         opened: list[Run] = []
+        claim = self.lease_claim
+        if claim is not None:
+            self.lease = claim.of(self.ranks.first(lambda: claim.take().generation))
 
         def take() -> Run:
-            opened.append(open_run(self.output_dir, identity, self.training.resume))
+            opened.append(open_run(self.output_dir, identity, self.training.resume, lease=self.lease))
             return dataclasses.replace(opened[0], _lock=None)
 
         run = self.ranks.first(take)
         return opened[0] if opened else run
 
     def _run(self, run: Run, data: Prepared, validation: Prepared | None) -> TrainResult:
-        store = CheckpointStore(run.dir, self.training.keep_checkpoints)
+        store = CheckpointStore(run.dir, self.training.keep_checkpoints, lease=self.lease)
         checkpoint = self.ranks.first(lambda: store.latest() if run.resuming else None)
         self.run_dir = run.dir
         self._load(store, checkpoint)

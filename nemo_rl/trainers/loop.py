@@ -55,7 +55,8 @@ class Loop:
         self.metrics_log: MetricsLog | None = None
         if trainer.ranks.is_first:
             logged = trainer.current_step - 1 if self.open and not self.open.told else trainer.current_step
-            self.metrics_log = MetricsLog(trainer.run_dir, resume_step=logged, tensorboard=trainer.training.tensorboard)
+            board = trainer.training.tensorboard
+            self.metrics_log = MetricsLog(trainer.run_dir, resume_step=logged, tensorboard=board, lease=trainer.lease)
         self._order: list[list[int]] = []
         self._unsaved = False
         self._settled_callbacks: Any = None

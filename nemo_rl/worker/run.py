@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ from nemo_rl.job.names import ExitCode
 from nemo_rl.job.status import TerminationMessage
 from nemo_rl.run.checkpoint import find_checkpoints
 from nemo_rl.run.directory import RUN_FILE
+from nemo_rl.run.lease import Claim, Lease, guarded
 from nemo_rl.worker import ending, inputs, probe
 from nemo_rl.worker.digest import digest_argument
 from nemo_rl.worker.grace import Grace
@@ -119,6 +121,7 @@ def _attempt(job: Job, pod: Pod, report: Report) -> TerminationMessage:
     grace = Grace(float(spec.termination_grace_period_seconds)) if pod.rank == 0 else None
     observer = Observer(report, metrics, claim=claim, grace=grace)
     trainer = observed(trainer_class, report, observer)(spec, output_dir=output)
+    trainer.lease_claim = _lease_claim(job, output)
     result = trainer.fit(
         spec.dataset,
         reward_fn=reward,
@@ -128,7 +131,7 @@ def _attempt(job: Job, pod: Pod, report: Report) -> TerminationMessage:
     )
     word = _success(result, report)
     if pod.rank == 0:
-        _keep(word, job, output)
+        _keep(word, job, output, trainer.lease)
     return word
 
 
@@ -144,15 +147,22 @@ def _success(result: TrainResult, report: Report) -> TerminationMessage:
 # --- a job that is done already
 
 
-def _keep(word: TerminationMessage, job: Job, output: Path) -> None:
+def _lease_claim(job: Job, output: Path) -> Claim | None:
+    """What asks for the right to write to the output; None where no operator counts attempts."""
+    number = os.environ.get(names.ATTEMPT_VARIABLE, "")
+    return Claim.on(output, job.uid, int(number), socket.gethostname()) if number.isdigit() else None
+
+
+def _keep(word: TerminationMessage, job: Job, output: Path, lease: Lease | None) -> None:
     """Leaves the word of success in the output: should the node die now, the next attempt has nothing to do."""
     record = {"uid": job.uid, "word": json.loads(word.encode())}
-    aside = output / f".{RESULT_FILE}.tmp"
-    with open(aside, "w", encoding="utf-8") as stream:
-        json.dump(record, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(output / RESULT_FILE)
+    aside = lease.staging / RESULT_FILE if lease else output / f".{RESULT_FILE}.tmp"
+    with guarded(lease):
+        with open(aside, "w", encoding="utf-8") as stream:
+            json.dump(record, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        aside.replace(output / RESULT_FILE)
 
 
 def _finished_before(job: Job, pod: Pod) -> TerminationMessage | None:
