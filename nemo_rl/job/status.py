@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Literal
@@ -78,6 +79,23 @@ def _cut(limit: int) -> BeforeValidator:
 def _tail(value: Any) -> Any:
     """A traceback keeps its last lines: the error itself stands there."""
     return "\n".join(value.rstrip().splitlines()[-TRACEBACK_LINES:])[-4000:] if isinstance(value, str) else value
+
+
+_PLACE = re.compile(r"(rank \d+|the main thread):$")
+"""The line above a stack that says whose it is."""
+
+
+def stacks_together(*stacks: str) -> str:
+    """Stacks of several processes in at most 20 lines: of each who it is, and its innermost frames."""
+    sections: list[list[str]] = []
+    for line in "\n".join(stack for stack in stacks if stack).splitlines():
+        if _PLACE.match(line) or not sections:
+            sections.append([line])
+        else:
+            sections[-1].append(line)
+    sections = sections[: TRACEBACK_LINES // 2]
+    each = TRACEBACK_LINES // max(1, len(sections)) - 1
+    return "\n".join("\n".join([head, *frames[-each:]]) for head, *frames in sections)
 
 
 def _metrics(value: Any) -> Any:

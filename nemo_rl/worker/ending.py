@@ -15,7 +15,7 @@ from pathlib import Path
 import nemo_rl
 from nemo_rl.errors import DatasetError, NonFiniteTraining, RewardError, TrainingInterrupted
 from nemo_rl.job.names import ExitCode
-from nemo_rl.job.status import TRACEBACK_LINES, Cause, Checkpoint, TerminationMessage
+from nemo_rl.job.status import TRACEBACK_LINES, Cause, Checkpoint, TerminationMessage, stacks_together
 from nemo_rl.worker.bundles import BundleError
 
 OTHER = 1
@@ -153,7 +153,7 @@ def stalled(message: str, where: str, stack: str, *, step: int, checkpoint: Chec
         exit_code=OTHER,
         cause=Cause.STALLED,
         message=message,
-        traceback=_together(f"{where}:\n{stack}"),
+        traceback=stacks_together(f"{where}:\n{stack}"),
     )
 
 
@@ -173,7 +173,7 @@ def write_stalled(word: TerminationMessage, path: Path) -> None:
             return word
         if there.cause != Cause.STALLED:
             return None
-        return there.model_copy(update={"traceback": _together(there.traceback or "", word.traceback or "")})
+        return there.model_copy(update={"traceback": stacks_together(there.traceback or "", word.traceback or "")})
 
     _update(path, merged)
 
@@ -230,8 +230,6 @@ def _cure(cause: str) -> str:
 
 # --- tracebacks of at most 20 lines
 
-_PLACE = re.compile(r"(rank \d+|the main thread):$")
-"""The line above a stack that says whose it is."""
 _HEADER = "Traceback (most recent call last):"
 _FRAME = re.compile(r'  File "(.*)", line \d+')
 _LIBRARIES = ("/site-packages/", "/dist-packages/", f"{os.path.dirname(os.__file__)}/", "<frozen ")
@@ -247,19 +245,6 @@ def stack_of(thread: int | None) -> str:
         return "(no Python frame)"
     text = shortened(f"{_HEADER}\n{''.join(traceback.format_stack(frame))}hangs here")
     return "\n".join(text.splitlines()[1:][-(TRACEBACK_LINES - 1) :])
-
-
-def _together(*stacks: str) -> str:
-    """Stacks of several processes in at most 20 lines: of each who it is, and its innermost frames."""
-    sections: list[list[str]] = []
-    for line in "\n".join(stack for stack in stacks if stack).splitlines():
-        if _PLACE.match(line) or not sections:
-            sections.append([line])
-        else:
-            sections[-1].append(line)
-    sections = sections[: TRACEBACK_LINES // 2]
-    each = TRACEBACK_LINES // max(1, len(sections)) - 1
-    return "\n".join("\n".join([head, *frames[-each:]]) for head, *frames in sections)
 
 
 def traceback_of(error: BaseException) -> str:

@@ -8,11 +8,11 @@ others of a job merely lose their connection to it.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from nemo_rl.job.names import TRAINER_CONTAINER, ExitCode
-from nemo_rl.job.status import Cause, TerminationMessage
+from nemo_rl.job.status import Cause, TerminationMessage, stacks_together
 from nemo_rl_operator.observe import AttemptView, PodView, newest
 
 Verdict = Literal["fatal", "counted", "free"]
@@ -45,6 +45,8 @@ HIGHEST_CODE = 255
 """What the status takes; a node that reports more is not believed."""
 TORCHRUN_CODE = 1
 """With this torchrun ends, whatever its processes ended with; the termination message tells what that was."""
+FOLLOWED = "RankFailed"
+"""What a trainer says that ended because one in another pod had."""
 SIGNALS = {6: "SIGABRT", 7: "SIGBUS", 9: "SIGKILL", 11: "SIGSEGV", 15: "SIGTERM"}
 
 
@@ -95,13 +97,22 @@ def outcome(
     failures = [_failure(pod, asked) for pod in failed]
     if _disrupted(attempt):
         failures.append(((1, attempt.ended), _from_job(attempt)))
-    return min(failures, key=lambda found: found[0])[1] if failures else _from_job(attempt)
+    return _root_cause(failures) if failures else _from_job(attempt)
 
 
 def pod_failure(failed: tuple[PodView, ...], pods: tuple[PodView, ...]) -> Outcome:
     """The root cause among pods that failed; `pods` are all of the attempt."""
     asked = _asked_to_stop(pods)
-    return min((_failure(pod, asked) for pod in failed), key=lambda found: found[0])[1]
+    return _root_cause([_failure(pod, asked) for pod in failed])
+
+
+def _root_cause(failures: list[tuple[tuple[int, str], Outcome]]) -> Outcome:
+    """The failure that the others followed from. Of processes that hung, the stacks of all stand in it."""
+    found = min(failures, key=lambda failure: failure[0])[1]
+    if found.cause is not Cause.STALLED:
+        return found
+    stalled = [other for _, other in sorted(failures, key=lambda failure: failure[0]) if other.cause is Cause.STALLED]
+    return replace(found, traceback=stacks_together(*(other.traceback or "" for other in stalled)) or None)
 
 
 def _success(pod: PodView) -> Outcome:
@@ -134,6 +145,10 @@ def _failure(pod: PodView, asked: bool) -> tuple[tuple[int, str], Outcome]:
     cause, rank, message = _cause(pod, code, asked)
     if termination and termination.message and rank in (0, 3, 4):
         message = termination.message
+    if termination and cause is Cause.ERROR and termination.cause == Cause.STALLED:
+        cause, rank = Cause.STALLED, 2
+    elif termination and termination.cause == FOLLOWED and rank == 4:
+        rank = 5
     found = Outcome(
         cause,
         message,

@@ -25,6 +25,7 @@ from nemo_rl_operator.policies import (
     serve,
     sidecars,
     start,
+    startup,
     suspend,
 )
 
@@ -35,10 +36,12 @@ CHECKLIST: tuple[Callable[[Plan], bool], ...] = (
     deadline.keep_clock,  # before anything ends the job, which reads the clock
     outcome.conclude,
     lost.give_up,
+    lost.replace,
     sidecars.release,  # once an attempt's end is recorded, and before the next one starts
     adopt.miss_deleted_job,
     suspend.suspend,  # before the deadline: what is being suspended is not failed for the time that it takes
     deadline.enforce,
+    startup.expire,
     running.report,
     start.wait_for_pods,
     accept.report_block,

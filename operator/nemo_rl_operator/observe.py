@@ -152,6 +152,8 @@ class Snapshot:
     pods: Mapping[int, tuple[PodView, ...]] = field(default_factory=dict)
     files: PodView | None = None
     progress: Progress | None = None
+    unreadable: str = ""
+    """Why the progress has not been readable for a while; empty where it is, or may be soon."""
     image: str = ""
     """Trainer image of jobs that name none."""
     begun: int = 0

@@ -15,6 +15,9 @@ from nemo_rl_operator.classify import Outcome
 from nemo_rl_operator.observe import AttemptView, PodView, Snapshot
 from nemo_rl_operator.runtime import timestamps
 
+LOST_PATIENCE_SECONDS = 30.0
+"""How long after its time a pod that is being deleted is still expected to be reported as ended."""
+
 
 class Kind(Enum):
     """Kinds of objects that actions are about: API prefix and plural."""
@@ -122,8 +125,22 @@ class Plan:
         return timestamps.write(min(ended, self.now)) if ended else self.time
 
     def live_pods(self) -> list[PodView]:
-        """Pods of any attempt that have not ended."""
-        return [pod for pods in self.snapshot.pods.values() for pod in pods if not pod.terminal]
+        """Pods of any attempt that have not ended, but for those that are given up."""
+        found = [pod for pods in self.snapshot.pods.values() for pod in pods if not pod.terminal]
+        return [pod for pod in found if not self.given_up(pod)]
+
+    def overdue(self, pod: PodView) -> bool:
+        """Whether a pod should have ended some time ago, and nobody says that it has: its node is silent."""
+        return pod.deleting and self.patience_left(pod) <= 0
+
+    def patience_left(self, pod: PodView) -> float:
+        """Seconds for which a pod that is being deleted is still expected to be reported as ended."""
+        return LOST_PATIENCE_SECONDS + (timestamps.seconds_until(pod.gone_by, self.now) or 0.0)
+
+    def given_up(self, pod: PodView) -> bool:
+        """Whether the job goes on without knowing that this pod has ended, as its user asked for."""
+        spec = self.snapshot.spec
+        return spec is not None and spec.on_node_lost == "replace" and not pod.terminal and self.overdue(pod)
 
     def wake_in(self, seconds: float) -> None:
         self.wake = max(0.0, seconds) if self.wake is None else min(self.wake, max(0.0, seconds))

@@ -22,6 +22,8 @@ INTERVAL = 5.0
 """Seconds between two reads of one job, and so between two writes of its status for progress alone."""
 WRITES_PER_SECOND = 40.0
 """Reads of all jobs together; with more than 200 running, each is read less often."""
+UNREADABLE_SECONDS = 60.0
+"""Progress that cannot be read for this long is said in the status."""
 LONGEST_INTERVAL = 60.0
 TIMEOUT = aiohttp.ClientTimeout(total=2)
 AT_ONCE = 32
@@ -34,6 +36,9 @@ class _Source:
     url: str
     failures: int = 0
     found: Progress | None = None
+    failing_since: float | None = None
+    why: str = ""
+    """Said once it has failed for long."""
 
 
 class ProgressPuller:
@@ -60,6 +65,18 @@ class ProgressPuller:
     def newest(self, key: Key) -> Progress | None:
         source = self._sources.get(key)
         return source.found if source else None
+
+    def unreadable(self, key: Key) -> str:
+        """Why the progress could not be read for a minute; empty where it could."""
+        source = self._sources.get(key)
+        return source.why if source else ""
+
+    def _failed(self, key: Key, source: _Source, why: str) -> None:
+        now = asyncio.get_running_loop().time()
+        source.failing_since = now if source.failing_since is None else source.failing_since
+        if not source.why and now - source.failing_since >= UNREADABLE_SECONDS and self._sources.get(key) is source:
+            source.why = why[:200]
+            self._changed(key)
 
     async def run(self) -> None:
         """Read what is due, until cancelled."""
@@ -95,17 +112,20 @@ class ProgressPuller:
         try:
             found = await read(session, source.url)
             source.failures = 0
-            if found != source.found and self._sources.get(key) is source:
+            was, source.failing_since, source.why = source.why, None, ""
+            if (was or found != source.found) and self._sources.get(key) is source:
                 source.found = found
                 self._changed(key)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             result = "unreachable"
             source.failures = 1  # it imports, or its node is busy: it is asked again soon, however often that was so
+            self._failed(key, source, str(error) or type(error).__name__)
             log.debug("%s/%s: no progress: %s", *key, error)
         except ValueError as error:  # a ValidationError too
             result = "invalid"
             source.failures += 1
             count = f" ({error.error_count()} errors)" if isinstance(error, ValidationError) else ""
+            self._failed(key, source, f"what answers at {source.url} is no progress")
             log.debug("%s/%s: invalid progress%s", *key, count)
         metrics.PROGRESS_PULLS.labels(result).inc()
         interval = max(INTERVAL, len(self._sources) / WRITES_PER_SECOND)

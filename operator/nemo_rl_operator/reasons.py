@@ -40,6 +40,16 @@ BUNDLES_FAILED_MESSAGE = (
     "{missing} of {total} bundle parts were not uploaded within {minutes} minutes (first missing: ConfigMap {first}); "
     "was the client interrupted? Submit the job again"
 )
+STARTUP_MESSAGE = (
+    "not all pods ran within startupTimeoutSeconds ({limit} s): waited for {late}; the nodes are given back, and the start is "
+    "repeated. It does not count"
+)
+NEVER_RAN_MESSAGE = "only {ran} of {nodes} pods ever ran, without {late}; the others gave up: {message}"
+NODE_LOST_MESSAGE = (
+    "pod {pod} should have ended by {time}, and its node is silent; onNodeLost is replace, so the next attempt starts, and "
+    "whatever that pod still writes is kept out of the output"
+)
+UNREADABLE_MESSAGE = "; its progress cannot be read ({why}): does a NetworkPolicy or a mesh keep the operator from port {port} of the pod?"
 DEADLINE_MESSAGE = "ran {seconds} s in all, and activeDeadlineSeconds is {limit}; raise it, or train fewer steps"
 FRUITLESS_MESSAGE = "the {row}th attempt in a row that ended without a new checkpoint, so this one counts: {message}"
 BACKOFF_LIMIT_MESSAGE = "{failures} attempts failed and backoffLimit is {limit}; the last one: {message}"

@@ -107,7 +107,7 @@ class Reconciler:
         if entry.resource is None:
             return None
         progress, begun = self._progress.newest(key), self._begun(key, entry.resource.uid)
-        return observe.observe(
+        snapshot = observe.observe(
             entry.resource,
             entry.jobs.values(),
             entry.known_pods,
@@ -116,6 +116,7 @@ class Reconciler:
             begun=begun,
             expected=build.attempt_content,
         )
+        return replace(snapshot, unreadable=self._progress.unreadable(key))
 
     def _beside(self, key: Key) -> int:
         """How many other jobs start, or started, beside this one's start."""

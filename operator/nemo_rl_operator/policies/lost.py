@@ -6,12 +6,10 @@ from nemo_rl.job.status import Cause
 from nemo_rl_operator import reasons
 from nemo_rl_operator.classify import Outcome
 from nemo_rl_operator.observe import PodView
-from nemo_rl_operator.plan import Delete, Kind, Plan
+from nemo_rl_operator.plan import LOST_PATIENCE_SECONDS, Delete, Kind, Plan
 from nemo_rl_operator.policies import retry
-from nemo_rl_operator.runtime import timestamps
 
-PATIENCE_SECONDS = 30.0
-"""How long after its time a pod that is being deleted is still expected to be reported as ended."""
+PATIENCE_SECONDS = LOST_PATIENCE_SECONDS
 
 
 def give_up(plan: Plan) -> bool:
@@ -29,6 +27,25 @@ def give_up(plan: Plan) -> bool:
     return retry.judge(plan, found)
 
 
+def replace(plan: Plan) -> bool:
+    """With `onNodeLost: replace`, the attempt of a pod on a silent node ends, and the next one does not wait for that pod.
+
+    The pods of other nodes are stopped first. What a pod on the silent node still writes, its lease keeps out.
+    """
+    attempt, record = plan.attempt, plan.record
+    gone = [pod for pod in plan.pods if plan.given_up(pod)]
+    if attempt is None or record is None or not (gone and plan.open):
+        return False
+    if record.cause == Cause.SUSPENDED:
+        if not plan.live_pods():
+            plan.close(Cause.SUSPENDED)
+        return False
+    if not attempt.deleting:
+        plan.actions.append(Delete(Kind.JOB, attempt.name, attempt.uid, foreground=True))
+    message = reasons.NODE_LOST_MESSAGE.format(pod=gone[0].name, time=gone[0].gone_by)
+    return retry.judge(plan, Outcome(Cause.NODE_LOST, message, pod=gone[0].name))
+
+
 def release(plan: Plan) -> None:
     """Delete Jobs that hold on to such pods, when it is time; with their Jobs they go."""
     for attempt in plan.snapshot.attempts.values():
@@ -42,8 +59,8 @@ def release(plan: Plan) -> None:
 
 
 def overdue(plan: Plan, pod: PodView) -> bool:
-    return pod.deleting and _left(plan, pod) <= 0
+    return plan.overdue(pod)
 
 
 def _left(plan: Plan, pod: PodView) -> float:
-    return PATIENCE_SECONDS + (timestamps.seconds_until(pod.gone_by, plan.now) or 0.0)
+    return plan.patience_left(pod)

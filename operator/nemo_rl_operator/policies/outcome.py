@@ -7,7 +7,7 @@ from nemo_rl_operator import reasons
 from nemo_rl_operator.classify import Outcome, outcome
 from nemo_rl_operator.observe import newest
 from nemo_rl_operator.plan import Plan
-from nemo_rl_operator.policies import retry, sidecars
+from nemo_rl_operator.policies import retry, sidecars, startup
 from nemo_rl_operator.runtime import timestamps
 
 SETTLE_SECONDS = 5.0
@@ -71,7 +71,7 @@ def conclude(plan: Plan) -> bool:
     if found.cause is None:
         _succeed(plan, found)
         return True
-    return retry.judge(plan, found)
+    return retry.judge(plan, startup.never_ran(plan, found))
 
 
 def _kept(plan: Plan) -> bool:

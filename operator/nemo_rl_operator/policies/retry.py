@@ -10,7 +10,7 @@ from nemo_rl_operator.classify import Outcome, verdict
 from nemo_rl_operator.plan import Plan
 from nemo_rl_operator.runtime import timestamps
 
-UNCOUNTED = (Cause.NODE_REJECTED, Cause.SUSPENDED)
+UNCOUNTED = (Cause.NODE_REJECTED, Cause.STARTUP_TIMEOUT, Cause.SUSPENDED)
 """What never counts, however often: attempts that took nothing from anybody, or that the user ended."""
 COUNTED_BASE, FREE_BASE, LONGEST_DELAY = 10.0, 5.0, 300.0
 MOST_FRUITLESS = 8
@@ -53,7 +53,7 @@ def _fruitless_row(plan: Plan) -> int:
         if reached > started:
             break
         if attempt.number != plan.number:
-            if attempt.cause == Cause.NODE_REJECTED:
+            if attempt.cause in (Cause.NODE_REJECTED, Cause.STARTUP_TIMEOUT):
                 continue  # it never ran
             if attempt.cause == Cause.SUSPENDED or verdict(attempt.cause or "") != "free":
                 break
@@ -97,7 +97,7 @@ def delay_after(attempts: list[Attempt], counted_failures: int) -> float:
         if attempt.counted or attempt.cause == Cause.SUSPENDED or not _fruitless(attempt):
             break
         fruitless += 1
-    if last.cause == Cause.NODE_REJECTED:
+    if last.cause in (Cause.NODE_REJECTED, Cause.STARTUP_TIMEOUT):  # others may take what was given back
         fruitless = max(1, fruitless) + 1
     return float(min(LONGEST_DELAY, FREE_BASE * 2.0 ** (fruitless - 2))) if fruitless > 1 else 0.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nemo_rl.job import names
 from nemo_rl.job.status import Cause
 from nemo_rl_operator import pending, reasons
 from nemo_rl_operator.classify import pod_failure
@@ -79,8 +80,13 @@ def _started(plan: Plan, attempt: AttemptView) -> None:
         _ending(plan, ending)
         return
     if len({pod.index for pod in pods if pod.phase in ("Running", "Succeeded")}) == nodes:
+        if plan.record and not plan.record.running_time:
+            plan.record.running_time = plan.time
         where = "1 pod" if nodes == 1 else f"{nodes} pods"
-        plan.phase("Running", reasons.RUNNING, reasons.RUNNING_MESSAGE.format(attempt=plan.number, pods=where))
+        message = reasons.RUNNING_MESSAGE.format(attempt=plan.number, pods=where)
+        if plan.snapshot.unreadable:
+            message += reasons.UNREADABLE_MESSAGE.format(why=plan.snapshot.unreadable, port=names.TRAINER_PORT)
+        plan.phase("Running", reasons.RUNNING, message)
         return
     if plan.status.phase == "Running" and len(pods) < nodes and plan.snapshot.verified != plan.number:
         plan.needs.add(Need.ATTEMPT)  # a list that is not in yet must not take back that it runs
