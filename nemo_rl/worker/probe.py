@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -17,7 +16,7 @@ SECONDS = 10.0
 
 def health_file() -> Path:
     """Where this pod says at which address its /healthz is."""
-    return Path(tempfile.gettempdir()) / "nemo-rl-healthz"
+    return Path(os.environ.get("TMPDIR") or "/tmp") / "nemo-rl-healthz"
 
 
 def announce(port: int) -> None:
