@@ -24,20 +24,21 @@ def load() -> None:
     for unused in ("kubernetes", "kubernetes_asyncio"):
         sys.modules.setdefault(unused, None)  # type: ignore[arg-type]
     from nemo_rl.job import names
-    from nemo_rl_operator import assembly, progress
-    from nemo_rl_operator.policies import lost, retry, running, sidecars
+    from nemo_rl_operator import assembly, plan, progress
+    from nemo_rl_operator.policies import retry, running, sidecars
 
     assert assembly
     names.BUNDLE_WAIT_SECONDS = BUNDLE_WAIT_SECONDS
     progress.INTERVAL = 0.3
     progress.LONGEST_INTERVAL = 1.0
+    progress.UNREADABLE_SECONDS = 3.0
     retry.COUNTED_BASE = 0.2
     retry.FREE_BASE = 0.1
     retry.LONGEST_DELAY = 0.5
     running.QUIET_SECONDS = 1.0
     running.LOOK_SECONDS = 1.0
     running.QUEUE_SECONDS = 1.0
-    lost.PATIENCE_SECONDS = 2.0
+    plan.LOST_PATIENCE_SECONDS = 2.0
     sidecars.PATIENCE_SECONDS = 2.0
 
 

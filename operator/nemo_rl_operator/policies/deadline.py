@@ -9,7 +9,6 @@ from nemo_rl.job.status import Cause
 from nemo_rl_operator import reasons
 from nemo_rl_operator.observe import PodView
 from nemo_rl_operator.plan import Plan
-from nemo_rl_operator.policies import lost
 from nemo_rl_operator.runtime import timestamps
 
 
@@ -25,7 +24,7 @@ def keep_clock(plan: Plan) -> bool:
 
 
 def _may_run(plan: Plan, pod: PodView) -> bool:
-    return not pod.terminal and (pod.scheduled or not pod.unschedulable) and not lost.overdue(plan, pod)
+    return not pod.terminal and (pod.scheduled or not pod.unschedulable) and not plan.overdue(pod)
 
 
 def _since(plan: Plan, pod: PodView) -> str:

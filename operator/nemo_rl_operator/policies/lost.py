@@ -5,11 +5,8 @@ from __future__ import annotations
 from nemo_rl.job.status import Cause
 from nemo_rl_operator import reasons
 from nemo_rl_operator.classify import Outcome
-from nemo_rl_operator.observe import PodView
-from nemo_rl_operator.plan import LOST_PATIENCE_SECONDS, Delete, Kind, Plan
+from nemo_rl_operator.plan import Delete, Kind, Plan
 from nemo_rl_operator.policies import retry
-
-PATIENCE_SECONDS = LOST_PATIENCE_SECONDS
 
 
 def give_up(plan: Plan) -> bool:
@@ -20,8 +17,8 @@ def give_up(plan: Plan) -> bool:
     forced = [pod for pod in plan.pods if pod.forced and not pod.terminal]
     if not (forced and plan.open):
         return False
-    if not any(overdue(plan, pod) for pod in forced):
-        plan.wake_in(min(_left(plan, pod) for pod in forced))
+    if not any(plan.overdue(pod) for pod in forced):
+        plan.wake_in(min(plan.patience_left(pod) for pod in forced))
         return False
     found = Outcome(Cause.DISRUPTED, reasons.FORCED_MESSAGE.format(pod=forced[0].name), pod=forced[0].name)
     return retry.judge(plan, found)
@@ -52,15 +49,7 @@ def release(plan: Plan) -> None:
         pods = [pod for pod in plan.snapshot.pods.get(attempt.number, ()) if pod.forced and not pod.terminal]
         if attempt.deleting or not pods:
             continue
-        if any(overdue(plan, pod) for pod in pods):
+        if any(plan.overdue(pod) for pod in pods):
             plan.actions.append(Delete(Kind.JOB, attempt.name, attempt.uid, foreground=True))
         else:
-            plan.wake_in(min(_left(plan, pod) for pod in pods))
-
-
-def overdue(plan: Plan, pod: PodView) -> bool:
-    return plan.overdue(pod)
-
-
-def _left(plan: Plan, pod: PodView) -> float:
-    return plan.patience_left(pod)
+            plan.wake_in(min(plan.patience_left(pod) for pod in pods))

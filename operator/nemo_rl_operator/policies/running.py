@@ -8,7 +8,7 @@ from nemo_rl_operator import pending, reasons
 from nemo_rl_operator.classify import pod_failure
 from nemo_rl_operator.observe import AttemptView, PodView, newest
 from nemo_rl_operator.plan import Need, Plan
-from nemo_rl_operator.policies import lost, sidecars
+from nemo_rl_operator.policies import sidecars
 from nemo_rl_operator.runtime import timestamps
 
 QUIET_SECONDS = 10.0
@@ -49,11 +49,11 @@ def _queued(plan: Plan, attempt: AttemptView) -> None:
 
 def _ending(plan: Plan, pods: list[PodView]) -> None:
     """Somebody deletes the pods. They may save first, but with their node they may also be gone without a word."""
-    late = [pod for pod in pods if lost.overdue(plan, pod)]
+    late = [pod for pod in pods if plan.overdue(pod)]
     if late:
         plan.phase("Pending", reasons.LOST, reasons.LOST_MESSAGE.format(pod=late[0].name, time=late[0].gone_by))
         return
-    plan.wake_in(max(timestamps.seconds_until(pod.gone_by, plan.now) or 0.0 for pod in pods) + lost.PATIENCE_SECONDS)
+    plan.wake_in(max(plan.patience_left(pod) for pod in pods))
     message = reasons.DELETED_MESSAGE.format(
         pod=pods[0].name, reason=f" ({pods[0].disruption})" if pods[0].disruption else ""
     )
