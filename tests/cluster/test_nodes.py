@@ -9,14 +9,13 @@ import pytest
 from cluster.api import Object, eventually
 from cluster.kubelet import PlayedPod
 from cluster.manifests import result
-from cluster.operator_process import OperatorProcess
 from cluster.scene import Scene
 from nemo_rl.job.status import Cause
 
 pytestmark = pytest.mark.usefixtures("operator")
 
 
-def test_four_late_starts_cost_no_attempt_and_the_fifth_trains(scene: Scene, operator: OperatorProcess) -> None:
+def test_four_late_starts_cost_no_attempt_and_the_fifth_trains(scene: Scene) -> None:
     scene.submit(resources={"nodes": 2}, backoffLimit=0, startupTimeoutSeconds=2, terminationGracePeriodSeconds=2)
     for attempt in range(1, 5):
         first, late = (scene.attempt(attempt, index=i) for i in (0, 1))
@@ -24,7 +23,8 @@ def test_four_late_starts_cost_no_attempt_and_the_fifth_trains(scene: Scene, ope
         late.wait_for("ContainerCreating")
         scene.message("1 of 2 pods run", late.name, "ContainerCreating")
         status = scene.until(
-            lambda s, attempt=attempt: s["attempts"][attempt - 1].get("cause"), f"attempt {attempt} gives its nodes back"
+            lambda s, attempt=attempt: s["attempts"][attempt - 1].get("cause"),
+            f"attempt {attempt} gives its nodes back",
         )
         record = status["attempts"][attempt - 1]
         assert (record["cause"], record["counted"]) == (Cause.STARTUP_TIMEOUT, False)
@@ -38,7 +38,7 @@ def test_four_late_starts_cost_no_attempt_and_the_fifth_trains(scene: Scene, ope
     scene.phase("Succeeded")
 
 
-def test_a_pod_that_is_late_within_its_time_is_waited_for(scene: Scene, operator: OperatorProcess) -> None:
+def test_a_pod_that_is_late_within_its_time_is_waited_for(scene: Scene) -> None:
     scene.submit(resources={"nodes": 2}, backoffLimit=0)
     first, late = (scene.attempt(1, index=i) for i in (0, 1))
     first.run()
@@ -49,9 +49,7 @@ def test_a_pod_that_is_late_within_its_time_is_waited_for(scene: Scene, operator
     assert len(scene.phase("Running")["attempts"]) == 1
 
 
-def test_a_dead_pod_of_eight_restarts_all_and_the_status_is_true_all_the_time(
-    scene: Scene, operator: OperatorProcess
-) -> None:
+def test_a_dead_pod_of_eight_restarts_all_and_the_status_is_true_all_the_time(scene: Scene) -> None:
     scene.submit(resources={"nodes": 8}, terminationGracePeriodSeconds=3)
     pods = [scene.attempt(1, index=i).run() for i in range(8)]
     scene.phase("Running")
@@ -77,12 +75,12 @@ def failure_word(cause: str, message: str, **more: object) -> Object:
     return {"kind": "failure", "exitCode": 1, "cause": cause, "message": message, **more}
 
 
-def test_a_hang_is_counted_and_its_stacks_are_in_the_status(scene: Scene, operator: OperatorProcess) -> None:
+def test_a_hang_is_counted_and_its_stacks_are_in_the_status(scene: Scene) -> None:
     scene.submit(resources={"nodes": 2}, backoffLimit=0, terminationGracePeriodSeconds=2)
     pods = [scene.attempt(1, index=i).run() for i in (0, 1)]
     scene.phase("Running")
     pods[0].when_stopped(1, failure_word("RankFailed", "another rank ended this run, rank 1: Stalled"))
-    stack = "rank 1:\n  File \"reward.py\", line 3, in reward\n    time.sleep(10**9)\nhangs here"
+    stack = 'rank 1:\n  File "reward.py", line 3, in reward\n    time.sleep(10**9)\nhangs here'
     pods[1].exit(1, failure_word("Stalled", "no sign of progress for 1800 s", traceback=stack))
     status = scene.phase("Failed")
     assert (status["failure"]["cause"], status["failure"]["pod"]) == (Cause.STALLED, pods[1].name)
@@ -95,7 +93,7 @@ def lose(pod: PlayedPod, scene: Scene) -> None:
     scene.kubectl("delete", "pod", pod.name, "--wait=false")
 
 
-def test_a_lost_node_is_replaced_where_the_job_says_so(scene: Scene, operator: OperatorProcess) -> None:
+def test_a_lost_node_is_replaced_where_the_job_says_so(scene: Scene) -> None:
     scene.submit(resources={"nodes": 2}, backoffLimit=0, terminationGracePeriodSeconds=1, onNodeLost="replace")
     pods = [scene.attempt(1, index=i).run() for i in (0, 1)]
     scene.phase("Running")
@@ -116,7 +114,7 @@ def test_a_lost_node_is_replaced_where_the_job_says_so(scene: Scene, operator: O
     scene.gone("pods", pods[1].name)
 
 
-def test_a_lost_node_is_waited_for_where_nothing_is_said(scene: Scene, operator: OperatorProcess) -> None:
+def test_a_lost_node_is_waited_for_where_nothing_is_said(scene: Scene) -> None:
     scene.submit(resources={"nodes": 2}, backoffLimit=0, terminationGracePeriodSeconds=1)
     pods = [scene.attempt(1, index=i).run() for i in (0, 1)]
     scene.phase("Running")
@@ -126,7 +124,7 @@ def test_a_lost_node_is_waited_for_where_nothing_is_said(scene: Scene, operator:
     assert len(scene.jobs()) == 1
 
 
-def test_progress_that_cannot_be_read_is_said_and_taken_back(scene: Scene, operator: OperatorProcess) -> None:
+def test_progress_that_cannot_be_read_is_said_and_taken_back(scene: Scene) -> None:
     scene.submit()
     pod = scene.attempt(1).run()
     scene.message("trains on 1 pod", "progress cannot be read")

@@ -55,6 +55,9 @@ class Setting:
     def newest(self, key: Any) -> None:
         return None
 
+    def unreadable(self, key: Any) -> str:
+        return ""
+
     def follow(self, key: Any, pod: str, ip: str) -> None:
         self.followed[key] = (pod, ip)
 
