@@ -296,6 +296,10 @@ class CacheSpec(Section):
     """Existing PersistentVolumeClaim, mounted at /cache. Default: an emptyDir of the pod."""
 
 
+DEFAULT_REQUESTS = {"memory": "1Gi", "ephemeral-storage": "1Gi"}
+"""What a pod asks for where the job does not say: without any request it is the first to be evicted from a full node."""
+
+
 class ResourcesSpec(Section):
     """What each pod asks of the cluster."""
 
@@ -306,7 +310,9 @@ class ResourcesSpec(Section):
     cpu: Quantity | None = None
     """CPUs of each pod, request and limit alike. Default none asked."""
     memory: Quantity | None = None
-    """Memory of each pod, request and limit alike. Default none asked."""
+    """Memory of each pod, request and limit alike. Default: 1Gi is asked for, without a limit."""
+    ephemeral_storage: Quantity | None = None
+    """Disk of each pod's node for what is no volume (downloads, scratch), request and limit alike. Default: 1Gi is asked for, without a limit."""
     shared_memory: Quantity = "1Gi"
     """Size of /dev/shm. Default 1Gi."""
 

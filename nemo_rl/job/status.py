@@ -28,6 +28,8 @@ MAX_METRICS = 64
 MAX_ATTEMPTS = 10
 """Newest attempts that `status.attempts` keeps."""
 TRACEBACK_LINES = 20
+SCORES = {"grpo": "reward", "sft": "loss", "dpo": "preference_accuracy"}
+"""Metric that `status.score` shows, by algorithm."""
 
 
 class Cause(StrEnum):
@@ -364,6 +366,8 @@ class JobStatus(Wire):
     """The newest 10 attempts, oldest first."""
     progress: Progress | None = None
     """How far training is."""
+    score: Text | None = None
+    """What the algorithm is judged by, as text: reward of grpo, loss of sft, preference accuracy of dpo."""
     checkpoint: Checkpoint | None = None
     """The checkpoints so far."""
     result: Result | None = None

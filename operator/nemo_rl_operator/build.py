@@ -6,7 +6,7 @@ from typing import Any
 
 from nemo_rl.job import names
 from nemo_rl.job.names import ExitCode
-from nemo_rl.job.spec import DatasetSpec, EnvVar, RLTrainingJobSpec, Toleration
+from nemo_rl.job.spec import DEFAULT_REQUESTS, DatasetSpec, EnvVar, RLTrainingJobSpec, Toleration
 from nemo_rl_operator import frozen
 from nemo_rl_operator.fingerprint import fingerprint
 from nemo_rl_operator.observe import Resource
@@ -300,9 +300,14 @@ def _toleration(toleration: Toleration) -> Object:
 
 def _resources(spec: RLTrainingJobSpec) -> Object:
     ask = spec.resources
-    wanted = {"cpu": ask.cpu, "memory": ask.memory, GPU: str(ask.gpus_per_node) if ask.gpus_per_node else None}
+    wanted = {
+        "cpu": ask.cpu,
+        "memory": ask.memory,
+        "ephemeral-storage": ask.ephemeral_storage,
+        GPU: str(ask.gpus_per_node) if ask.gpus_per_node else None,
+    }
     given = {name: amount for name, amount in wanted.items() if amount}
-    return {"requests": given, "limits": given} if given else {}
+    return {"requests": DEFAULT_REQUESTS | given, **({"limits": given} if given else {})}
 
 
 def _scratch_environment() -> list[Object]:

@@ -20,6 +20,7 @@ from nemo_rl_operator.policies import (
     finished,
     lost,
     outcome,
+    restored,
     retry,
     running,
     serve,
@@ -33,6 +34,7 @@ CHECKLIST: tuple[Callable[[Plan], bool], ...] = (
     accept.refuse_invalid,
     adopt.take_in_jobs,
     outcome.note_progress,
+    restored.hold,  # before anything is made or called suspended
     deadline.keep_clock,  # before anything ends the job, which reads the clock
     outcome.conclude,
     lost.give_up,

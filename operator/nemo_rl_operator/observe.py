@@ -42,6 +42,8 @@ class Resource:
     phase: str
     at_rest: bool
     """Finished, reported as such, and with nothing to do at a later time."""
+    restored: str = ""
+    """Name of the restore that it came from, if it came from a backup."""
 
     @property
     def finished(self) -> bool:
@@ -184,6 +186,7 @@ def resource(raw: Raw) -> Resource:
         deleting=bool(meta.get("deletionTimestamp")),
         queue=labels.get(names.LABEL_QUEUE, ""),
         priority=labels.get(names.LABEL_PRIORITY, ""),
+        restored=labels.get(names.LABEL_RESTORED, ""),
         spec=json.dumps(spec, separators=(",", ":")),
         status=json.dumps(status, separators=(",", ":")) if status else "",
         phase=phase,

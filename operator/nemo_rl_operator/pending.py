@@ -93,6 +93,8 @@ def _wanted(body: str, spec: RLTrainingJobSpec) -> str:
         wanted.append(f"{ask.cpu} cpu")
     if "Insufficient memory" in body and ask.memory:
         wanted.append(f"{ask.memory} memory")
+    if "Insufficient ephemeral-storage" in body and ask.ephemeral_storage:
+        wanted.append(f"{ask.ephemeral_storage} ephemeral-storage")
     text = " and ".join(wanted)
     if not text:
         return "a node"

@@ -32,6 +32,11 @@ FORCED_MESSAGE = "pod {pod} was deleted by force, and its node does not report i
 QUEUED = "Queued"
 QUEUED_MESSAGE = "waits in queue {queue}"
 HELD_MESSAGE = "its Job {job} is suspended by somebody else; set the Job's spec.suspend to false to start it"
+RESTORED = "Restored"
+RESTORED_MESSAGE = (
+    "restored from a backup without its status, so it may have been trained to its end before; to train it now: "
+    "kubectl label rlj {name} {label}-"
+)
 BACKOFF = "BackOff"
 BACKOFF_MESSAGE = "attempt {attempt} ended: {cause}; attempt {next} starts at {time}"
 BUNDLES = "WaitingForBundles"

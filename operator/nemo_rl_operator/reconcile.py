@@ -235,7 +235,9 @@ class Reconciler:
             before = old.get("reason") in running.ORDINARY if "phase" in old else start.number == 1
             if before and old.get("attempt", start.number) == start.number:
                 return running.QUIET_SECONDS - age  # what every start goes through for a moment
-        progress_only = all(old.get(name) == new.get(name) for name in {*old, *new} - {"progress", "checkpoint"})
+        progress_only = all(
+            old.get(name) == new.get(name) for name in {*old, *new} - {"progress", "checkpoint", "score"}
+        )
         return DEFER_SECONDS if progress_only and self._busy() else 0.0
 
     def _follow_progress(self, key: Key, snapshot: Snapshot, status: JobStatus) -> None:

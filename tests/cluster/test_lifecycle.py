@@ -81,16 +81,55 @@ def test_kubectl_get_shows_the_columns(scene: Scene) -> None:
     pod.serve({"step": 120, "totalSteps": 500, "metrics": {"reward": 0.61}, "secondsRemaining": 840})
     scene.until(lambda s: s["progress"]["step"] == 120, "progress is shown")
     header, row = scene.kubectl("get", names.SHORT_NAME).splitlines()
-    assert header.split() == ["NAME", "ALGO", "MODEL", "PHASE", "STEP", "REWARD", "ETA", "AGE"]
+    assert header.split() == ["NAME", "ALGO", "MODEL", "PHASE", "STEP", "SCORE", "ETA", "AGE"]
     assert row.split()[:7] == ["x", "grpo", "tiny", "Running", "120/500", "0.61", "14m"]
     wide = scene.kubectl("get", names.SHORT_NAME, "-o", "wide").splitlines()[0].split()
     assert {"GPUS", "QUEUE", "ATTEMPT", "REASON", "CHECKPOINT"} <= set(wide)
 
 
-@pytest.mark.parametrize("category", ["all", "ml"])
-def test_resource_is_in_the_category(scene: Scene, category: str) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "metrics", "score"),
+    [
+        ("sft", {"loss": 1.25, "reward": 9}, "1.25"),
+        ("dpo", {"loss": 0.7, "preference_accuracy": 0.875}, "0.875"),
+    ],
+)
+def test_the_score_is_what_the_algorithm_is_judged_by(
+    scene: Scene, algorithm: str, metrics: dict[str, float], score: str
+) -> None:
+    scene.submit(algorithm=algorithm)
+    pod = scene.attempt(1).run()
+    pod.serve({"step": 120, "totalSteps": 500, "metrics": metrics, "secondsRemaining": 840})
+    scene.until(lambda s: s["score"] == score, "the score is shown")
+    assert scene.kubectl("get", names.SHORT_NAME).splitlines()[1].split()[5] == score
+
+
+def test_resource_is_in_its_category_and_not_in_all(scene: Scene) -> None:
     scene.submit()
-    assert f"{names.SINGULAR}.{names.GROUP}/x" in scene.kubectl("get", category, "-o", "name")
+    assert f"{names.SINGULAR}.{names.GROUP}/x" in scene.kubectl("get", "ml", "-o", "name")
+    assert names.GROUP not in scene.kubectl("get", "all", "-o", "name")
+
+
+def test_a_job_restored_without_its_status_is_not_trained_again_unasked(scene: Scene) -> None:
+    scene.submit(job_labels={names.LABEL_RESTORED: "nightly-2026-11-28"})
+    status = scene.phase("Pending")
+    assert status["reason"] == "Restored"
+    assert f"kubectl label rlj x {names.LABEL_RESTORED}-" in status["message"]
+    assert scene.jobs() == []
+    scene.kubectl("label", names.SHORT_NAME, "x", f"{names.LABEL_RESTORED}-")
+    scene.succeed()
+
+
+def test_a_job_restored_with_its_status_is_left_as_it_is(scene: Scene) -> None:
+    scene.submit(suspend=True, job_labels={names.LABEL_RESTORED: "nightly"})
+    scene.message("restored")
+    done = {"phase": "Succeeded", "reason": "Succeeded", "message": "training ended after 9 steps"}
+    scene.api.patch(names.PLURAL, scene.namespace, "x", {"status": done}, "status")
+    scene.change(suspend=False)
+    generation = scene.job()["metadata"]["generation"]
+    scene.until(lambda s: s["observedGeneration"] == generation, "it was seen")
+    assert scene.status()["phase"] == "Succeeded"
+    assert scene.jobs() == []
 
 
 def test_kubectl_describe_shows_status_and_events(scene: Scene) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_rl.job.status import Checkpoint, Progress, Result, TerminationMessage
+from nemo_rl.job.status import SCORES, Checkpoint, Progress, Result, TerminationMessage
 from nemo_rl_operator import reasons
 from nemo_rl_operator.classify import Outcome, outcome
 from nemo_rl_operator.observe import newest
@@ -36,7 +36,14 @@ def note_progress(plan: Plan) -> bool:
         plan.status.progress = Progress(
             step=termination.total_steps, total_steps=old.total_steps, metrics=old.metrics, time=old.time
         )
+    _note_score(plan)
     return False
+
+
+def _note_score(plan: Plan) -> None:
+    """A metric that is not reported keeps its last value: some are measured in some of the steps only."""
+    metrics = plan.status.progress.metrics if plan.status.progress else {}
+    plan.status.score = metrics.get(SCORES[plan.spec.algorithm], plan.status.score)
 
 
 def _last_word(plan: Plan) -> TerminationMessage | None:
@@ -94,6 +101,7 @@ def _succeed(plan: Plan, found: Outcome) -> None:
     status.progress = Progress(
         step=steps, total_steps=steps, metrics=metrics, percent=100, time=old.time if old else None
     )
+    _note_score(plan)
     plan.close("Succeeded", found=found)
     plan.clock(False)
     status.completion_time = plan.ended

@@ -206,11 +206,12 @@ def _same_place(one: PodView, other: PodView) -> bool:
 
 def _same(old: Resource, new: Resource) -> bool:
     """Whether only bookkeeping differs: the version and who manages which field."""
-    return (old.uid, old.spec, old.status, old.deleting, old.queue, old.priority) == (
+    return (old.uid, old.spec, old.status, old.deleting, old.queue, old.priority, old.restored) == (
         new.uid,
         new.spec,
         new.status,
         new.deleting,
         new.queue,
         new.priority,
+        new.restored,
     )

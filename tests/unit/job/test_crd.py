@@ -80,10 +80,10 @@ def test_columns_categories_and_status() -> None:
     version = definition["versions"][0]
     shown = [c["name"].upper() for c in version["additionalPrinterColumns"] if not c.get("priority")]
     wide = [c["name"].upper() for c in version["additionalPrinterColumns"] if c.get("priority")]
-    assert shown == ["ALGO", "MODEL", "PHASE", "STEP", "REWARD", "ETA", "AGE"]
+    assert shown == ["ALGO", "MODEL", "PHASE", "STEP", "SCORE", "ETA", "AGE"]
     assert wide == ["GPUS", "QUEUE", "ATTEMPT", "REASON", "CHECKPOINT"]
     assert definition["names"]["shortNames"] == [names.SHORT_NAME]
-    assert definition["names"]["categories"] == ["all", "ml"]
+    assert definition["names"]["categories"] == ["ml"]
     assert version["subresources"] == {"status": {}}
 
 

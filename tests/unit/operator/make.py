@@ -45,7 +45,7 @@ def resource(status: JobStatus | None = None, **fields: Any) -> Resource:
     """The job `x`; keyword arguments that are fields of Resource go there, the others into the spec."""
     own = {
         name: fields.pop(name)
-        for name in ("queue", "priority", "deleting", "generation", "created", "uid")
+        for name in ("queue", "priority", "restored", "deleting", "generation", "created", "uid")
         if name in fields
     }
     found = Resource(

@@ -133,8 +133,15 @@ def test_what_a_trainer_writes_has_a_place() -> None:
 
 def test_resources_are_requests_and_limits() -> None:
     made = container(resources={"gpusPerNode": 2, "cpu": "4", "memory": "8Gi"})["resources"]
-    assert made["requests"] == made["limits"] == {"cpu": "4", "memory": "8Gi", "nvidia.com/gpu": "2"}
-    assert container(resources={"gpusPerNode": 0})["resources"] == {}
+    assert made["limits"] == {"cpu": "4", "memory": "8Gi", "nvidia.com/gpu": "2"}
+    assert made["requests"] == made["limits"] | {"ephemeral-storage": "1Gi"}
+
+
+def test_a_pod_that_asks_for_nothing_is_not_the_first_to_be_evicted() -> None:
+    made = container(resources={"gpusPerNode": 0})["resources"]
+    assert made == {"requests": {"memory": "1Gi", "ephemeral-storage": "1Gi"}}, "no limit that the job did not ask for"
+    given = container(resources={"gpusPerNode": 0, "memory": "64Mi", "ephemeralStorage": "200Gi"})["resources"]
+    assert given["requests"] == given["limits"] == {"memory": "64Mi", "ephemeral-storage": "200Gi"}
 
 
 def test_what_is_not_given_is_not_written() -> None:

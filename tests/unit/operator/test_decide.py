@@ -526,3 +526,31 @@ def test_raising_the_backoff_limit_of_a_failed_job_does_not_bring_it_back() -> N
     failed = FINISHED.model_copy(update={"phase": "Failed"})
     decision = decide(make.seen(make.resource(failed, backoffLimit=100, generation=2)), make.NOW)
     assert (decision.status.phase, decision.status.observed_generation, decision.actions) == ("Failed", 2, ())
+
+
+def test_a_job_restored_without_its_status_waits_to_be_told_and_one_that_has_begun_goes_on() -> None:
+    held = decide(make.seen(make.resource(restored="nightly")), make.NOW)
+    assert (held.status.phase, held.status.reason, held.actions) == ("Pending", "Restored", ())
+    assert "kubectl label rlj x velero.io/restore-name-" in str(held.status.message)
+    told = decide(make.seen(make.resource(held.status)), make.NOW)
+    assert "Job x-1" in made(told)
+    goes_on = decide(
+        make.seen(make.resource(LIVE, restored="nightly"), [make.attempt()], [make.running_pod()]), make.NOW
+    )
+    assert goes_on.status.phase == "Running"
+    finished = decide(make.seen(make.resource(FINISHED, restored="nightly")), make.NOW)
+    assert (finished.status.phase, finished.actions) == ("Succeeded", ())
+
+
+@pytest.mark.parametrize(("algorithm", "score"), [("grpo", "0.5"), ("sft", "1.25"), ("dpo", "0.875")])
+def test_the_score_is_what_the_algorithm_is_judged_by(algorithm: str, score: str) -> None:
+    metrics = {"reward": 0.5, "loss": 1.25, "preference_accuracy": 0.875}
+    rows = {"sft": [{"prompt": "a", "completion": "b"}], "dpo": [{"prompt": "a", "chosen": "b", "rejected": "c"}]}
+    changes = {"dataset": {"inline": rows[algorithm]}, "reward": ...} if algorithm in rows else {}
+    job = make.resource(make.status(make.record(), phase="Running"), algorithm=algorithm, **changes)
+    progress = Progress(step=1, total_steps=9, metrics=metrics)
+    shown = decide(make.seen(job, [make.attempt()], [make.running_pod()], progress), make.NOW)
+    assert shown.status.score == score
+    last = TerminationMessage(kind="result", total_steps=9, metrics=metrics)
+    ended = make.seen(job, [make.attempt()], [make.ended_pod(0, termination=last)])
+    assert decide(ended, make.NOW).status.score == score
