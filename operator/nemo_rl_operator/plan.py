@@ -142,6 +142,14 @@ class Plan:
         spec = self.snapshot.spec
         return spec is not None and spec.on_node_lost == "replace" and not pod.terminal and self.overdue(pod)
 
+    def waits_for(self) -> str:
+        """Which pods must end first, in words; a finalizer or a node may hold them, so they are named."""
+        live = self.live_pods()
+        if not live:
+            return reasons.ENDING_JOB_MESSAGE.format(job=names.attempt_job(self.snapshot.resource.name, self.number))
+        text = reasons.ENDING_MESSAGE.format(pod=live[0].name, attempt=live[0].attempt)
+        return text + (reasons.ENDING_MORE_MESSAGE.format(more=len(live) - 1) if len(live) > 1 else "")
+
     def wake_in(self, seconds: float) -> None:
         self.wake = max(0.0, seconds) if self.wake is None else min(self.wake, max(0.0, seconds))
 

@@ -117,7 +117,7 @@ def test_kill_9_between_any_two_calls_changes_nothing(
     calls, undisturbed = life(None)
     assert isinstance(undisturbed, dict), undisturbed
     assert [a["cause"] for a in undisturbed["attempts"]] == [
-        Cause.PREEMPTED,
+        Cause.DISRUPTED,
         Cause.OUT_OF_MEMORY,
         Cause.SUSPENDED,
         "Succeeded",

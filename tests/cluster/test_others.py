@@ -181,3 +181,28 @@ def test_the_deadline_does_not_run_while_a_pod_has_no_node(scene: Scene) -> None
     assert scene.status()["phase"] == "Pending"
     pod.run()
     assert scene.phase("Failed")["failure"]["cause"] == Cause.DEADLINE
+
+
+def test_a_job_that_is_suspended_on_a_lost_node_does_not_fail_by_its_deadline(scene: Scene) -> None:
+    scene.submit(activeDeadlineSeconds=5, terminationGracePeriodSeconds=1)
+    pod = scene.attempt(1).run()
+    scene.phase("Running")
+    pod.silent = True
+    scene.change(suspend=True)
+    scene.message("suspending")
+    time.sleep(7)
+    assert scene.status()["reason"] == "Stopping"
+    scene.kubectl("delete", "pod", pod.name, "--force", "--wait=false")
+    scene.phase("Suspended")
+
+
+def test_a_pod_that_something_holds_is_named(scene: Scene) -> None:
+    scene.submit(backoffLimit=0)
+    pod = scene.attempt(1).run()
+    scene.phase("Running")
+    pod.silent = True
+    scene.kubectl("delete", "job", attempt_job("x", 1), "--cascade=background", "--wait=false")
+    scene.message("waiting for pod", pod.name)
+    pod.silent = False
+    pod.stop()
+    scene.succeed(attempt=2)

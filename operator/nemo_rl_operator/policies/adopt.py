@@ -42,7 +42,7 @@ def miss_deleted_job(plan: Plan) -> bool:
         plan.needs.add(Need.ATTEMPT)
         return True
     if plan.live_pods():
-        plan.phase(plan.status.phase or "Starting", reasons.ENDING, reasons.ENDING_MESSAGE.format(attempt=plan.number))
+        plan.phase(plan.status.phase or "Starting", reasons.ENDING, plan.waits_for())
         return True
     if record.cause == Cause.SUSPENDED or plan.spec.suspend:
         plan.close(Cause.SUSPENDED)

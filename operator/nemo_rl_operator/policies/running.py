@@ -24,7 +24,7 @@ def report(plan: Plan) -> bool:
     if attempt is None or not plan.open or attempt.finished:
         return False
     if attempt.deleting:
-        plan.phase(plan.status.phase or "Starting", reasons.ENDING, reasons.ENDING_MESSAGE.format(attempt=plan.number))
+        plan.phase(plan.status.phase or "Starting", reasons.ENDING, plan.waits_for())
     elif attempt.suspended:
         _queued(plan, attempt)
     else:

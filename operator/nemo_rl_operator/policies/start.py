@@ -15,7 +15,7 @@ def wait_for_pods(plan: Plan) -> bool:
     if not plan.live_pods():
         return False
     lost.release(plan)
-    plan.phase("Starting", reasons.ENDING, reasons.ENDING_MESSAGE.format(attempt=plan.number))
+    plan.phase("Starting", reasons.ENDING, plan.waits_for())
     return True
 
 

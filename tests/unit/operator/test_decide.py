@@ -330,6 +330,7 @@ def test_a_new_attempt_waits_for_the_pods_of_the_last() -> None:
     decision = decide(make.seen(make.resource(LIVE), pods=[make.running_pod(deleting=True)], verified=1), make.NOW)
     assert made(decision) == []
     assert decision.status.reason == "WaitingForPods"
+    assert decision.status.message == "waiting for pod x-1-0-abcde of attempt 1 to end"
 
 
 def test_suspend_stops_the_pods_and_then_says_so() -> None:
