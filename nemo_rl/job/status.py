@@ -6,23 +6,25 @@ Three wire contracts live here, all in camelCase:
 - `TerminationMessage`: what it leaves in `names.TERMINATION_LOG` as its last act (JSON, at most 4096 bytes).
 - `JobStatus`: what the operator writes to `/status`, and what clients read.
 
-A pod runs code of users, so nothing that it says is trusted: overlong texts are cut, surplus metrics are dropped and
-unknown fields are ignored. None of that is an error.
+A pod runs code of users, so nothing that it says is trusted: overlong texts are cut, control characters and surplus metrics
+are dropped, and fields that are unknown or do not fit are left out. None of that is an error.
 """
 
 from __future__ import annotations
 
-import json
+import copy
 import math
 import re
 from collections.abc import Mapping
+from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
 
-from nemo_rl.job import names
+from nemo_rl.job import decode, names
+from nemo_rl.job.text import clean
 
 MAX_METRICS = 64
 MAX_ATTEMPTS = 10
@@ -72,15 +74,72 @@ class Wire(BaseModel):
         allow_inf_nan=False,
     )
 
+    @classmethod
+    def of_a_pod(cls, value: Any) -> Self:
+        """What a pod said. Fields that do not fit are left out; ValidationError only where one is lacking that must be.
+
+        A time that no calendar has is a fault of the trainer, but none for which a finished run should have failed.
+        """
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            if not isinstance(value, dict):
+                raise
+            kept = copy.deepcopy(value)
+            for broken in error.errors(include_url=False, include_context=False, include_input=False):
+                _leave_out(kept, broken["loc"])
+            return cls.model_validate(kept)
+
+
+def _leave_out(value: Any, path: tuple[str | int, ...]) -> None:
+    """Drop what is at this path; where the path leads nowhere, all that its first part leads to."""
+    here = value
+    try:
+        for part in path[:-1]:
+            here = here[part]
+        del here[path[-1]]
+    except (LookupError, TypeError):
+        value.pop(path[0] if path else None, None)
+
 
 def _cut(limit: int) -> BeforeValidator:
-    """A text over `limit` characters loses its end."""
-    return BeforeValidator(lambda v: v[: limit - 1] + "…" if isinstance(v, str) and len(v) > limit else v)
+    """A text loses what could drive a terminal, and over `limit` characters its end."""
+
+    def cut(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        text = clean(value)
+        return text[: limit - 1] + "…" if len(text) > limit else text
+
+    return BeforeValidator(cut)
 
 
 def _tail(value: Any) -> Any:
     """A traceback keeps its last lines: the error itself stands there."""
-    return "\n".join(value.rstrip().splitlines()[-TRACEBACK_LINES:])[-4000:] if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return "\n".join(clean(value).rstrip().splitlines()[-TRACEBACK_LINES:])[-4000:]
+
+
+_RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)")
+
+
+def _time_or_none(value: Any) -> Any:
+    """A time that the API server takes, or None: it refuses a whole status for one time that is none."""
+    if not isinstance(value, str) or not _RFC_3339.fullmatch(value):
+        return None
+    try:
+        datetime.fromisoformat(re.sub(r"\.\d+", "", value.upper()))
+    except ValueError:
+        return None
+    return value
+
+
+def _inside(value: Any) -> Any:
+    """A path that stays below the claim's root; ValueError otherwise."""
+    if isinstance(value, str) and (value.startswith("/") or ".." in value.split("/")):
+        raise ValueError("leads out of the claim")
+    return value.replace("\n", "") if isinstance(value, str) else value
 
 
 _PLACE = re.compile(r"(rank \d+|the main thread):$")
@@ -108,15 +167,20 @@ def _metrics(value: Any) -> Any:
     for name, metric in value.items():
         if isinstance(metric, bool) or not isinstance(metric, str | int | float) or len(kept) == MAX_METRICS:
             continue
-        text = f"{metric:.6g}" if isinstance(metric, float) else str(metric)
-        kept[str(name)[:64]] = text[:64]
+        text = f"{metric:.6g}" if isinstance(metric, float) else clean(str(metric)) if _short(metric) else "…"
+        kept[clean(str(name))[:64]] = text[:64]
     return kept
+
+
+def _short(metric: Any) -> bool:
+    """Python refuses to write integers of thousands of digits."""
+    return not isinstance(metric, int) or abs(metric) < 10**60
 
 
 Word = Annotated[str, _cut(64), Field(max_length=64)]
 Text = Annotated[str, _cut(200), Field(max_length=200)]
 Sentence = Annotated[str, _cut(1024), Field(max_length=1024)]
-Path = Annotated[str, _cut(512), Field(max_length=512)]
+Path = Annotated[str, BeforeValidator(_inside), _cut(512), Field(max_length=512)]
 Traceback = Annotated[str, BeforeValidator(_tail), Field(max_length=4096)]
 Time = Annotated[str, Field(max_length=40, json_schema_extra={"format": "date-time"})]
 Metrics = Annotated[
@@ -162,7 +226,7 @@ class Progress(Wire):
     """Pass over the data, from 0."""
     metrics: Metrics = {}
     """Newest metrics as text, for example reward: "0.61". At most 64."""
-    time: Time | None = None
+    time: Annotated[Time | None, BeforeValidator(_time_or_none)] = None
     """When the step ended (RFC 3339)."""
     checkpoint: Annotated[Checkpoint | None, Field(exclude=True)] = None
     """Checkpoints so far; the status shows them beside the progress."""
@@ -262,9 +326,9 @@ class TerminationMessage(Wire):
     def parse(cls, text: str | None) -> TerminationMessage | None:
         """The message in `text`, or None if it holds none: a pod may end without one, or write anything."""
         try:
-            value = json.loads(text or "")
-            return cls.model_validate(value) if isinstance(value, dict) else None
-        except (ValueError, RecursionError):
+            value = decode.loads(text or "")
+            return cls.of_a_pod(value) if isinstance(value, dict) else None
+        except ValueError:
             return None
 
 
@@ -384,7 +448,7 @@ class JobStatus(Wire):
 
     def dump(self) -> dict[str, Any]:
         """The status as written to the API: JSON values, camelCase, empty fields left out."""
-        found = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        found: dict[str, Any] = _clean_all(self.model_dump(mode="json", by_alias=True, exclude_none=True))
         for name in ("conditions", "attempts"):
             if not found[name]:
                 del found[name]
@@ -400,3 +464,12 @@ class JobStatus(Wire):
             for broken in error.errors():
                 value.pop(str(broken["loc"][0]), None)
             return cls.model_validate(value)
+
+
+def _clean_all(value: Any) -> Any:
+    """The value with all its texts clean: some come from nodes and from other programs, and pass no model on their way."""
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, dict):
+        return {name: _clean_all(inner) for name, inner in value.items()}
+    return [_clean_all(inner) for inner in value] if isinstance(value, list) else value

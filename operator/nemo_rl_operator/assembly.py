@@ -55,6 +55,7 @@ class Operator:
         self._cache = Cache()
         self._queue: KeyedQueue[Key] = KeyedQueue(base=0.1, cap=15.0, can_wait=self._can_wait)
         self._health = Health(self._cache, self._queue)
+        self._api.answered = self._answered
         self._events = EventPoster(self._api)
         self._progress = ProgressPuller(self._queue.add)
         self._reconcile = Reconciler(
@@ -83,6 +84,9 @@ class Operator:
             on_start=self._start,
             on_stop=self._stop,
         )
+
+    def _answered(self, reached: bool) -> None:
+        self._health.reachable = reached
 
     def _busy(self) -> bool:
         """Whether many jobs wait, or the API server is slow: then what is not needed is not written."""

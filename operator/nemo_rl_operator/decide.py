@@ -48,6 +48,7 @@ CHECKLIST: tuple[Callable[[Plan], bool], ...] = (
     start.wait_for_pods,
     accept.report_block,
     retry.wait_out,
+    accept.hold_invalid,
     start.wait_for_bundles,
     start.confirm_end,
     start.start,
@@ -69,6 +70,13 @@ class Decision:
     needs: frozenset[Need] = frozenset()
 
 
+def report_failure(snapshot: Snapshot, now: datetime) -> Decision:
+    """The decision where a call that it takes fails (`snapshot.blocked` says how): nothing is done but to say so."""
+    plan = Plan(snapshot, now, snapshot.status.model_copy(deep=True))
+    accept.report_failure(plan)
+    return Decision(plan.status, requeue_after=plan.wake)
+
+
 def decide(snapshot: Snapshot, now: datetime) -> Decision:
     """The decision about what is seen at `now`. Touches nothing, asks nobody."""
     if snapshot.resource.deleting:
@@ -79,8 +87,7 @@ def decide(snapshot: Snapshot, now: datetime) -> Decision:
     else:
         settled = any(step(plan) for step in CHECKLIST)
         assert settled, "the last step settles everything"
-        if snapshot.spec is not None:
-            deadline.wake(plan)
+        deadline.wake(plan)
     serve.serve(plan)
     plan.status.observed_generation = snapshot.resource.generation
     return Decision(plan.status, tuple(plan.actions), tuple(plan.events), plan.wake, frozenset(plan.needs))

@@ -9,6 +9,7 @@ import time
 from collections import deque
 
 from nemo_rl.job import names
+from nemo_rl.job.text import clean
 from nemo_rl_operator import metrics
 from nemo_rl_operator.observe import Resource
 from nemo_rl_operator.plan import Event, Kind
@@ -81,7 +82,7 @@ def body(resource: Resource, event: Event) -> Object:
             "uid": resource.uid,
         },
         "reason": event.reason,
-        "message": event.message[:1000],
+        "message": clean(event.message)[:1000],
         "type": "Warning" if event.warning else "Normal",
         "source": {"component": COMPONENT},
         "reportingComponent": COMPONENT,

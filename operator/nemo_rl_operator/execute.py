@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from nemo_rl.job import names
+from nemo_rl.job.text import one_line
 from nemo_rl_operator import children, frozen, reasons
 from nemo_rl_operator.observe import Blocked, Resource
 from nemo_rl_operator.pending import from_warning
@@ -22,14 +24,24 @@ class NamespaceGoneError(Exception):
     """The namespace is being deleted: there is nothing left to do for the job."""
 
 
+@dataclass(frozen=True)
+class Done:
+    """How far the actions came."""
+
+    blocked: Blocked | None = None
+    """Why an object could not be made that the job cannot go on without."""
+    unserved: Blocked | None = None
+    """Why the file server could not be made; nothing else waits for it."""
+
+
 class Executor:
     """Makes and deletes objects, and tells the cache what the API server answered, ahead of the watch."""
 
     def __init__(self, api: Api, cache: Cache) -> None:
         self._api, self._cache = api, cache
 
-    async def run(self, resource: Resource, actions: Iterable[Action]) -> Blocked | None:
-        """Do all of them: first deletions, then what Jobs and pods need, then those. Why it cannot go on, if so.
+    async def run(self, resource: Resource, actions: Iterable[Action]) -> Done:
+        """Do all of them: first deletions, then what Jobs and pods need, then those.
 
         Raises ApiError where trying again later is all there is to do.
         """
@@ -46,13 +58,21 @@ class Executor:
                 break
             if action.kind is Kind.JOB:
                 blocks.append(await self._create(resource, _pinned(action, there), there))
+        unserved = None
         for action in creations:
-            if action.kind is not Kind.POD:
-                continue
-            block = next((b for b in blocks if b), None) or await self._create(resource, _pinned(action, there), there)
-            if block:
-                log.warning("%s/%s: no file server: %s", resource.namespace, resource.name, block.message)
-        return next((block for block in blocks if block), None)
+            if action.kind is Kind.POD:
+                unserved = next((b for b in blocks if b), None) or await self._serve(resource, action, there)
+        return Done(next((block for block in blocks if block), None), unserved)
+
+    async def _serve(self, resource: Resource, action: Create, there: dict[Kind, Object]) -> Blocked | None:
+        """Make the file server. Whatever hinders it, training goes on."""
+        try:
+            block = await self._create(resource, _pinned(action, there), there)
+        except ApiError as error:
+            block = Blocked(reasons.API_FAILS, f"the file server cannot be made: {words(error)}", fatal=False)
+        if block:
+            log.warning("%s/%s: no file server: %s", resource.namespace, resource.name, one_line(block.message))
+        return block
 
     async def _delete(self, resource: Resource, action: Delete) -> None:
         try:
@@ -146,15 +166,26 @@ def _cure(kind: Kind, name: str) -> str:
     return "somebody else made it: delete it, and the job goes on"
 
 
+def words(error: ApiError) -> str:
+    """What the API server said, at a length that fits into a status."""
+    return error.message[:700] or str(error)
+
+
+_OURS = re.compile(r'[A-Za-z.]+ "[^"]*" is invalid: |.*(strict decoding error|cannot be handled as a )', re.DOTALL)
+"""How the API server itself begins, where a field of the object is wrong. Policies and webhooks of others begin otherwise,
+whatever code they answer with: `... is forbidden: ValidatingAdmissionPolicy`, `admission webhook "x" denied the request`."""
+
+
 def _refusal(error: ApiError, action: Create) -> Blocked:
     """What a refused creation means for the job. Raises again what only time can cure."""
     what = f"{action.body['kind']} {action.body['metadata']['name']}"
+    text = f"the API server refuses {what}: {words(error)}"
     if error.status == 404 or "because it is being terminated" in error.message:
         raise NamespaceGoneError(error.message)
-    if error.status in (400, 413, 422):
-        return Blocked(reasons.REFUSED, f"the API server refuses {what}: {error.message[:700]}", fatal=True)
-    if error.status == 403:
-        if "exceeded quota" in error.message:
-            return Blocked(reasons.QUOTA, from_warning(error.message).message, fatal=False)
-        return Blocked(reasons.REFUSED, f"the API server refuses {what}: {error.message[:700]}", fatal=False)
+    if error.status == 413 or (error.status in (400, 422) and _OURS.match(error.message)):
+        return Blocked(reasons.REFUSED, text, fatal=True)
+    if error.status == 403 and "exceeded quota" in error.message:
+        return Blocked(reasons.QUOTA, from_warning(error.message).message, fatal=False)
+    if 400 <= error.status < 500 and not error.transient:
+        return Blocked(reasons.REFUSED, text, fatal=False)
     raise error

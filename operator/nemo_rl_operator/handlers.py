@@ -11,12 +11,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import kopf
 
 from nemo_rl.job import names
 from nemo_rl_operator import metrics
 from nemo_rl_operator.runtime.cache import Cache, Kind, key_of
 from nemo_rl_operator.runtime.client import Access, Api
+from nemo_rl_operator.runtime.transport import CarefulSession
 
 log = logging.getLogger(__name__)
 
@@ -117,14 +119,22 @@ async def run(
         await on_stop()
 
     @kopf.on.login(registry=registry)
-    async def login(**kwargs: Any) -> kopf.ConnectionInfo:
+    async def login(**kwargs: Any) -> kopf.AiohttpSession:
         in_cluster = kopf.login_with_service_account(**kwargs)
         info = in_cluster or kopf.login_with_kubeconfig(**kwargs)
         if info is None:
             raise kopf.LoginError("found neither a service account nor a kubeconfig; run in a pod, or set KUBECONFIG")
         token_file = TOKEN_FILE if in_cluster and TOKEN_FILE.exists() else None
-        await api.connect(Access(info.server, info.as_ssl_context(), info.as_http_headers(), token_file))
-        return info
+        tls = info.as_ssl_context()
+        await api.connect(Access(info.server, tls, info.as_http_headers(), token_file))
+        session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, ssl=tls), headers=info.as_http_headers(), proxy=info.proxy_url
+        )
+        return kopf.AiohttpSession(
+            server=info.server,
+            default_namespace=info.default_namespace,
+            aiohttp_session=CarefulSession(session),  # type: ignore[arg-type]
+        )
 
     @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, registry=registry)
     async def resource_event(event: kopf.RawEvent, **_: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from nemo_rl.job import names
+from nemo_rl.job.text import clean, one_line
 
 app = typer.Typer(help="The operator of nemo-rl: runs RLTrainingJobs on Kubernetes.", no_args_is_help=True)
 
@@ -25,6 +26,18 @@ class LogFormat(StrEnum):
     text = "text"
 
 
+class _TextLines(logging.Formatter):
+    """One line per message; those of a traceback are indented. No text of a pod can look like a line of ours."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}"
+        text = f"{when} {record.levelname:<7} {record.name}: {one_line(record.getMessage())}"
+        if record.exc_info:
+            trace = clean(self.formatException(record.exc_info))
+            text += "".join(f"\n    {line}" for line in trace.splitlines())
+        return text
+
+
 class _JsonLines(logging.Formatter):
     """One JSON object per line."""
 
@@ -33,17 +46,16 @@ class _JsonLines(logging.Formatter):
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": clean(record.getMessage()),
         }
         if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
+            line["traceback"] = clean(self.formatException(record.exc_info))
         return json.dumps(line, ensure_ascii=False)
 
 
 def _set_up_logging(form: LogFormat, level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
-    text = logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
-    handler.setFormatter(_JsonLines() if form is LogFormat.json else text)
+    handler.setFormatter(_JsonLines() if form is LogFormat.json else _TextLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for noisy in ("kopf.objects", "kopf.activities", "aiohttp.access"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

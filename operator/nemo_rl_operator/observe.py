@@ -6,8 +6,10 @@ nothing changed that a decision depends on.
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import json
+import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,12 +17,21 @@ from typing import Any
 from pydantic import ValidationError
 
 from nemo_rl.job import names
+from nemo_rl.job.decode import too_deep
+from nemo_rl.job.reading import problems, read_spec, salvage_spec
 from nemo_rl.job.spec import RLTrainingJobSpec
 from nemo_rl.job.status import JobStatus, Progress
 from nemo_rl_operator.fingerprint import fingerprint
 
 Raw = Mapping[str, Any]
 ENDED = ("Succeeded", "Failed")
+
+log = logging.getLogger(__name__)
+
+ROWS_KEPT = names.MAX_INLINE_ROWS
+"""Bytes of inline rows that are kept in memory; of more only a digest is."""
+PARSED_BYTES = 2 * 1024 * 1024
+"""Specifications whose texts are this long together are kept as objects, which are several times as large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +55,8 @@ class Resource:
     """Finished, reported as such, and with nothing to do at a later time."""
     restored: str = ""
     """Name of the restore that it came from, if it came from a backup."""
+    abridged: bool = False
+    """In `spec` a digest stands for inline rows: they are read when pods are made, and not kept meanwhile."""
 
     @property
     def finished(self) -> bool:
@@ -146,7 +159,8 @@ class Snapshot:
     """Everything that `decide` knows besides the time."""
 
     resource: Resource
-    spec: RLTrainingJobSpec | None
+    spec: RLTrainingJobSpec
+    """As far as it can be read: with a problem it is good enough to look after what runs, and nothing may be started."""
     problem: str
     """Why the spec is refused; empty where it is not."""
     status: JobStatus
@@ -169,12 +183,19 @@ class Snapshot:
     workload: str | None = None
     """What Kueue says about the queued attempt; likewise."""
     blocked: Blocked | None = None
+    unknown: tuple[str, ...] = ()
+    """Fields of the spec that this version does not know."""
+    unserved: Blocked | None = None
+    """Why the file server could not be made just now."""
 
 
-def resource(raw: Raw) -> Resource:
+def resource(raw: Raw, *, whole: bool = False) -> Resource:
+    """The view of an RLTrainingJob; `whole` keeps all of its rows."""
     meta = raw["metadata"]
     labels = meta.get("labels") or {}
     spec, status = raw.get("spec") or {}, raw.get("status") or {}
+    if not whole:
+        spec = abridged(spec)
     phase = str(status.get("phase") or "") if isinstance(status, Mapping) else ""
     return Resource(
         namespace=meta["namespace"],
@@ -195,7 +216,35 @@ def resource(raw: Raw) -> Resource:
         and not spec.get("ttlSecondsAfterFinished")
         and spec.get("ttlSecondsAfterFinished") != 0
         and not (spec.get("output") or {}).get("serveUntil"),
+        abridged=not whole and _is_abridged(spec),
     )
+
+
+ABRIDGED = "nemo-rl.io/abridged"
+"""Key of the one row that stands for many."""
+
+
+def abridged(spec: Raw) -> Raw:
+    """The spec with a digest in place of rows that take too much memory to be kept."""
+    kept = spec
+    for name in ("dataset", "validationDataset"):
+        section = spec.get(name)
+        if not isinstance(section, Mapping):
+            continue
+        rows = section.get("inline")
+        if not isinstance(rows, list) or any(too_deep(row) for row in rows):
+            continue  # what is wrong with them must still be seen
+        written = json.dumps(rows, separators=(",", ":"))
+        if len(written) > ROWS_KEPT // 2:
+            digest = hashlib.sha256(written.encode()).hexdigest()
+            kept = {**kept, name: {**section, "inline": [{ABRIDGED: f"{len(rows)} rows, sha256 {digest}"}]}}
+    return kept
+
+
+def _is_abridged(spec: Raw) -> bool:
+    sections = (spec.get(name) for name in ("dataset", "validationDataset"))
+    rows = [section.get("inline") for section in sections if isinstance(section, Mapping)]
+    return any(isinstance(r, list) and len(r) == 1 and isinstance(r[0], Mapping) and ABRIDGED in r[0] for r in rows)
 
 
 def _conditions(status: Raw) -> dict[str, Raw]:
@@ -322,17 +371,57 @@ def _container(status: Raw) -> Raw:
     return next((c for c in found if c.get("name") in wanted), {})
 
 
-@functools.lru_cache(maxsize=1024)
-def parse_spec(text: str) -> tuple[RLTrainingJobSpec | None, str]:
-    """The spec, or None and what is wrong with it: one `path: problem` per error, without the values themselves."""
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """What a spec's text says."""
+
+    spec: RLTrainingJobSpec
+    problem: str = ""
+    """Why it is refused, one `path: problem` per error; then `spec` is what can be understood of it."""
+    unknown: tuple[str, ...] = ()
+
+
+class _Parser:
+    """Parses specs, and remembers some of them, up to a bound on their size."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str, Parsed] = OrderedDict()
+        self._size = 0
+        self._told: set[str] = set()
+
+    def __call__(self, text: str) -> Parsed:
+        found = self._known.get(text)
+        if found is not None:
+            self._known.move_to_end(text)
+            return found
+        found = _parse(text)
+        self._tell(found.unknown)
+        if len(text) <= 2 * ROWS_KEPT:
+            self._known[text] = found
+            self._size += len(text)
+            while self._size > PARSED_BYTES:
+                oldest, _ = self._known.popitem(last=False)
+                self._size -= len(oldest)
+        return found
+
+    def _tell(self, unknown: tuple[str, ...]) -> None:
+        """Each field once: with a newer definition they stand in every job."""
+        new = [path for path in unknown if path not in self._told and len(self._told) < 1000]
+        if new:
+            self._told.update(new)
+            log.warning("jobs have fields that this version does not know, and ignores: %s", ", ".join(new))
+
+
+def _parse(text: str) -> Parsed:
+    value = json.loads(text)
     try:
-        return RLTrainingJobSpec.model_validate_json(text), ""
+        found = read_spec(value)
+        return Parsed(found.spec, unknown=found.unknown)
     except ValidationError as error:
-        found = (
-            ".".join(["spec", *(str(part) for part in e["loc"])]) + ": " + e["msg"].removeprefix("Value error, ")
-            for e in error.errors(include_url=False, include_context=False, include_input=False)
-        )
-        return None, "; ".join(found)[:900]
+        return Parsed(salvage_spec(value), problems(error))
+
+
+parse_spec = _Parser()
 
 
 def newest(pods: tuple[PodView, ...]) -> tuple[PodView, ...]:
@@ -363,7 +452,7 @@ def observe(
     Anybody who may create Jobs can write our labels and owner on them. One that the status does not tell of yet is an
     attempt where this process made it (`begun`), or where it is the next and runs what we would make (`expected`).
     """
-    spec, problem = parse_spec(found.spec)
+    parsed = parse_spec(found.spec)
     status = JobStatus.load(json.loads(found.status) if found.status else None)
     last = max(begun, status.attempt or 0)
 
@@ -373,7 +462,7 @@ def observe(
         if job.number <= last or expected is None:
             return True
         next_one = job.number == last + 1 or status.attempt is None  # a status that was lost is made anew
-        return next_one and spec is not None and job.content == expected(found, spec, job.number, image)
+        return next_one and not parsed.problem and job.content == expected(found, parsed.spec, job.number, image)
 
     claimed = [a for a in attempts if a.owner == found.uid and a.number]
     jobs = {a.number: a for a in claimed if is_ours(a)}
@@ -383,16 +472,17 @@ def observe(
         for pod in pods
         if pod.owner == found.uid and pod.controller not in strays and not _foreign(pod, jobs.get(pod.attempt))
     ]
-    by_attempt: dict[int, tuple[PodView, ...]] = {}
+    by_attempt: dict[int, list[PodView]] = {}
     for pod in sorted((p for p in own if p.attempt), key=lambda p: (p.index, p.created, p.name)):
-        by_attempt[pod.attempt] = (*by_attempt.get(pod.attempt, ()), pod)
+        by_attempt.setdefault(pod.attempt, []).append(pod)
     return Snapshot(
         resource=found,
-        spec=spec,
-        problem=problem,
+        spec=parsed.spec,
+        problem=parsed.problem,
+        unknown=parsed.unknown,
         status=status,
         attempts=jobs,
-        pods=by_attempt,
+        pods={number: tuple(group) for number, group in by_attempt.items()},
         files=next((p for p in own if not p.attempt), None),
         progress=progress,
         image=image,

@@ -68,6 +68,7 @@ class Need(Enum):
     ATTEMPT = "the Job of the newest attempt, and its pods"
     BUNDLES = "which ConfigMaps of bundles exist"
     WARNING_EVENT = "warning Events about the newest attempt"
+    ROWS = "the rows of the data set, which are not kept"
     WORKLOAD = "what Kueue says about the newest attempt"
 
 
@@ -86,7 +87,6 @@ class Plan:
 
     @property
     def spec(self) -> RLTrainingJobSpec:
-        assert self.snapshot.spec is not None, "only valid specs get this far"
         return self.snapshot.spec
 
     @property
@@ -184,6 +184,8 @@ class Plan:
             self.condition("Suspended", True, reasons.SUSPENDED, message)
         elif self.status.condition("Suspended"):
             self.condition("Suspended", False, reasons.RESUMED)
+        if phase != "Pending" and self.status.condition("Blocked"):
+            self.condition("Blocked", False, reasons.UNBLOCKED)
         finished = phase in ("Succeeded", "Failed")
         if finished:
             self.condition("Complete" if phase == "Succeeded" else "Failed", True, reason, message)
@@ -254,4 +256,4 @@ class Plan:
                 self.actions.append(Delete(Kind.JOB, attempt.name, attempt.uid, foreground=True))
 
     def _nodes(self) -> int:
-        return self.snapshot.spec.resources.nodes if self.snapshot.spec else 1
+        return self.snapshot.spec.resources.nodes

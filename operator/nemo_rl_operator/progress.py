@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from dataclasses import dataclass
 import aiohttp
 from pydantic import ValidationError
 
-from nemo_rl.job import names
+from nemo_rl.job import decode, names
 from nemo_rl.job.status import Progress
+from nemo_rl.job.text import one_line
 from nemo_rl_operator import metrics
 from nemo_rl_operator.runtime.cache import Key
 
@@ -29,7 +31,7 @@ TIMEOUT = aiohttp.ClientTimeout(total=2)
 AT_ONCE = 32
 
 
-@dataclass
+@dataclass(eq=False)
 class _Source:
     pod: str
     """Uid of the pod."""
@@ -47,7 +49,8 @@ class ProgressPuller:
     def __init__(self, changed: Callable[[Key], None]) -> None:
         self._changed = changed
         self._sources: dict[Key, _Source] = {}
-        self._due: list[tuple[float, Key, str]] = []
+        self._due: list[tuple[float, int, Key, _Source]] = []
+        self._order = itertools.count()
         self._some = asyncio.Event()
 
     def follow(self, key: Key, pod: str, ip: str) -> None:
@@ -56,8 +59,9 @@ class ProgressPuller:
         if source and source.pod == pod:
             return
         host = f"[{ip}]" if ":" in ip else ip
-        self._sources[key] = _Source(pod, f"http://{host}:{names.TRAINER_PORT}/progress")
-        self._plan(key, pod, INTERVAL)
+        url = f"http://{host}:{names.TRAINER_PORT}/progress"
+        source = self._sources[key] = _Source(pod, url)
+        self._plan(key, source, INTERVAL)
 
     def forget(self, key: Key) -> None:
         self._sources.pop(key, None)
@@ -91,14 +95,13 @@ class ProgressPuller:
                         self._some.clear()
                         await self._some.wait()
                         continue
-                    due, key, pod = self._due[0]
+                    due, _, key, source = self._due[0]
                     if due > loop.time():
                         await asyncio.sleep(min(due - loop.time(), 1.0))
                         continue
                     heapq.heappop(self._due)
-                    source = self._sources.get(key)
-                    if source is None or source.pod != pod:
-                        continue
+                    if self._sources.get(key) is not source:
+                        continue  # forgotten, or another pod's by now
                     await limit.acquire()
                     task = asyncio.create_task(self._pull(session, key, source))
                     tasks.add(task)
@@ -124,16 +127,17 @@ class ProgressPuller:
         except ValueError as error:  # a ValidationError too
             result = "invalid"
             source.failures += 1
-            count = f" ({error.error_count()} errors)" if isinstance(error, ValidationError) else ""
-            self._failed(key, source, f"what answers at {source.url} is no progress")
-            log.debug("%s/%s: invalid progress%s", *key, count)
+            problem = "it has no step" if isinstance(error, ValidationError) else one_line(str(error))[:100]
+            self._failed(key, source, f"what answers at {source.url} is no progress: {problem}")
+            log.debug("%s/%s: invalid progress: %s", *key, problem)
         metrics.PROGRESS_PULLS.labels(result).inc()
         interval = max(INTERVAL, len(self._sources) / WRITES_PER_SECOND)
         if self._sources.get(key) is source:
-            self._plan(key, source.pod, min(LONGEST_INTERVAL, interval * 2 ** min(source.failures, 5)))
+            self._plan(key, source, min(LONGEST_INTERVAL, interval * 2 ** min(source.failures, 5)))
 
-    def _plan(self, key: Key, pod: str, seconds: float) -> None:
-        heapq.heappush(self._due, (asyncio.get_running_loop().time() + seconds, key, pod))
+    def _plan(self, key: Key, source: _Source, seconds: float) -> None:
+        due = asyncio.get_running_loop().time() + seconds
+        heapq.heappush(self._due, (due, next(self._order), key, source))
         self._some.set()
 
 
@@ -147,4 +151,4 @@ async def read(session: aiohttp.ClientSession, url: str) -> Progress:
             content += chunk
             if len(content) > names.PROGRESS_LIMIT:
                 raise ValueError(f"more than {names.PROGRESS_LIMIT} bytes")
-    return Progress.model_validate_json(bytes(content))
+    return Progress.of_a_pod(decode.loads(bytes(content)))

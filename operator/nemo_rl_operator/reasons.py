@@ -79,6 +79,14 @@ NO_IMAGE_MESSAGE = (
     "the job names no image and the operator has no default; give spec.image, or start the operator with --image"
 )
 REFUSED = "Refused"
+API_FAILS = "ApiCallFails"
+UNBLOCKED = "Resolved"
+SERVED = "Serving"
+HELD_INVALID_MESSAGE = (
+    "no further attempt is started, since this operator cannot read the job: {problem}; run an operator of the version "
+    "that the job was made for"
+)
+UNKNOWN_MESSAGE = "{accepted}; ignored are fields that this operator does not know: {fields}"
 
 # Events
 EVENT_STARTED = "AttemptStarted"

@@ -1,58 +1,39 @@
-"""One reconciliation of one job: observe, decide, execute, write the status, post Events; in this order, every time."""
+"""One reconciliation of one job: observe, decide, execute, write the status; in this order, every time."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any
 
 from nemo_rl.job import names
 from nemo_rl.job.status import JobStatus
-from nemo_rl_operator import build, metrics, observe
-from nemo_rl_operator.decide import Decision, decide
+from nemo_rl_operator import build, observe, reasons
+from nemo_rl_operator.decide import Decision, decide, report_failure
 from nemo_rl_operator.events import EventPoster
-from nemo_rl_operator.execute import Executor, NamespaceGoneError
-from nemo_rl_operator.observe import Snapshot
-from nemo_rl_operator.patience import patience
+from nemo_rl_operator.execute import Executor, NamespaceGoneError, words
+from nemo_rl_operator.observe import Blocked, Resource, Snapshot
 from nemo_rl_operator.plan import Kind, Need
-from nemo_rl_operator.policies import running
 from nemo_rl_operator.progress import ProgressPuller
 from nemo_rl_operator.runtime import timestamps
 from nemo_rl_operator.runtime.cache import Cache, Key
-from nemo_rl_operator.runtime.client import Api, ApiError, Object
+from nemo_rl_operator.runtime.client import Api, ApiError
+from nemo_rl_operator.status_writer import StatusWriter, Witness
 from nemo_rl_operator.warning_events import WarningEvents
 
 log = logging.getLogger(__name__)
 
-DEFER_SECONDS = 5.0
-FIRST_WORD_SECONDS = 0.3
-"""For so long, and longer with every other job that starts beside it, the status does not say that a job starts: it
-soon runs, and then that is all there is to say."""
-
-
 MOST_READS = 10
 """Rounds of reading before one decision; two are what happens."""
-
-
-class Witness(Protocol):
-    """Hears of every write, to notice when the watch does not report it back."""
-
-    def wrote(self, key: Key, version: str) -> None: ...
-
-
-@dataclass
-class _Start:
-    """An attempt that starts: its job's uid, its number, when it began to, and how many others did beside it at most.
-
-    The last of many has waited for all of them, although few are left by then.
-    """
-
-    uid: str
-    number: int
-    time: datetime
-    others: int = 0
+SILENT_FAILURES = 3
+"""So many calls in a row that fail for reasons that may pass are repeated without a word."""
+LARGE_AT_ONCE = 2
+"""Jobs with many inline rows that are looked at at once: each takes memory several times its size."""
+PARTS_READ = 8
+"""ConfigMaps of bundles that are looked for by name, one by one, where the list by label lacks them."""
 
 
 class Reconciler:
@@ -70,87 +51,110 @@ class Reconciler:
         busy: Callable[[], bool],
         clock: Callable[[], datetime] = timestamps.now,
     ) -> None:
-        self._api, self._cache, self._events, self._progress = api, cache, events, progress
-        self._witness, self._image, self._busy, self._clock = witness, image, busy, clock
+        self._api, self._cache, self._progress = api, cache, progress
+        self._image, self._busy, self._clock = image, busy, clock
         self._executor = Executor(api, cache)
-        self._incidents = WarningEvents(api)
-        self._starting: dict[Key, _Start] = {}
+        self._writer = StatusWriter(api, cache, events, witness, busy=busy, clock=clock)
+        self._warning_events = WarningEvents(api)
+        self._failures: dict[Key, int] = {}
+        self._large = asyncio.Semaphore(LARGE_AT_ONCE)
 
     async def __call__(self, key: Key) -> float | None:
-        if self._cache.get(key).at_rest:
+        entry = self._cache.get(key)
+        if entry.at_rest:
             self._forget(key)
             return None
-        snapshot, decision = await self._decide(key)
-        if snapshot is None:
-            self._forget(key)
-            return None
-        if decision.actions:
-            try:
-                blocked = await self._executor.run(snapshot.resource, decision.actions)
-            except NamespaceGoneError:
+        if entry.resource and entry.resource.abridged:
+            async with self._large:
+                return await self._reconcile(key)
+        return await self._reconcile(key)
+
+    async def _reconcile(self, key: Key) -> float | None:
+        snapshot: Snapshot | None = self._see(key)
+        try:
+            snapshot, decision = await self._decide(key)
+            if snapshot is None:
+                self._forget(key)
                 return None
-            if blocked:
-                decision = decide(replace(snapshot, blocked=blocked), self._clock())
-                if decision.actions:
-                    await self._executor.run(snapshot.resource, decision.actions)
-        self._note_start(key, snapshot.resource.uid, decision.status)
-        wake = await self._report(key, snapshot, decision)
+            snapshot, decision = await self._execute(snapshot, decision)
+        except NamespaceGoneError:
+            return None
+        except ApiError as error:
+            if snapshot is None:
+                raise
+            decision = self._failing(key, snapshot, error)
+        else:
+            self._failures.pop(key, None)
+            self._writer.note_start(key, snapshot.resource.uid, decision.status)
+        wake = await self._writer.write(key, snapshot, decision)
         self._follow_progress(key, snapshot, decision.status)
         return wake
 
+    def _failing(self, key: Key, snapshot: Snapshot, error: ApiError) -> Decision:
+        """The one place that turns a failing call about the job's objects into a condition.
+
+        What may pass by itself within moments is raised again, so that the queue repeats it: conflicts, and the first
+        few failures of a server that is busy or away.
+        """
+        failures = self._failures[key] = self._failures.get(key, 0) + 1
+        passing = error.transient and not _of_a_webhook(error)
+        if error.status in (404, 409, 410) or (passing and failures < SILENT_FAILURES):
+            raise error
+        log.warning("%s/%s: %s", *key, error)
+        blocked = Blocked(reasons.API_FAILS, f"a call to the API server fails: {words(error)}", fatal=False)
+        return report_failure(replace(snapshot, blocked=blocked), self._clock())
+
+    async def _execute(self, snapshot: Snapshot, decision: Decision) -> tuple[Snapshot, Decision]:
+        """Carry the decision out; where something is refused, that which follows from it too."""
+        if not decision.actions:
+            return snapshot, decision
+        done = await self._executor.run(snapshot.resource, decision.actions)
+        if done.blocked or done.unserved:
+            snapshot = replace(snapshot, blocked=done.blocked, unserved=done.unserved)
+            decision = decide(snapshot, self._clock())
+            if done.blocked and decision.actions:
+                await self._executor.run(snapshot.resource, decision.actions)
+        return snapshot, decision
+
     def _forget(self, key: Key) -> None:
         self._progress.forget(key)
-        self._starting.pop(key, None)
+        self._writer.forget(key)
+        self._failures.pop(key, None)
 
-    def _see(self, key: Key) -> Snapshot | None:
+    def _see(self, key: Key, whole: Resource | None = None) -> Snapshot | None:
         entry = self._cache.get(key)
-        if entry.resource is None:
+        found = entry.resource
+        if found is None:
             return None
-        progress, begun = self._progress.newest(key), self._begun(key, entry.resource.uid)
+        if whole and (whole.uid, whole.version) == (found.uid, found.version):
+            found = whole
         snapshot = observe.observe(
-            entry.resource,
+            found,
             entry.jobs.values(),
             entry.known_pods,
-            progress,
+            self._progress.newest(key),
             self._image,
-            begun=begun,
+            begun=self._writer.begun(key, found.uid),
             expected=build.attempt_content,
         )
         return replace(snapshot, unreadable=self._progress.unreadable(key))
 
-    def _beside(self, key: Key) -> int:
-        """How many other jobs start, or started, beside this one's start."""
-        start = self._starting.get(key)
-        return start.others if start else len(self._starting)
-
-    def _note_start(self, key: Key, uid: str, status: JobStatus) -> None:
-        """Once its objects are made: which attempt starts."""
-        number = status.attempt or 0
-        if status.phase != "Starting" and status.reason not in running.ORDINARY:
-            self._starting.pop(key, None)
-        elif self._begun(key, uid) != number:
-            self._starting[key] = _Start(uid, number, self._clock())
-        if start := self._starting.get(key):
-            start.others = max(start.others, len(self._starting) - 1)
-
-    def _begun(self, key: Key, uid: str) -> int:
-        """Number of the attempt of this very job that starts, as far as this process knows; 0 if none does."""
-        start = self._starting.get(key)
-        return start.number if start and start.uid == uid else 0
-
     async def _decide(self, key: Key) -> tuple[Snapshot | None, Decision]:
         """Decide, reading first what the decision asks for."""
         known: dict[str, Any] = {}
+        whole: Resource | None = None
         for _ in range(MOST_READS):
-            snapshot = self._see(key)
+            snapshot = self._see(key, whole)
             if snapshot is None:
                 return None, Decision(JobStatus())
             snapshot = replace(snapshot, **known)
             decision = decide(snapshot, self._clock())
             if not decision.needs:
                 return snapshot, decision
-            for need in decision.needs:
+            for need in decision.needs - {Need.ROWS}:
                 known |= await self._read(need, key, snapshot)
+            if Need.ROWS in decision.needs:
+                whole = await self._read_whole(key)
         raise RuntimeError(f"the decision asks for {decision.needs} again and again")
 
     async def _read(self, need: Need, key: Key, snapshot: Snapshot) -> dict[str, Any]:
@@ -160,15 +164,33 @@ class Reconciler:
             await self._read_attempt(key, snapshot.resource.uid, number)
             return {"verified": number}
         if need is Need.BUNDLES:
-            assert snapshot.spec
-            parts = {part for bundle in snapshot.spec.bundles for part in bundle.config_maps}
-            there = {part for part in sorted(parts) if await self._api.exists(Kind.CONFIG_MAP, namespace, part)}
-            return {"bundle_parts": frozenset(there)}
+            return {"bundle_parts": await self._read_parts(namespace, snapshot)}
         if need is Need.WARNING_EVENT:
             if self._busy():  # then every start is slow, for the same reason
                 return {"warning_event": ""}
-            return {"warning_event": await self._incidents.newest(snapshot, number, self._clock(), self._beside(key))}
+            found = await self._warning_events.newest(snapshot, number, self._clock(), self._writer.beside(key))
+            return {"warning_event": found}
         return {"workload": await self._workload(namespace, snapshot, number)}
+
+    async def _read_whole(self, key: Key) -> Resource | None:
+        """The resource with all of its rows; the cache learns what it keeps of it."""
+        raw = await self._api.get(Kind.RESOURCE, *key)
+        if raw is None:
+            found = self._cache.get(key).resource
+            self._cache.remove("resource", key, key[1], found.uid if found else None)
+            return None
+        self._cache.put("resource", raw)
+        return observe.resource(raw, whole=True)
+
+    async def _read_parts(self, namespace: str, snapshot: Snapshot) -> frozenset[str]:
+        """Which ConfigMaps of the job's bundles exist: by one list, and by name what somebody made without the label."""
+        parts = dict.fromkeys(part for bundle in snapshot.spec.bundles for part in bundle.config_maps)
+        there = set(await self._api.labelled(Kind.CONFIG_MAP, namespace, names.LABEL_BUNDLE)) & set(parts)
+        missing = [part for part in parts if part not in there]
+        for part in missing[:PARTS_READ]:
+            if await self._api.exists(Kind.CONFIG_MAP, namespace, part):
+                there.add(part)
+        return frozenset(there)
 
     async def _read_attempt(self, key: Key, uid: str, number: int) -> None:
         """Bring the cache up to date about one attempt: its Job, and pods that may have outlived it."""
@@ -196,50 +218,6 @@ class Reconciler:
                     return str(condition.get("message", ""))[:500]
         return ""
 
-    async def _report(self, key: Key, snapshot: Snapshot, decision: Decision) -> float | None:
-        """Write the status if it differs, then post the Events that go with it."""
-        resource, look = snapshot.resource, decision.requeue_after
-        if look is not None and decision.status.reason in running.ORDINARY and key in self._starting:
-            look += patience(self._beside(key))
-        old, new = snapshot.status.dump(), decision.status.dump()
-        if old == new or resource.deleting:
-            return look
-        wait = self._may_wait(key, old, new)
-        if wait > 0:
-            return min(wait, look or wait)
-        try:
-            written = await self._api.patch_status(*key, resource.version, merge_patch(old, new))
-        except ApiError as error:
-            if error.status == 404:
-                self._cache.remove("resource", key, resource.name, resource.uid)
-                return None
-            if error.status == 409:
-                metrics.CONFLICTS.inc()
-            raise
-        self._cache.put("resource", written)
-        self._witness.wrote(key, written["metadata"]["resourceVersion"])
-        for event in decision.events:
-            self._events.post(resource, event)
-        _count_ends(snapshot.status, decision.status)
-        if old.get("phase") != new.get("phase"):
-            log.info("%s/%s: %s: %s", *key, new.get("phase"), new.get("message"))
-        return look
-
-    def _may_wait(self, key: Key, old: Object, new: Object) -> float:
-        """Seconds for which this need not be written, since the next status may make it superfluous."""
-        start = self._starting.get(key)
-        if start and new.get("attempt") == start.number and new.get("reason") in running.ORDINARY:
-            age = (self._clock() - start.time).total_seconds()
-            if "phase" not in old and new.get("phase") == "Starting" and start.number == 1:
-                return FIRST_WORD_SECONDS + patience(start.others) - age
-            before = old.get("reason") in running.ORDINARY if "phase" in old else start.number == 1
-            if before and old.get("attempt", start.number) == start.number:
-                return running.QUIET_SECONDS - age  # what every start goes through for a moment
-        progress_only = all(
-            old.get(name) == new.get(name) for name in {*old, *new} - {"progress", "checkpoint", "score"}
-        )
-        return DEFER_SECONDS if progress_only and self._busy() else 0.0
-
     def _follow_progress(self, key: Key, snapshot: Snapshot, status: JobStatus) -> None:
         """Pull progress from the pod with index 0 while it runs."""
         if status.phase == "Running":
@@ -255,19 +233,6 @@ def newest_attempt(snapshot: Snapshot) -> int:
     return max([snapshot.status.attempt or 0, snapshot.begun, *snapshot.attempts])
 
 
-def merge_patch(old: Object, new: Object) -> Object:
-    """The JSON merge patch that turns `old` into `new`."""
-    patch: Object = {name: None for name in old if name not in new}
-    for name, value in new.items():
-        before = old.get(name)
-        if before == value:
-            continue
-        patch[name] = merge_patch(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
-    return patch
-
-
-def _count_ends(old: JobStatus, new: JobStatus) -> None:
-    ended = {attempt.number for attempt in old.attempts if attempt.end_time}
-    for attempt in new.attempts:
-        if attempt.end_time and attempt.number not in ended:
-            metrics.ATTEMPTS.labels(attempt.cause or "Unknown").inc()
+def _of_a_webhook(error: ApiError) -> bool:
+    """Whether a webhook of somebody else failed: that seldom passes within moments."""
+    return "webhook" in error.message

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from nemo_rl.job import names
+from nemo_rl.job import decode, names
 
 Object = dict[str, Any]
 Found = TypeVar("Found")
@@ -72,7 +72,7 @@ class Api:
                     raise
         if response.status >= 400:
             raise ApiError(response.status, _message(text))
-        return json.loads(text) if text[:1] == b"{" else text.decode()
+        return decode.loads(text) if text[:1] == b"{" else text.decode()
 
     def get(self, kind: str, namespace: str | None, name: str) -> Object:
         return dict(self.request("GET", path(kind, namespace, name)))
@@ -114,7 +114,7 @@ class Api:
         if response.status >= 400:
             raise ApiError(response.status, _message(response.read()))
         while line := response.readline():
-            yield json.loads(line)
+            yield decode.loads(line)
 
     def _connection(self, fresh: bool) -> http.client.HTTPSConnection:
         if fresh or getattr(self.local, "connection", None) is None:
@@ -163,6 +163,6 @@ def _tls(cluster: Object, user: Object) -> ssl.SSLContext:
 
 def _message(text: bytes) -> str:
     try:
-        return str(json.loads(text).get("message", ""))
+        return str(decode.loads(text).get("message", ""))
     except ValueError:
         return text[:500].decode(errors="replace")

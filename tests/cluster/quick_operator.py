@@ -25,7 +25,8 @@ def load() -> None:
         sys.modules.setdefault(unused, None)  # type: ignore[arg-type]
     from nemo_rl.job import names
     from nemo_rl_operator import assembly, plan, progress
-    from nemo_rl_operator.policies import retry, running, sidecars
+    from nemo_rl_operator.policies import accept, retry, running, sidecars
+    from nemo_rl_operator.runtime import resync
 
     assert assembly
     names.BUNDLE_WAIT_SECONDS = BUNDLE_WAIT_SECONDS
@@ -40,6 +41,8 @@ def load() -> None:
     running.QUEUE_SECONDS = 1.0
     plan.LOST_PATIENCE_SECONDS = 2.0
     sidecars.PATIENCE_SECONDS = 2.0
+    accept.RETRY_SECONDS, accept.LONGEST_RETRY_SECONDS = 1.0, 3.0
+    resync.DEAF_SECONDS = 5.0
 
 
 def start(arguments: list[str], environment: dict[str, str], log: str) -> int:

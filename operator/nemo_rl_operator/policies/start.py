@@ -69,6 +69,9 @@ def start(plan: Plan) -> bool:
     if not (spec.image or plan.snapshot.image):
         plan.phase("Pending", reasons.NO_IMAGE, reasons.NO_IMAGE_MESSAGE)
         return True
+    if resource.abridged:
+        plan.needs.add(Need.ROWS)
+        return True
     number = plan.number + 1
     made = (
         (Kind.CONFIG_MAP, build.frozen_job(resource, spec)),

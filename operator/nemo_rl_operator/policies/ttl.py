@@ -8,7 +8,7 @@ from nemo_rl_operator.runtime import timestamps
 
 def expire(plan: Plan) -> None:
     spec, status = plan.snapshot.spec, plan.status
-    if spec is None or spec.ttl_seconds_after_finished is None:
+    if spec.ttl_seconds_after_finished is None:
         return
     ended = timestamps.seconds_until(status.completion_time, plan.now)
     left = (ended or 0.0) + spec.ttl_seconds_after_finished

@@ -10,7 +10,7 @@ import asyncio
 import json
 import ssl
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 import aiohttp
 
+from nemo_rl.job import decode
 from nemo_rl_operator import metrics
 from nemo_rl_operator.plan import Kind
 
@@ -63,6 +64,8 @@ class Api:
         self._session: aiohttp.ClientSession | None = None
         self._ready = asyncio.Event()
         self._token, self._token_until = "", 0.0
+        self.answered: Callable[[bool], None] = lambda reached: None
+        """Told after each call whether the API server answered."""
         self.latency = 0.0
         """Seconds that calls take now: a moving average."""
 
@@ -124,6 +127,13 @@ class Api:
         """One page of a list."""
         page = await self._call("GET", kind, namespace, params=params)
         return list(page.get("items") or ())
+
+    async def labelled(self, kind: Kind, namespace: str, label: str) -> list[str]:
+        """Names of all objects of a namespace that have this label, whatever its value."""
+        found = []
+        async for page, _ in self.metadata(kind, namespace, {"labelSelector": label}):
+            found += [item["metadata"]["name"] for item in page]
+        return found
 
     async def workloads(self, namespace: str, params: Mapping[str, str]) -> list[Object]:
         """Kueue's workloads; none where Kueue is not installed."""
@@ -200,6 +210,7 @@ class Api:
             took = time.monotonic() - began
             self.latency += 0.1 * (took - self.latency)
             metrics.API_SECONDS.labels(verb).observe(took)
+            self.answered(0 < code < 500)
         answer = _parse(content)
         if code >= 300:
             raise ApiError(code, str(answer.get("reason", "")), str(answer.get("message", ""))[:2000])
@@ -217,7 +228,7 @@ class Api:
 
 def _parse(content: bytes) -> Object:
     try:
-        found = json.loads(content)
+        found = decode.loads(content)
     except ValueError:
         found = None
     return found if isinstance(found, dict) else {"message": content[:300].decode(errors="replace")}

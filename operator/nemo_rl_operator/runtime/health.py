@@ -13,7 +13,9 @@ from nemo_rl_operator.runtime.cache import Cache, Key
 from nemo_rl_operator.runtime.queue import KeyedQueue
 
 WAIT_LIMIT = 120.0
-"""Seconds that the queue may stand still, or a worker be busy with one job, before something must be wrong."""
+"""Seconds that the queue may stand still before something must be wrong."""
+WORK_LIMIT = 600.0
+"""Likewise that a worker may be busy with one job: a slow API server may take half a minute for each of its calls."""
 ECHO_LIMIT = 180.0
 """Seconds within which the watch must report our own writes back."""
 
@@ -30,7 +32,9 @@ class Health:
         self._written: dict[Key, tuple[float, int]] = {}
         self._heard = time.monotonic()
         self.deaf = ""
-        """What the last resync found that the watches should have told; empty if nothing."""
+        """What the resync found that the watches should have told long ago; empty if nothing."""
+        self.reachable = True
+        """Whether the API server answered the last call. While it does not, nothing can come back from it."""
         self.broken = ""
         """Which part of the operator ended by itself; empty while all run."""
         self.started = False
@@ -42,6 +46,7 @@ class Health:
         self._heard = time.monotonic()
 
     def wrote(self, key: Key, version: str) -> None:
+        """The API server took a write, and made this new version of the job of it."""
         if version.isdigit():
             self._written.setdefault(key, (time.monotonic(), int(version)))
 
@@ -55,9 +60,9 @@ class Health:
         found = []
         if self._queue.stalled() > WAIT_LIMIT:
             found.append(f"jobs wait, and none was handed to a worker for {self._queue.stalled():.0f} s")
-        if self._queue.longest_work() > WAIT_LIMIT:
+        if self._queue.longest_work() > WORK_LIMIT:
             found.append(f"a worker has been busy with one job for {self._queue.longest_work():.0f} s")
-        if any(self._unheard(key, since) for key, (since, _) in list(self._written.items())):
+        if self.reachable and any(self._unheard(key, since) for key, (since, _) in list(self._written.items())):
             found.append(f"the watch has not reported a write back within {ECHO_LIMIT:.0f} s")
         found += [text for text in (self.deaf, self.broken) if text]
         return found

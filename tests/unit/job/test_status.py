@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -77,6 +80,7 @@ def test_overlong_texts_are_cut_not_refused() -> None:
 
 
 TEXT = st.text(max_size=3000)
+PATH = TEXT.map(lambda text: "run/" + text.replace("/", "-"))
 
 
 @given(
@@ -87,7 +91,7 @@ TEXT = st.text(max_size=3000)
         traceback=TEXT,
         cause=TEXT,
         metrics=st.dictionaries(TEXT, st.floats() | TEXT, max_size=70),
-        checkpoint=st.builds(Checkpoint, latest=TEXT, best=TEXT),
+        checkpoint=st.builds(Checkpoint, latest=PATH, best=PATH),
         exit_code=st.none() | st.integers(0, 255),
     )
 )
@@ -140,3 +144,88 @@ def test_the_largest_status_is_small() -> None:
         }
     )
     assert len(json.dumps(status.dump(), ensure_ascii=False).encode()) < 64_000
+
+
+NONSENSE = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text(), max_size=2)
+FORMATS = re.compile(r"\d{4}-\d\d-\d\d[Tt]([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)")
+UNFIT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield name
+            yield from texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from texts(inner)
+
+
+TIMES = st.text() | st.sampled_from(
+    ["yesterday", "2026-02-30T00:00:00Z", "2026-01-01T25:00:00Z", "2026-01-01T00:00:60Z", "9999-12-31T23:59:59-23:59"]
+)
+CHECKPOINTS = NONSENSE | st.fixed_dictionaries(
+    {}, optional={"latest": NONSENSE | st.sampled_from(["../../etc", "/etc", "a/../..", "x/1"]), "latestStep": NONSENSE}
+)
+SAID = st.fixed_dictionaries(
+    {"step": st.integers(0, 9)},
+    optional={
+        "totalSteps": NONSENSE,
+        "percent": NONSENSE,
+        "secondsRemaining": NONSENSE,
+        "eta": NONSENSE,
+        "text": NONSENSE,
+        "epoch": NONSENSE,
+        "metrics": NONSENSE | st.dictionaries(st.text(), NONSENSE),
+        "time": NONSENSE | TIMES,
+        "checkpoint": CHECKPOINTS,
+    },
+)
+
+
+@given(SAID)
+def test_progress_with_nonsense_beside_the_step_still_tells_the_step(said: dict[str, Any]) -> None:
+    progress = Progress.of_a_pod(said)
+    assert progress.step == said["step"]
+    status = JobStatus(progress=progress, checkpoint=progress.checkpoint).dump()
+    told = status["progress"].get("time")
+    assert told is None or FORMATS.fullmatch(told)
+    assert not [text for text in texts(status) if UNFIT.search(text)]
+    assert not any(".." in text or text.startswith("/") for text in texts(status.get("checkpoint")))
+    json.dumps(status).encode()
+
+
+@given(
+    st.fixed_dictionaries(
+        {"kind": st.just("result")},
+        optional={
+            "totalSteps": NONSENSE,
+            "metrics": NONSENSE | st.dictionaries(st.text(), NONSENSE),
+            "checkpoint": CHECKPOINTS,
+            "exitCode": NONSENSE,
+            "message": NONSENSE,
+            "traceback": NONSENSE,
+            "cause": NONSENSE,
+        },
+    )
+)
+def test_a_result_with_nonsense_in_it_is_a_result(said: dict[str, Any]) -> None:
+    found = TerminationMessage.parse(json.dumps(said))
+    assert found is not None
+    assert found.kind == "result"
+    assert not [text for text in texts(found.model_dump(mode="json")) if UNFIT.search(text)]
+
+
+def test_a_text_of_a_pod_cannot_drive_a_terminal() -> None:
+    said = "red \x1b[31malert\x1b[0m \x07 bell\r\n\u202eevil\x9b2J \x1b]0;title\x07 \ud800 end\x00"
+    failure = TerminationMessage.parse(json.dumps({"kind": "failure", "message": said, "traceback": said}))
+    assert failure is not None
+    assert failure.message == "red alert  bell\nevil2J  \ufffd end"
+
+
+def test_what_was_assigned_without_a_model_is_clean_when_it_is_written() -> None:
+    status = JobStatus()
+    status.message = "waiting \x1b[2J for \u202ea node"
+    assert status.dump()["message"] == "waiting  for a node"

@@ -84,6 +84,12 @@ class FakeApi:
         found = [body for (held, _), body in self.objects.items() if held is kind]
         return [b for b in found if wanted.items() <= (b["metadata"].get("labels") or {}).items()]
 
+    async def labelled(self, kind: Kind, namespace: str, label: str) -> list[str]:
+        self._enter("LIST", kind, label)
+        return [
+            n for (k, n), body in self.objects.items() if k is kind and label in (body["metadata"].get("labels") or {})
+        ]
+
     async def workloads(self, namespace: str, params: Mapping[str, str]) -> list[Object]:
         return []
 

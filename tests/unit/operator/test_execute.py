@@ -26,7 +26,8 @@ CLAIM = Create(Kind.CLAIM, build.output_claim(RESOURCE, make.parsed()) or {})
 
 
 async def run(api: FakeApi, *actions: Action, cache: Cache | None = None) -> Blocked | None:
-    return await Executor(api, Cache() if cache is None else cache).run(RESOURCE, actions)  # type: ignore[arg-type]
+    executor = Executor(api, Cache() if cache is None else cache)  # type: ignore[arg-type]
+    return (await executor.run(RESOURCE, actions)).blocked
 
 
 def foreign(kind: Kind, name: str, **meta: Any) -> dict[str, Any]:
@@ -229,6 +230,16 @@ async def test_our_own_job_that_is_being_deleted_is_not_taken_for_a_new_one() ->
             False,
         ),
         (403, 'admission webhook "policy" denied the request: no', "Refused", False),
+        (400, 'admission webhook "v.kyverno.svc" denied the request: registry timeout', "Refused", False),
+        (422, 'admission webhook "v" denied the request: Job.batch "x-1" is invalid: so we say', "Refused", False),
+        (
+            422,
+            "jobs.batch \"x-1\" is forbidden: ValidatingAdmissionPolicy 'p' with binding 'p' denied request: no",
+            "Refused",
+            False,
+        ),
+        (418, "a proxy that is a teapot", "Refused", False),
+        (405, "not here", "Refused", False),
     ],
 )
 async def test_refusals_become_words(code: int, message: str, reason: str, fatal: bool) -> None:
@@ -273,4 +284,7 @@ async def test_a_file_server_that_cannot_be_made_does_not_hold_up_the_job() -> N
     api = FakeApi()
     api.refuse["POST", Kind.POD] = ApiError(403, "Forbidden", "no pods today")
     pod = Create(Kind.POD, build.files_pod(RESOURCE, make.parsed(), make.IMAGE))
-    assert await run(api, pod, JOB) is None
+    done = await Executor(api, Cache()).run(RESOURCE, [pod, JOB])  # type: ignore[arg-type]
+    assert done.blocked is None
+    assert done.unserved is not None
+    assert "no pods today" in done.unserved.message, "and the status says so"

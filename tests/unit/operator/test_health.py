@@ -13,6 +13,7 @@ from nemo_rl.job import names
 from nemo_rl_operator.plan import Kind
 from nemo_rl_operator.runtime import health, resync
 from nemo_rl_operator.runtime.cache import Cache, Key
+from nemo_rl_operator.runtime.client import ApiError
 from nemo_rl_operator.runtime.health import Health
 from nemo_rl_operator.runtime.queue import KeyedQueue
 from nemo_rl_operator.runtime.resync import Resync
@@ -100,15 +101,21 @@ class Lists:
     def __init__(self, **objects: dict[str, int]) -> None:
         self.objects = objects
         self.gone: set[str] = set()
+        self.away = False
 
     async def metadata(
         self, kind: Kind, namespace: str | None, params: Mapping[str, str]
     ) -> AsyncIterator[tuple[list[Any], str]]:
         assert bool(params.get("labelSelector")) is (kind is not Kind.RESOURCE)
         found = self.objects.get(kind.name.lower(), {})
-        yield [resource(version, name) for name, version in found.items()], "50"
+        items = [resource(version, name) for name, version in found.items()]
+        for item in items if kind is not Kind.RESOURCE else ():
+            item["metadata"]["labels"] = {names.LABEL_JOB: ""}
+        yield items, "50"
 
     async def exists(self, kind: Kind, namespace: str, name: str) -> bool:
+        if self.away:
+            raise ApiError(0, "Unreachable", "away")
         return name not in self.gone
 
 
@@ -128,13 +135,47 @@ async def test_ghosts_are_dropped_and_what_is_newer_than_the_list_stays() -> Non
     assert queue.delayed == 1, "and every job again soon"
 
 
-async def test_a_deaf_watch_is_noticed() -> None:
+async def test_a_deaf_watch_is_noticed_and_one_that_catches_up_is_not_deaf(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resync, "DEAF_SECONDS", 0.05)
     cache, queue, found = make()
-    await resyncer(Lists(resource={"x": 5}), cache, queue, found).once()
+    task = asyncio.create_task(resyncer(Lists(resource={"x": 5}), cache, queue, found).once())
+    await asyncio.sleep(0.02)
+    assert found.deaf == "", "for a while it is merely late"
+    await asyncio.sleep(0.2)
     assert found.deaf == "the watches missed 1 changes"
     cache.put("resource", resource(5))
-    await resyncer(Lists(resource={"x": 5}), cache, queue, found).once()
+    await task
     assert found.deaf == ""
+
+
+async def test_an_api_server_that_is_away_is_no_deaf_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resync, "DEAF_SECONDS", 0.0)
+    cache, queue, found = make()
+    lists = Lists(resource={"x": 5})
+    lists.away = True
+    task = asyncio.create_task(resyncer(lists, cache, queue, found).once())
+    await asyncio.sleep(0.1)
+    assert found.deaf == ""
+    task.cancel()
+
+
+async def test_objects_of_others_with_our_label_are_no_missed_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resync, "DEAF_SECONDS", 0.0)
+    cache, queue, found = make()
+    lists = Lists(pod={"innocent": 500})
+    await asyncio.wait_for(resyncer(lists, cache, queue, found).once(), 1)
+    assert found.deaf == ""
+
+
+async def test_no_echo_is_awaited_from_an_api_server_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "ECHO_LIMIT", -1.0)
+    cache, _, found = make()
+    cache.put("resource", resource(5))
+    found.wrote(KEY, "6")
+    found.reachable = False
+    assert found.problems() == []
+    found.reachable = True
+    assert found.problems() != []
 
 
 async def test_a_watch_that_is_merely_late_is_not_deaf() -> None:

@@ -6,12 +6,14 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import web
 
 from nemo_rl.job import names
+from nemo_rl.job.status import Progress
 from nemo_rl_operator import progress
 from nemo_rl_operator.progress import ProgressPuller, read
 from nemo_rl_operator.runtime.cache import Key
@@ -185,3 +187,63 @@ async def test_a_pod_that_cannot_be_reached_is_asked_again_soon_however_often_th
     found.follow(KEY, "pod", "127.0.0.1")  # nothing listens there
     await asyncio.wait_for(enough.wait(), 10)
     assert max(waits) <= 2 * max(progress.INTERVAL, 1 / progress.WRITES_PER_SECOND)
+
+
+async def test_following_anew_does_not_read_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    for flaps in (0, 5):
+        count = 0
+
+        async def read(session: Any, url: str) -> Progress:
+            nonlocal count
+            count += 1
+            return Progress(step=1)
+
+        monkeypatch.setattr(progress, "read", read)
+        monkeypatch.setattr(progress, "INTERVAL", 0.05)
+        puller = ProgressPuller(lambda key: None)
+        task = asyncio.create_task(puller.run())
+        puller.follow(KEY, "pod", "127.0.0.1")
+        for _ in range(flaps):
+            puller.forget(KEY)
+            puller.follow(KEY, "pod", "127.0.0.1")
+        await asyncio.sleep(0.6)
+        task.cancel()
+        counts.append(count)
+    assert counts[1] <= counts[0] + 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (aiohttp.ClientError("refused"), "refused"),
+        (ValueError("HTTP 404"), "is no progress: HTTP 404"),
+    ],
+)
+async def test_progress_that_cannot_be_read_for_a_while_is_said_until_it_can(
+    monkeypatch: pytest.MonkeyPatch, answer: Exception, words: str
+) -> None:
+    fails = True
+
+    async def read(session: Any, url: str) -> Progress:
+        if fails:
+            raise answer
+        return Progress(step=1)
+
+    monkeypatch.setattr(progress, "read", read)
+    monkeypatch.setattr(progress, "INTERVAL", 0.02)
+    monkeypatch.setattr(progress, "LONGEST_INTERVAL", 0.02)
+    monkeypatch.setattr(progress, "UNREADABLE_SECONDS", 0.1)
+    changes: list[Any] = []
+    puller = ProgressPuller(changes.append)
+    task = asyncio.create_task(puller.run())
+    puller.follow(KEY, "pod", "127.0.0.1")
+    await asyncio.sleep(0.05)
+    assert puller.unreadable(KEY) == "", "a trainer that starts does not answer for a moment"
+    await asyncio.sleep(0.3)
+    assert words in puller.unreadable(KEY)
+    assert changes == [KEY], "the job is looked at once for it"
+    fails = False
+    await asyncio.sleep(0.2)
+    assert (puller.unreadable(KEY), changes) == ("", [KEY, KEY])
+    task.cancel()

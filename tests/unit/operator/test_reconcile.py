@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import json
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -11,12 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_rl.job import names
-from nemo_rl.job.status import TerminationMessage
+from nemo_rl.job.status import Progress, TerminationMessage
 from nemo_rl_operator.observe import Resource
 from nemo_rl_operator.plan import Event, Kind
-from nemo_rl_operator.reconcile import Reconciler, merge_patch
+from nemo_rl_operator.reconcile import Reconciler
+from nemo_rl_operator.runtime import timestamps
 from nemo_rl_operator.runtime.cache import Cache
 from nemo_rl_operator.runtime.client import ApiError
+from nemo_rl_operator.status_writer import merge_patch
 from unit.operator import make
 from unit.operator.fake_api import FakeApi, merge
 
@@ -34,6 +39,8 @@ class Setting:
 
     def __post_init__(self) -> None:
         self.events: list[Event] = []
+        self.written: list[int] = []
+        self.progress: Progress | None = None
         self.followed: dict[Any, tuple[str, str]] = {}
         self.reconcile = Reconciler(
             self.api,  # type: ignore[arg-type]
@@ -50,10 +57,10 @@ class Setting:
         self.events.append(event)
 
     def wrote(self, key: Any, version: str) -> None:
-        pass
+        self.written.append(int(version))
 
-    def newest(self, key: Any) -> None:
-        return None
+    def newest(self, key: Any) -> Progress | None:
+        return self.progress
 
     def unreadable(self, key: Any) -> str:
         return ""
@@ -154,7 +161,7 @@ async def test_an_attempt_whose_job_could_not_be_made_has_not_begun() -> None:
     setting.api.put_job()
     setting.deliver()
     setting.api.refuse["POST", Kind.JOB] = ApiError(429, "TooManyRequests", "later")
-    for _ in range(3):
+    for _ in range(2):
         with pytest.raises(ApiError, match="later"):
             await setting.reconcile(KEY)
     setting.api.refuse.clear()
@@ -338,3 +345,212 @@ def test_a_job_at_rest_is_known_by_its_resource_alone() -> None:
     pod = {"metadata": {"name": "p", "uid": "p", "namespace": "ns", "labels": {names.LABEL_JOB: "x"}}, "status": {}}
     cache.put("pod", pod)
     assert not cache.get(KEY).at_rest, "a pod is still there"
+
+
+@pytest.mark.parametrize(
+    ("verb", "kind", "error"),
+    [
+        ("POST", Kind.JOB, ApiError(500, "InternalError", 'failed calling webhook "mjob.kb.io": connection refused')),
+        ("POST", Kind.CONFIG_MAP, ApiError(400, "BadRequest", 'admission webhook "v" denied the request: timed out')),
+        ("POST", Kind.CLAIM, ApiError(403, "Forbidden", "persistentvolumeclaims is forbidden: not you")),
+        ("LIST", Kind.CONFIG_MAP, ApiError(403, "Forbidden", "configmaps is forbidden: not you")),
+        ("POST", Kind.JOB, ApiError(503, "ServiceUnavailable", "etcdserver: leader changed")),
+        ("POST", Kind.JOB, ApiError(401, "Unauthorized", "Unauthorized")),
+    ],
+)
+async def test_every_call_about_a_child_that_fails_is_said_and_passes(verb: str, kind: Kind, error: ApiError) -> None:
+    setting = Setting()
+    setting.api.put_job(bundles=[{"name": "code", "sha256": "0" * 64, "configMaps": ["b"]}])
+    setting.api.put(Kind.CONFIG_MAP, {"metadata": {"name": "b", "labels": {names.LABEL_BUNDLE: "x"}}})
+    setting.api.refuse[verb, kind] = error
+    setting.deliver()
+    wake = None
+    for _ in range(3):
+        with contextlib.suppress(ApiError):  # the first few of what may pass are repeated at once
+            wake = await setting.reconcile(KEY)
+        setting.deliver()
+    assert error.message in setting.status["message"]
+    assert setting.status["phase"] == "Pending"
+    blocked = {c["type"]: c for c in setting.status["conditions"]}["Blocked"]
+    assert (blocked["status"], error.message in blocked["message"]) == ("True", True)
+    waits = []
+    for _ in range(12):
+        assert wake is not None
+        setting.now = make.later((setting.now - make.NOW).total_seconds() + wake)
+        setting.api.calls.clear()
+        wake = await setting.reconcile(KEY)
+        waits.append(wake)
+        setting.deliver()
+        assert len(setting.api.calls) <= 8
+    assert waits == sorted(waits), "the longer it lasts, the rarer it is tried"
+    assert waits[-1] == 300.0
+    setting.api.refuse.clear()
+    await setting.reconcile(KEY)
+    setting.now = make.later((setting.now - make.NOW).total_seconds() + 20)
+    setting.deliver()
+    await setting.reconcile(KEY)
+    assert setting.status["phase"] == "Starting"
+    assert {c["type"]: c["status"] for c in setting.status["conditions"]}["Blocked"] == "False"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ApiError(422, "Invalid", 'Job.batch "x-2" is invalid: spec.template: Invalid value'),
+        ApiError(400, "BadRequest", 'admission webhook "v" denied the request: verify-images: registry timeout'),
+        ApiError(413, "RequestEntityTooLarge", "limit is 3145728"),
+    ],
+)
+async def test_a_job_that_has_started_is_never_failed_for_what_is_refused_later(error: ApiError) -> None:
+    setting = await started()
+    setting.pod("Failed", terminated={"exitCode": 1})
+    setting.deliver()
+    setting.api.refuse["POST", Kind.JOB] = error
+    await setting.reconcile(KEY)
+    setting.now = make.later(60)
+    setting.deliver()
+    await setting.reconcile(KEY)
+    assert setting.status["phase"] == "Pending"
+    assert error.message in setting.status["message"]
+    setting.api.refuse.clear()
+    await setting.reconcile(KEY)
+    assert "JOB x-2" in setting.api.made()
+
+
+async def test_a_field_that_a_newer_definition_adds_disturbs_no_running_job(caplog: pytest.LogCaptureFixture) -> None:
+    setting = await started()
+    setting.pod("Running", running={})
+    body = setting.api.objects[Kind.RESOURCE, "x"]
+    body["spec"]["training"] = {"fp8FromTheFuture": False}
+    body["spec"]["output"] = {"whereFromTheFuture": "x"}
+    setting.api.put(Kind.RESOURCE, body)
+    setting.deliver()
+    for _ in range(3):
+        await setting.reconcile(KEY)
+        setting.deliver()
+    assert setting.status["phase"] == "Running"
+    accepted = {c["type"]: c for c in setting.status["conditions"]}["Accepted"]
+    assert accepted["status"] == "True"
+    assert "spec.training.fp8FromTheFuture" in accepted["message"]
+    assert not [call for call in setting.api.calls if call[0] == "DELETE"]
+    assert caplog.text.count("fp8FromTheFuture") == 1, "said once, not with every look"
+
+
+async def test_a_started_job_whose_spec_cannot_be_read_trains_to_its_end_and_starts_no_other() -> None:
+    setting = await started()
+    body = setting.api.objects[Kind.RESOURCE, "x"]
+    body["spec"]["grpo"] = {"lossType": "newest"}
+    setting.api.put(Kind.RESOURCE, body)
+    setting.pod("Running", running={})
+    setting.deliver()
+    await setting.reconcile(KEY)
+    assert setting.status["phase"] == "Running"
+    accepted = {c["type"]: c for c in setting.status["conditions"]}["Accepted"]
+    assert (accepted["status"], "spec.grpo.lossType" in accepted["message"]) == ("False", True)
+    setting.pod("Failed", terminated={"exitCode": 1})
+    for later in (0, 100, 1000):
+        setting.now = make.later(later)
+        setting.deliver()
+        await setting.reconcile(KEY)
+    assert (setting.status["phase"], setting.status["reason"]) == ("Pending", "InvalidSpec")
+    assert "JOB x-2" not in setting.api.made()
+    del body["spec"]["grpo"]  # an operator that can read it is at work again
+    setting.api.objects[Kind.RESOURCE, "x"]["spec"].pop("grpo", None)
+    setting.api.put(Kind.RESOURCE, setting.api.objects[Kind.RESOURCE, "x"])
+    setting.deliver()
+    await setting.reconcile(KEY)
+    assert "JOB x-2" in setting.api.made()
+
+
+class Strict(FakeApi):
+    """Refuses a status with progress in it, as the API server does for a time that is none."""
+
+    async def patch_status(self, namespace: str, name: str, version: str, status: dict[str, Any]) -> dict[str, Any]:
+        if status.get("progress"):
+            self.calls.append(("PATCH", Kind.RESOURCE, "refused"))
+            raise ApiError(422, "Invalid", "status.progress.time: Invalid value")
+        return await super().patch_status(namespace, name, version, status)
+
+
+async def test_what_pods_said_cannot_make_a_status_unwritable() -> None:
+    setting = Setting(Strict())
+    setting.api.put_job()
+    setting.deliver()
+    await setting.reconcile(KEY)
+    setting.pod("Running", running={})
+    setting.deliver()
+    await setting.reconcile(KEY)
+    setting.progress = Progress(step=3)
+    for _ in range(5):
+        await setting.reconcile(KEY)
+        setting.deliver()
+    assert (setting.status["phase"], setting.status.get("progress")) == ("Running", None)
+    assert [name for verb, _, name in setting.api.calls if name == "refused"] == ["refused"], "tried once"
+    word = TerminationMessage(kind="result", total_steps=5).encode()
+    setting.pod("Succeeded", terminated={"exitCode": 0, "message": word})
+    setting.deliver()
+    await setting.reconcile(KEY)
+    assert (setting.status["phase"], setting.status["result"]["totalSteps"]) == ("Succeeded", 5)
+
+
+class Pruning(FakeApi):
+    """Its definition lacks a field of the status, so a write of that alone changes nothing."""
+
+    async def patch_status(self, namespace: str, name: str, version: str, status: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in status.items() if name != "gpus"}
+        if not kept:
+            self.calls.append(("PATCH", Kind.RESOURCE, name))
+            return copy.deepcopy(self.objects[Kind.RESOURCE, name])
+        return await super().patch_status(namespace, name, version, kept)
+
+
+async def test_a_write_that_changes_nothing_is_not_repeated_and_not_waited_for() -> None:
+    setting = Setting(Pruning())
+    setting.api.put_job()
+    for _ in range(25):
+        setting.deliver()
+        await setting.reconcile(KEY)
+        setting.now = make.later((setting.now - make.NOW).total_seconds() + 2)
+    writes = [call for call in setting.api.calls if call[0] == "PATCH"]
+    assert len(writes) <= 5
+    assert len(setting.written) < len(writes), "nobody waits for the echo of a write that made no version"
+
+
+async def test_many_rows_are_not_kept_and_reach_the_frozen_job_whole() -> None:
+    rows = [{"prompt": f"{n} what is {n} plus {n}", "answer": str(2 * n)} for n in range(10_000)]
+    setting = Setting()
+    setting.api.put_job(dataset={"inline": rows})
+    setting.deliver()
+    found = setting.cache.get(KEY).resource
+    assert found is not None
+    assert len(found.spec) < 1000
+    await setting.reconcile(KEY)
+    assert "JOB x-1" in setting.api.made()
+    text = setting.api.objects[Kind.CONFIG_MAP, "x-job"]["data"]["job.json"]
+    assert json.loads(text)["spec"]["dataset"]["inline"] == rows
+    found = setting.cache.get(KEY).resource
+    assert found is not None
+    assert len(found.spec) < 1000
+    changed = setting.api.objects[Kind.RESOURCE, "x"]
+    changed["spec"]["dataset"]["inline"] = [*rows[:-1], {"prompt": "other", "answer": "x"}]
+    assert setting.cache.put("resource", setting.api.put(Kind.RESOURCE, changed)) == KEY, "a change of them is seen"
+
+
+async def test_a_job_of_many_bundle_parts_costs_few_calls() -> None:
+    bundles = [
+        {"name": f"b{i}", "sha256": "0" * 64, "configMaps": [f"m-{i}-{j}" for j in range(32)]} for i in range(16)
+    ]
+    setting = Setting()
+    setting.api.put_job(bundles=bundles)
+    setting.deliver()
+    await setting.reconcile(KEY)
+    assert len(setting.api.calls) <= 12
+    assert setting.status["message"] == "waiting for 512 of 512 bundle parts"
+
+
+@given(st.text(max_size=40))
+def test_a_time_at_the_edge_of_the_calendar_is_far_away(text: str) -> None:
+    for value in (text, "9999-12-31T23:59:59-23:59", "0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59Z"):
+        assert timestamps.parse(value) is None or timestamps.write(timestamps.parse(value) or make.NOW)
+    assert (timestamps.seconds_until("9999-12-31T23:59:59-23:59", make.NOW) or 0) > 1e9
+    assert (timestamps.seconds_until("0001-01-01T00:00:00+23:59", make.NOW) or 0) < -1e9

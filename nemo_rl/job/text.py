@@ -1,0 +1,27 @@
+"""Texts of pods, nodes and other programs, made fit for a terminal, a status and a log."""
+
+from __future__ import annotations
+
+import re
+
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
+"""Terminal sequences: colours, cursor movements, titles of windows, links."""
+_UNFIT = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"  # control characters
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks that turn the direction of text around
+    "\ufeff\ufff9-\ufffb]"
+)
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def clean(text: str) -> str:
+    """The text without terminal sequences, control characters but newline and tab, and marks of direction."""
+    if text.isprintable() and text.isascii():
+        return text
+    text = _UNFIT.sub("", _ESCAPES.sub("", text.replace("\r\n", "\n").replace("\r", "\n")))
+    return _SURROGATES.sub("\ufffd", text).replace("\u2028", "\n").replace("\u2029", "\n")
+
+
+def one_line(text: str) -> str:
+    """The text, clean, with its line breaks written as the two characters backslash and n."""
+    return clean(text).replace("\n", "\\n")
