@@ -37,6 +37,9 @@ def deep(levels: int) -> Object:
 ANY_OF = "give exactly one of"
 BAD = [
     # what is missing, or too much
+    bad("no time to start", "spec.startupTimeoutSeconds", "greater than or equal to 1", startupTimeoutSeconds=0),
+    bad("a stall of seconds", "spec.stallTimeoutSeconds", "greater than or equal to 10", stallTimeoutSeconds=9),
+    bad("an unknown policy for nodes", "spec.onNodeLost", '"replace"', onNodeLost="recreate"),
     bad("no model", "spec.model", "Required", model=None),
     bad("empty model", "spec.model", "at least 1", model=""),
     bad("model of another type", "spec.model", "string", model=7),

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from e2e.kubectl import Object
-from e2e.scene import Scene, TrainingJob, metrics_of
+from e2e.kubectl import Object, eventually
+from e2e.scene import SECONDS, Scene, TrainingJob, metrics_of
 
 STEPS = 10
 SAVE_EVERY = 3
@@ -26,8 +26,8 @@ import os, signal
 open("/output/killed", "w").close()
 for entry in filter(str.isdigit, os.listdir("/proc")):
     words = open(f"/proc/{entry}/cmdline").read().split("\\0")
-    # the worker, and not torchrun, which is process 1 and cannot be killed from within the pod
-    if int(entry) not in (1, os.getpid()) and "nemo_rl.worker" in words and "torch.distributed.run" not in words:
+    # the worker, and not its launcher, which is process 1 and cannot be killed from within the pod
+    if int(entry) not in (1, os.getpid()) and "nemo_rl.worker" in words:
         os.kill(int(entry), signal.SIGKILL)
         print("killed")
 """
@@ -74,3 +74,28 @@ def test_a_job_goes_on_from_its_last_checkpoint_when_either_pod_is_killed(
     assert SAVE_EVERY <= second["fromStep"] <= STEPS
     assert second["fromStep"] % SAVE_EVERY == 0
     assert metrics_of(job.read_output(tmp_path)) == undisturbed[1]
+
+
+def test_a_pod_that_is_held_back_is_waited_for_and_then_both_train(new_scene: Any):
+    scene = new_scene("held-back")
+    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "pods"}, "spec": {"hard": {"pods": "1"}}}
+    scene.kubectl.apply(quota)
+    job = scene.apply(two_nodes(scene, "held"))
+    job.until(lambda status: "1 of 2 pods" in status.get("message", "") or "quota" in status.get("message", ""), "one pod")
+    eventually(lambda: "1 of 2 pods are here; waiting for held-1-1" in job.log(index=0), "the pod says for whom", SECONDS)
+    assert job.status["phase"] != "Running"
+    scene.kubectl.apply(quota | {"spec": {"hard": {"pods": "9"}}})
+    status = job.phase("Succeeded")
+    assert [attempt["cause"] for attempt in status["attempts"]] == ["Succeeded"]
+    assert status["attempts"][0]["runningTime"]
+
+
+def test_a_run_that_hangs_is_stopped_with_its_stack(nodes: Scene):
+    hangs = {"source": "import time\n\ntime.sleep(10**9)\n\n\ndef reward(prompt, response, answer):\n    return 1.0\n"}
+    limits = {"startupTimeoutSeconds": 20, "stallTimeoutSeconds": 10, "backoffLimit": 0}
+    job = nodes.apply(nodes.manifests.grpo("hangs", steps=3, reward=hangs, **limits))
+    status = job.phase("Failed")
+    assert status["failure"]["cause"] == "Stalled"
+    assert "no sign of progress" in status["failure"]["message"]
+    assert "hangs here" in status["failure"]["traceback"]
+    assert "Current thread" in job.log(index=0) or "Thread 0x" in job.log(index=0)
