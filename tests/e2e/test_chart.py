@@ -189,10 +189,11 @@ def test_a_job_trains_on_while_its_operator_is_upgraded_to_a_changed_definition(
         subprocess.run([helm_program(), "rollback", name, *wait], check=True, capture_output=True, text=True)
     status = job.phase("Succeeded")
     assert [attempt["number"] for attempt in status["attempts"]] == [1]
+    assert [record["step"] for record in metrics_of(job.read_output(tmp_path))] == list(range(1, 61)), "each step once"
 
 
 def next_chart(folder: Path) -> Path:
-    """The chart as a next version might be: its definition has one more field."""
+    """The chart as a next version might be: its definition has more fields, which it fills into jobs that run."""
     target = folder / "nemo-rl-operator"
     shutil.copytree(CHART, target)
     chart = yaml.safe_load((target / "Chart.yaml").read_text())
@@ -200,7 +201,19 @@ def next_chart(folder: Path) -> Path:
     file = target / "files" / "nemo-rl.io_rltrainingjobs.yaml"
     definition = yaml.safe_load(file.read_text())
     root = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
-    root["spec"]["properties"]["training"]["properties"]["noticed"] = {"type": "string", "description": "A new field."}
+    fields = root["spec"]["properties"]
+    fields["training"]["properties"]["noticed"] = {"type": "string", "description": "A new field."}
+    fields["training"]["properties"]["fp8"] = {
+        "type": "boolean",
+        "default": False,
+        "description": "One with a default.",
+    }
+    fields["later"] = {
+        "type": "object",
+        "default": {},
+        "properties": {"mode": {"type": "string", "default": "auto"}},
+        "description": "A new section.",
+    }
     file.write_text(yaml.safe_dump(definition, sort_keys=False))
     return target
 

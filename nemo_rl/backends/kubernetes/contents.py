@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from nemo_rl.backends.kubernetes.ship.capture import Capture, capture
 from nemo_rl.backends.kubernetes.ship.data import DataBundle, ship_directory, ship_file, ship_rows
 from nemo_rl.backends.kubernetes.ship.errors import ShipError
 from nemo_rl.errors import DatasetError
+from nemo_rl.job import names
 from nemo_rl.job.spec import BundleSpec, CallbackSpec, DatasetSpec, RLTrainingJobSpec
 
 REWARD_BUNDLE = "reward"
@@ -141,8 +143,9 @@ class _Packing:
             return
         if spec.path in (LIVE_DATASET, LIVE_VALIDATION):
             raise DatasetError(f"{key}: its rows are not here; give the rows, a file or a hub name")
-        if spec.inline is not None and key == "dataset":
-            self.found.rows = list(spec.inline[:_TRIAL_ROWS])
+        if spec.inline is not None:
+            self._inline(key, spec, spec.inline, bundle, what)
+            return
         if spec.path is None or "://" in spec.path:
             return
         file = Path(spec.path).expanduser()
@@ -159,6 +162,18 @@ class _Packing:
             raise DatasetError(
                 f"{key} {spec.path!r} is not a file here ({Path.cwd()}); paths are relative to the current directory"
             )
+
+    def _inline(self, key: str, spec: DatasetSpec, rows: list[dict[str, Any]], bundle: str, what: str) -> None:
+        """Few rows stay in the job; many become a file, since every write of a status stores them anew."""
+        if key == "dataset":
+            self.found.rows = list(rows[:_TRIAL_ROWS])
+        size = len(json.dumps(rows, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass"))
+        if size <= names.MAX_INLINE_ROWS:
+            return
+        given = {name: getattr(spec, name) for name in spec.model_fields_set - {"inline"}}
+        path = self._add_data(bundle, ship_rows(rows, what))
+        self.changes[key] = DatasetSpec.model_validate(given | {"path": path})
+        self.found.notes.append(f"{what} has {size / 1e3:.0f} kB of inline rows; they travel as a file")
 
     # --- code
 
