@@ -121,7 +121,7 @@ def test_a_status_field_that_an_older_definition_lacks_makes_nobody_ill(
         time.sleep(0.3)
         assert operator.probe("/healthz") == 200, operator.say("/healthz")
     assert int(scene.job()["metadata"]["resourceVersion"]) - int(version) < 2000
-    writes = [n for n in operator.metrics().items() if "api_calls" in n[0] and "PATCH" in n[0]]
+    writes = [n for n in operator.metrics().items() if "api_calls_total" in n[0] and "PATCH" in n[0]]
     assert sum(count for _, count in writes) < 45, writes
     pod.exit(0, result())
     scene.phase("Succeeded")
