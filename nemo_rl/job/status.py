@@ -336,7 +336,7 @@ class Condition(Wire):
     """One observation about the job, as in the Kubernetes API conventions."""
 
     type: Word
-    """Accepted, Running, Suspended, Complete, Failed or Finished."""
+    """Accepted, Running, Suspended, Blocked, OutputServed, Complete, Failed or Finished."""
     status: Literal["True", "False", "Unknown"]
     """True, False or Unknown."""
     reason: Word
@@ -411,7 +411,7 @@ class JobStatus(Wire):
             max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
         ),
     ] = []
-    """Accepted, Running, Suspended, Complete, Failed, Finished. Finished is true after either outcome."""
+    """Accepted, Running, Suspended, Blocked (a call about its objects is refused), OutputServed, Complete, Failed, Finished (true after either outcome)."""
     start_time: Time | None = None
     """When the first attempt started."""
     completion_time: Time | None = None

@@ -81,8 +81,12 @@ def test_a_pod_that_is_held_back_is_waited_for_and_then_both_train(new_scene: An
     quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "pods"}, "spec": {"hard": {"pods": "1"}}}
     scene.kubectl.apply(quota)
     job = scene.apply(two_nodes(scene, "held"))
-    job.until(lambda status: "1 of 2 pods" in status.get("message", "") or "quota" in status.get("message", ""), "one pod")
-    eventually(lambda: "1 of 2 pods are here; waiting for held-1-1" in job.log(index=0), "the pod says for whom", SECONDS)
+    job.until(
+        lambda status: "1 of 2 pods" in status.get("message", "") or "quota" in status.get("message", ""), "one pod"
+    )
+    eventually(
+        lambda: "1 of 2 pods are here; waiting for held-1-1" in job.log(index=0), "the pod says for whom", SECONDS
+    )
     assert job.status["phase"] != "Running"
     scene.kubectl.apply(quota | {"spec": {"hard": {"pods": "9"}}})
     status = job.phase("Succeeded")

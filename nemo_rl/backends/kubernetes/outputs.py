@@ -79,7 +79,7 @@ def _wait_for_pod(cluster: Cluster, job: str) -> str:
             return pod
         time.sleep(_POLL_SECONDS)
     raise ClusterError(
-        f"pod {pod}, which serves the result, does not run after {POD_SECONDS:.0f} s ({_why(found)}); "
+        f"pod {pod}, which serves the result, does not run after {POD_SECONDS:.0f} s ({_why(found) or _unserved(cluster, job)}); "
         f"kubectl -n {cluster.namespace} describe pod {pod} says more. The result stays on the claim; "
         f"nemo_rl.attach({job!r}).result() tries again"
     )
@@ -87,13 +87,24 @@ def _wait_for_pod(cluster: Cluster, job: str) -> str:
 
 def _why(pod: dict[str, Any]) -> str:
     if not pod:
-        return "the operator has not made it"
+        return ""
     status = pod.get("status", {})
     for container in status.get("containerStatuses") or []:
         if waiting := container.get("state", {}).get("waiting"):
             return f"{waiting.get('reason')}: {waiting.get('message', '')}".rstrip(": ")
     unmet = [c for c in status.get("conditions") or [] if c.get("status") == "False"]
     return str(unmet[0].get("message") or unmet[0].get("reason")) if unmet else str(status.get("phase"))
+
+
+def _unserved(cluster: Cluster, job: str) -> str:
+    """What the operator says of a pod that is not there."""
+    with contextlib.suppress(ClusterError):
+        condition = JobStatus.load(cluster.request("GET", job_path(cluster.namespace, job)).get("status")).condition(
+            "OutputServed"
+        )
+        if condition is not None and condition.status == "False":
+            return condition.message
+    return "the operator has not made it"
 
 
 def collect(

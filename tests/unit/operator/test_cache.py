@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import time
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_rl.job import names
+from nemo_rl_operator import observe
 from nemo_rl_operator.runtime.cache import Cache
 from unit.operator import make
 
@@ -160,3 +165,29 @@ def test_a_deleted_pod_that_had_not_ended_or_has_no_job_is_forgotten() -> None:
     cache.put("pod", raw_pod(4, "Running", **OWNED))
     cache.pod_gone(raw_pod(5, "Failed", **OWNED))
     assert len(cache) == 0
+
+
+def test_what_is_made_of_pods_grows_with_their_number_and_not_with_its_square() -> None:
+    def seconds(count: int) -> float:
+        status = make.status(make.record(1), phase="Running")
+        found = make.resource(status, resources={"nodes": min(count, 1024)})
+        pods = [dataclasses.replace(make.running_pod(1, i), name=f"x-1-{i}", uid=f"p{i}") for i in range(count)]
+        times = []
+        for _ in range(5):
+            begin = time.process_time()
+            observe.observe(found, [make.attempt(1)], pods)
+            times.append(time.process_time() - begin)
+        return min(times)
+
+    seconds(100)
+    assert seconds(8000) < 40 * max(seconds(800), 1e-3), "ten times as many, with much room for a busy machine"
+
+
+def test_parsed_specs_are_bounded_by_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = observe._Parser()
+    texts = [json.dumps(make.spec(reward={"source": "#" * 50_000 + str(n)})) for n in range(200)]
+    for text in texts:
+        parser(text)
+    assert sum(map(len, parser._known)) <= observe.PARSED_BYTES
+    assert parser(texts[-1]) is parser(texts[-1])
+    assert parser(texts[0]).spec.reward.source.endswith("0")  # type: ignore[union-attr]
