@@ -25,6 +25,8 @@ LONGEST_SECONDS = 10.0**6
 """More than the interpreter's watchdog needs to wait: it is set anew at each look."""
 OTHERS_SECONDS = 3.0
 """What the other processes of the pod get to add their stacks, and ranks elsewhere to hear of it."""
+STDERR = 2
+"""Its descriptor: whatever users put in the place of sys.stderr."""
 OTHER = 1
 
 
@@ -43,7 +45,7 @@ class StallWatch(threading.Thread):
             if quiet > limit:
                 self._end(quiet, limit)
             left = limit - quiet + FROZEN_SECONDS
-            faulthandler.dump_traceback_later(min(left, LONGEST_SECONDS), exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(min(left, LONGEST_SECONDS), exit=True, file=STDERR)
             self._over.wait(min(self._look_seconds, max(limit - quiet, 0.1)))
 
     def stop(self) -> None:

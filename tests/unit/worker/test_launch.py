@@ -11,7 +11,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +22,7 @@ from nemo_rl.job.names import ExitCode
 from nemo_rl.job.status import TerminationMessage
 from nemo_rl.worker import meeting
 from nemo_rl.worker.meeting import MeetingFailed, Party
-from unit.worker.pods import Engine, Pod, surroundings, until
+from unit.worker.pods import Pod, surroundings, until
 from unit.worker.test_attempts import sft
 
 HERE = "127.0.0.1"
@@ -200,8 +202,13 @@ class Launched:
         return self.process.wait(timeout=seconds)
 
 
-def two(root: Path, engine: Engine, model: Path) -> list[Pod]:
-    pods = [Pod(root / f"pod-{number}", engine, sft(model)) for number in range(2)]
+def alone(root: Path, spec: Mapping[str, Any]) -> Pod:
+    """A pod whose processes the launcher starts, and no engine."""
+    return Pod(root, None, spec)  # type: ignore[arg-type]
+
+
+def two(root: Path, model: Path | str = "not/loaded") -> list[Pod]:
+    pods = [alone(root / f"pod-{number}", sft(model)) for number in range(2)]
     pods[1].path(names.OUTPUT_DIR).rmdir()
     pods[1].path(names.OUTPUT_DIR).symlink_to(pods[0].path(names.OUTPUT_DIR))
     return pods
@@ -209,10 +216,8 @@ def two(root: Path, engine: Engine, model: Path) -> list[Pod]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_no_rank_looks_for_another_before_both_pods_run_and_then_they_train(
-    engine: Engine, tiny_model: Path, tmp_path: Path
-):
-    pods, port = two(tmp_path, engine, tiny_model), free_port()
+def test_no_rank_looks_for_another_before_both_pods_run_and_then_they_train(tiny_model: Path, tmp_path: Path):
+    pods, port = two(tmp_path, tiny_model), free_port()
     first = Launched(pods[0], 0, port)
     until(lambda: "waiting for x-1-1" in pods[0].said(), "the first word")  # after 30 s
     assert first.process.poll() is None
@@ -223,8 +228,8 @@ def test_no_rank_looks_for_another_before_both_pods_run_and_then_they_train(
     assert pods[1].path(names.TERMINATION_LOG).read_text() == ""
 
 
-def test_the_reason_of_a_rendezvous_that_failed_is_the_last_word(engine: Engine, tiny_model: Path, tmp_path: Path):
-    pods, port = two(tmp_path, engine, tiny_model), free_port()
+def test_the_reason_of_a_rendezvous_that_failed_is_the_last_word(tmp_path: Path):
+    pods, port = two(tmp_path), free_port()
     first = Launched(pods[0], 0, port, "--rendezvous-timeout=2")
     meeting.join(Party(2, port), 1, HERE, 60)  # is sent off, and then does not come
     assert first.end() == 1
@@ -235,9 +240,9 @@ def test_the_reason_of_a_rendezvous_that_failed_is_the_last_word(engine: Engine,
 
 
 def test_a_pod_that_nobody_joins_ends_by_its_limit_and_names_the_missing(
-    engine: Engine, tiny_model: Path, tmp_path: Path
+    tmp_path: Path,
 ):
-    pods = two(tmp_path, engine, tiny_model)
+    pods = two(tmp_path)
     first = Launched(pods[0], 0, free_port(), "--startup-timeout=1")
     assert first.end() == 1
     word = pods[0].word()
@@ -245,8 +250,8 @@ def test_a_pod_that_nobody_joins_ends_by_its_limit_and_names_the_missing(
     assert "x-1-1 did not come" in (word.message or "")
 
 
-def test_sigterm_while_waiting_ends_at_once_and_free(engine: Engine, tiny_model: Path, tmp_path: Path):
-    pods, port = two(tmp_path, engine, tiny_model), free_port()
+def test_sigterm_while_waiting_ends_at_once_and_free(tmp_path: Path):
+    pods, port = two(tmp_path), free_port()
     first = Launched(pods[0], 0, port)
     until(lambda: _sent(port, b""), "the listener")
     begin = time.monotonic()
@@ -256,8 +261,8 @@ def test_sigterm_while_waiting_ends_at_once_and_free(engine: Engine, tiny_model:
     assert "waited for the other pods" in (pods[0].word().message or "")
 
 
-def test_a_killed_process_is_told_of_though_it_could_not_speak(engine: Engine, tiny_model: Path, tmp_path: Path):
-    pod = Pod(tmp_path, engine, sft(tiny_model, callbacks=[{"function": "pod_callbacks:Gate"}]))
+def test_a_killed_process_is_told_of_though_it_could_not_speak(tiny_model: Path, tmp_path: Path):
+    pod = alone(tmp_path, sft(tiny_model, callbacks=[{"function": "pod_callbacks:Gate"}]))
     pod.path(names.TERMINATION_LOG).write_bytes(b"")
     with open(pod.log, "w") as log:
         launched = subprocess.Popen(
@@ -272,8 +277,8 @@ def test_a_killed_process_is_told_of_though_it_could_not_speak(engine: Engine, t
     assert "ended by SIGKILL" in (pod.word().message or "")
 
 
-def test_the_code_that_a_process_chose_is_the_pods_own(engine: Engine, tiny_model: Path, tmp_path: Path):
-    pod = Pod(tmp_path, engine, sft(tiny_model, dataset={"inline": [{"colour": "red"}]}))
+def test_the_code_that_a_process_chose_is_the_pods_own(tiny_model: Path, tmp_path: Path):
+    pod = alone(tmp_path, sft(tiny_model, dataset={"inline": [{"colour": "red"}]}))
     pod.path(names.TERMINATION_LOG).write_bytes(b"")
     ended = subprocess.run(
         [sys.executable, "-m", names.LAUNCH_MODULE, "--nodes=1", "--processes=1", "--shutdown-timeout=5"],
