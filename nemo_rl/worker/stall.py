@@ -16,7 +16,7 @@ import time
 from nemo_rl.job import names
 from nemo_rl.worker import ending
 from nemo_rl.worker.job import Pod
-from nemo_rl.worker.report import Report
+from nemo_rl.worker.report import SPEAKING, Report
 
 LOOK_SECONDS = 5.0
 FROZEN_SECONDS = 60.0
@@ -37,27 +37,22 @@ class StallWatch(threading.Thread):
         super().__init__(name="stall-watch", daemon=True)
         self._report, self._pod, self._look_seconds = report, pod, look_seconds
         self._trained = threading.main_thread()
-        self._over = threading.Event()
 
     def run(self) -> None:
-        while not self._over.is_set():
+        while True:
             quiet, limit = self._report.quiet()
             if quiet > limit:
                 self._end(quiet, limit)
             left = limit - quiet + FROZEN_SECONDS
             faulthandler.dump_traceback_later(min(left, LONGEST_SECONDS), exit=True, file=STDERR)
-            self._over.wait(min(self._look_seconds, max(limit - quiet, 0.1)))
-
-    def stop(self) -> None:
-        """Nothing is watched any more: the work is done."""
-        self._over.set()
-        faulthandler.cancel_dump_traceback_later()
+            time.sleep(min(self._look_seconds, max(limit - quiet, 0.1)))
 
     def _end(self, quiet: float, limit: float) -> None:
         report, pod = self._report, self._pod
+        fields = "stallTimeoutSeconds" if report.phase in SPEAKING else "startupTimeoutSeconds and stallTimeoutSeconds"
         message = (
             f"no sign of progress for {quiet:.0f} s while {report.phase} after step {report.step} (the limit is {limit:.0f} s, "
-            "from stallTimeoutSeconds); the stack shows where it hangs. If that is work, raise the limit"
+            f"by {fields}); the stack shows where it hangs. If that is work, raise the limit"
         )
         where = f"rank {pod.rank}" if pod.world_size > 1 else "the main thread"
         print(f"nemo-rl: {where}: {message}\n{stacks()}", file=sys.stderr, flush=True)
