@@ -87,6 +87,8 @@ def decide(snapshot: Snapshot, now: datetime) -> Decision:
     else:
         settled = any(step(plan) for step in CHECKLIST)
         assert settled, "the last step settles everything"
+        if plan.status.finished:
+            sidecars.release(plan)  # says when to look again; the end itself is no news that would come back
         deadline.wake(plan)
     serve.serve(plan)
     plan.status.observed_generation = snapshot.resource.generation

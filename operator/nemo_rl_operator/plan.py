@@ -142,6 +142,10 @@ class Plan:
         spec = self.snapshot.spec
         return spec is not None and spec.on_node_lost == "replace" and not pod.terminal and self.overdue(pod)
 
+    def deletes(self, uid: str) -> bool:
+        """Whether an object is to be deleted already."""
+        return any(isinstance(action, Delete) and action.uid == uid for action in self.actions)
+
     def waits_for(self) -> str:
         """Which pods must end first, in words; a finalizer or a node may hold them, so they are named."""
         live = self.live_pods()

@@ -20,6 +20,5 @@ def settle(plan: Plan) -> None:
             plan.wake_in(left)
         else:
             plan.stop_live()
-    if not plan.actions:
-        sidecars.release(plan)
+    sidecars.release(plan)
     ttl.expire(plan)

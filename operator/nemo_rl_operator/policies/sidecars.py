@@ -16,7 +16,7 @@ def release(plan: Plan) -> bool:
         if attempt.finished or attempt.deleting or (attempt.number == plan.number and plan.open):
             continue
         pods = plan.snapshot.pods.get(attempt.number, ())
-        if not any(pod.lingers for pod in pods):
+        if not any(pod.lingers for pod in pods) or plan.deletes(attempt.uid):
             continue
         if all(pod.terminal for pod in pods):
             left = PATIENCE_SECONDS + (timestamps.seconds_until(_ended(plan, attempt), plan.now) or 0.0)

@@ -79,7 +79,7 @@ def test_a_sidecar_that_died_or_never_came_does_not_hold_the_trainer(phase: str,
 def test_a_sidecar_that_goes_on_after_the_end_is_deleted_after_a_while_with_its_job(code: int, phase: str) -> None:
     lingers = [pod("Running", ended(code, DONE if code == 0 else ""), RUNNING)]
     first = look(LIVE, lingers)
-    assert (first.status.phase, deleted(first)) == (phase, [])
+    assert (first.status.phase, deleted(first), first.requeue_after) == (phase, [], PATIENCE_SECONDS)
     waits = look(first.status, lingers)
     assert (waits.requeue_after, deleted(waits)) == (PATIENCE_SECONDS, [])
     assert deleted(look(first.status, lingers, PATIENCE_SECONDS)) == ["x-1"]
