@@ -10,7 +10,7 @@ IN_CLUSTER := $(if $(KUBECONFIG),,$(LAB) run)
 ALONE := tests/e2e/test_startup.py tests/e2e/test_waiting.py
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
-.PHONY: help demo test test-cluster e2e bench lint docs generate images lab-up lab-deploy lab-down lab-status clean
+.PHONY: help demo test architectures test-cluster e2e bench lint docs generate images lab-up lab-deploy lab-down lab-status clean
 help:            ## list the commands
 	@grep -E '^[a-z0-9 -]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 16
 
@@ -19,6 +19,11 @@ demo: $(VENV)/.demo            ## train a tiny model here: SFT, then GRPO; no cl
 
 test: $(VENV)/.dev            ## unit tests; needs no cluster and no GPU
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+architectures: $(VENV)/.dev            ## every causal model type of transformers against its plain model; writes docs/models.md
+	rm -rf build/architectures
+	NEMO_RL_ARCHITECTURES=build/architectures $(BIN)/python -m pytest -n 2 tests/architectures; found=$$?; \
+	$(BIN)/python tests/architectures/table.py build/architectures && exit $$found
 
 test-cluster: $(VENV)/.dev            ## the operator against a real API server (built once from Go modules, or KUBECONFIG)
 	$(BIN)/python -m pytest $(if $(NEMO_RL_TEST_KUBECONFIG),,-n 2 --dist loadfile) tests/cluster

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,9 @@ import torch
 from torch import nn
 
 from nemo_rl.job.spec import TrainingSpec
+from nemo_rl.model.adapters import add_adapters
+from nemo_rl.model.dropout import switch_off_dropout
+from nemo_rl.model.kinds import check_kind, describe
 
 log = logging.getLogger(__name__)
 
@@ -72,12 +76,42 @@ def load_model(name: str, training: TrainingSpec, device: torch.device) -> nn.Mo
 
     try:
         with _without_progress_bar():
-            model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=torch.float32, trust_remote_code=training.trust_remote_code
+            model, found = AutoModelForCausalLM.from_pretrained(
+                name, dtype=torch.float32, trust_remote_code=training.trust_remote_code, output_loading_info=True
             )
-    except (OSError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a file or a family's code raises, the cause is named
         raise ValueError(_not_loadable("model", name, error)) from error
+    _check_complete(name, model, found)
     return prepare_model(model, training, device)
+
+
+def _check_complete(name: str, model: nn.Module, found: Any) -> None:
+    """Raises ValueError where weights of the model are not in its files, so that they would be trained from random numbers."""
+    check_kind(model)  # of an encoder the output layer is missing, but that is not what is wrong with it
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    missing = [name for name in sorted(found["missing_keys"]) if name in parameters]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} weights of {describe(model)} are not in the files of {name!r}, so they would start from random "
+            f"numbers: {_some(missing)}; config.json and the *.safetensors do not belong together (config.json says "
+            f"{_layers(model)} layers); expected a complete model: copy or download its folder again"
+        )
+    unexpected = [key for key in sorted(found["unexpected_keys"]) if re.search(r"(layers|blocks|h)\.\d+\.", key)]
+    if unexpected:
+        log.warning(
+            "%d weights in the files of %r have no place in %s (%s) and are left out: %s",
+            *(len(unexpected), name, describe(model), f"config.json says {_layers(model)} layers", _some(unexpected)),
+        )
+
+
+def _layers(model: nn.Module) -> Any:
+    return getattr(model.config.get_text_config(), "num_hidden_layers", "other")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @contextmanager
@@ -96,35 +130,13 @@ def _without_progress_bar() -> Iterator[None]:
 
 def prepare_model(model: nn.Module, training: TrainingSpec, device: torch.device) -> nn.Module:
     """Makes a loaded model ready for training: fp32, on the device, no dropout, adapters if asked. Returns it."""
+    check_kind(model)
     model = model.to(device=device, dtype=torch.float32)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+    switch_off_dropout(model)
     model.eval()  # no layer of a causal model but dropout depends on the mode; gradients flow in either
     if training.lora_rank is not None:
-        model = _add_adapters(model, training)
+        model = add_adapters(model, training)
     return model
-
-
-def _add_adapters(model: nn.Module, training: TrainingSpec) -> nn.Module:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ValueError(
-            "lora_rank is set, but peft is not installed; install it with: pip install 'nemo-rl[lora]'"
-        ) from error
-    config = LoraConfig(
-        r=training.lora_rank,
-        lora_alpha=training.lora_alpha if training.lora_alpha is not None else 2 * training.lora_rank,
-        target_modules=training.lora_target_modules or "all-linear",
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(training.seed)
-        return get_peft_model(model, config).eval()
 
 
 def _not_loadable(what: str, name: str, error: Exception) -> str:

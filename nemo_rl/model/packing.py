@@ -70,10 +70,15 @@ class PackedBatch:
         return values_S.new_zeros(self.num_sequences).index_add(0, self.rows_S, values_S)
 
 
-def pack(sequences: SequenceOf[TokenSequence], device: torch.device | str = "cpu") -> PackedBatch:
-    """Returns the packed layout of the sequences. The last token of each is only a target: it needs no forward."""
+def pack(
+    sequences: SequenceOf[TokenSequence], device: torch.device | str = "cpu", views: int | None = None
+) -> PackedBatch:
+    """Returns the packed layout of the sequences, in ATTENTION_VIEWS length classes or in `views`.
+
+    The last token of each is only a target: it needs no forward.
+    """
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))
-    num_views = min(ATTENTION_VIEWS, len(sequences))
+    num_views = min(views or ATTENTION_VIEWS, len(sequences))
     cuts = [len(order) * j // num_views for j in range(num_views + 1)]
     ids: list[int] = []
     positions: list[int] = []
@@ -81,7 +86,7 @@ def pack(sequences: SequenceOf[TokenSequence], device: torch.device | str = "cpu
     select: list[int] = []
     targets: list[int] = []
     rows: list[int] = []
-    views: list[AttentionView] = []
+    made: list[AttentionView] = []
     start_of_group: dict[
         tuple[int | None, int], int
     ] = {}  # by group and shared length: an empty completion shares less
@@ -122,12 +127,12 @@ def pack(sequences: SequenceOf[TokenSequence], device: torch.device | str = "cpu
                 targets += [tokens[p + 1] for p in wanted]
                 rows += [i] * len(wanted)
         lengths = [len(sequences[i].ids) - 1 for i in members]
-        views.append(AttentionView(len(members), width, _tensor(gather, device), lengths))
+        made.append(AttentionView(len(members), width, _tensor(gather, device), lengths))
         num_slots += len(gather)
     return PackedBatch(
         ids_N=_tensor(ids, device),
         positions_N=_tensor(positions, device),
-        views=views,
+        views=made,
         back_N=_tensor(back, device),
         select_S=_tensor(select, device),
         targets_S=_tensor(targets, device),

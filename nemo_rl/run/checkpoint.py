@@ -141,6 +141,14 @@ class CheckpointStore:
             self._prune()
         return path
 
+    def try_out(self, *, model: Any, tokenizer: Any, optimizer: Any, state: Mapping[str, Any]) -> None:
+        """Save a checkpoint aside, and remove it. With several ranks every rank calls it."""
+        path = self.root / f"{_UNFINISHED}first"
+        write_checkpoint(path, 0, model=model, tokenizer=tokenizer, optimizer=optimizer, state=state)
+        if is_rank_zero():
+            shutil.rmtree(path)
+        _barrier()
+
     def checkpoints(self) -> list[Checkpoint]:
         """All complete checkpoints, by rising step."""
         return find_checkpoints(self.run_dir)

@@ -27,12 +27,13 @@ def save_model(path: Path, model: Any) -> None:
     weights = _full_state_dict(model)
     if not is_rank_zero():
         return
-    with _quiet_transformers():
+    with _quiet_transformers(), contextlib.ExitStack() as changed:
         if _is_lora(model):
             model.save_pretrained(path / ADAPTER, state_dict=weights, save_embedding_layers=False)
             model, weights = model.get_base_model(), _merged_weights(model, weights)
-        with _valid_generation_config(model):
-            model.save_pretrained(path, state_dict=weights)
+            changed.enter_context(_untied_where_needed(model, weights))
+        changed.enter_context(_valid_generation_config(model))
+        model.save_pretrained(path, state_dict=weights)
 
 
 def load_model(path: Path, model: Any) -> None:
@@ -82,22 +83,64 @@ def _is_lora(model: Any) -> bool:
 
 
 def _merged_weights(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The base model's weights with W + scaling · B·A in place of W (LoRA, arXiv 2106.09685); new tensors throughout.
+    """The base model's weights with W + delta in place of W, delta as peft computes it (LoRA, arXiv 2106.09685); new tensors.
 
     The training weights are not touched: merging and unmerging in place would change their last bits.
     """
-    merged = {}
-    for name, tensor in weights.items():
-        if ".lora_" not in name:
-            merged[name.removeprefix(_LORA_PREFIX).replace(".base_layer.", ".")] = tensor
+    merged = {_base_name(name): tensor for name, tensor in weights.items() if ".lora_" not in name}
     for name, module in model.get_base_model().named_modules():
-        if not hasattr(module, "lora_A"):
+        if not hasattr(module, "lora_A") or not hasattr(module, "get_delta_weight"):
             continue
-        for adapter in module.active_adapters:
-            matrix_a, matrix_b = (weights[f"{_LORA_PREFIX}{name}.lora_{w}.{adapter}.weight"] for w in "AB")
-            delta = (matrix_b @ matrix_a) * module.scaling[adapter]
-            merged[f"{name}.weight"] = merged[f"{name}.weight"] + (delta.T if module.fan_in_fan_out else delta)
+        # a layer, or one parameter of a module, as the weights of all experts together
+        target = _base_name(f"{name}.{getattr(module, 'parameter_name', 'weight')}")
+        with _given_adapters(module, f"{_LORA_PREFIX}{name}", weights):
+            for adapter in module.active_adapters:
+                if adapter in module.r:
+                    merged[target] = merged[target] + module.get_delta_weight(adapter).detach().to(merged[target])
     return merged
+
+
+def _base_name(name: str) -> str:
+    """The name that a weight has without adapters around it."""
+    return ".".join(part for part in name.removeprefix(_LORA_PREFIX).split(".") if part != "base_layer")
+
+
+@contextlib.contextmanager
+def _given_adapters(module: Any, prefix: str, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Within it the module's own adapters are the given, whole tensors in place of its shards."""
+    replaced = []
+    for name, parameter in list(module.named_parameters()):
+        if not name.startswith("lora_"):
+            continue
+        owner_name, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        replaced.append((owner, leaf, parameter))
+        owner._parameters[leaf] = torch.nn.Parameter(weights[f"{prefix}.{name}"], requires_grad=False)
+    try:
+        yield
+    finally:
+        for owner, leaf, parameter in replaced:
+            owner._parameters[leaf] = parameter
+
+
+@contextlib.contextmanager
+def _untied_where_needed(model: Any, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Says in the saved configuration that the output layer has weights of its own, if an adapter set one of two tied apart."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    pair = [weights.get(_base_name(f"{names.get(id(module), '')}.weight")) for module in (embedding, head)]
+    configs = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
+    tied = [c for c in configs if getattr(c, "tie_word_embeddings", False)]
+    apart = pair[0] is not None and pair[1] is not None and pair[0].data_ptr() != pair[1].data_ptr()
+    if not apart:
+        tied = []
+    try:
+        for config in tied:
+            config.tie_word_embeddings = False
+        yield
+    finally:
+        for config in tied:
+            config.tie_word_embeddings = True
 
 
 def _load_adapter(file: Path, model: Any) -> None:

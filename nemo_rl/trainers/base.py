@@ -15,6 +15,7 @@ from nemo_rl.data.module import train_and_validation
 from nemo_rl.data.prepare import Prepared, describe_example, prepare
 from nemo_rl.display.terminal import NullDisplay, make_display
 from nemo_rl.job.spec import Algorithm, RLTrainingJobSpec
+from nemo_rl.model.limits import check_positions, check_tokens
 from nemo_rl.model.load import choose_device, limit_threads, load_model, load_tokenizer, prepare_model
 from nemo_rl.model.policy import Policy
 from nemo_rl.model.sharding import ShardedModel
@@ -167,6 +168,7 @@ class Trainer(Passes, ABC):
         checkpoint = self.ranks.first(lambda: store.latest() if run.resuming else None)
         self.run_dir = run.dir
         self._load(store, checkpoint)
+        self._check_fits(data, validation)
         self.current_step = checkpoint.step if checkpoint else 0
         self._load_state(checkpoint.state if checkpoint else {})
         loop = Loop(self, store, data, validation, checkpoint)
@@ -176,6 +178,8 @@ class Trainer(Passes, ABC):
         try:
             self._announce(run, data, checkpoint)
             self._start(data, validation)
+            if checkpoint is None:
+                self._prove_saving(store)
             self.callbacks.on_train_begin(self)
             self.agree_to_stop()
             loop.run()
@@ -245,6 +249,12 @@ class Trainer(Passes, ABC):
             self.sharded.make_whole()
         return path
 
+    def _prove_saving(self, store: CheckpointStore) -> None:
+        """Writes a checkpoint and removes it: what cannot be saved, or has no room, fails before anything is trained."""
+        store.try_out(model=self.model, tokenizer=self.tokenizer, optimizer=self._optimizer.adamw, state=self.state())
+        if self.sharded is not None:
+            self.sharded.make_whole()
+
     # ------------------------------------------------------------------ what algorithms fill in
 
     @abstractmethod
@@ -299,7 +309,12 @@ class Trainer(Passes, ABC):
         if checkpoint is not None:
             store.load_model_weights(checkpoint, self.model)
         limit_threads(getattr(self.model.config.get_text_config(), "hidden_size", 1024))
-        self.policy = Policy(self.model, self.training.precision, self.training.activation_checkpointing)
+        self.policy = Policy(
+            self.model,
+            self.training.precision,
+            self.training.activation_checkpointing,
+            longest=self.training.max_sequence_length,
+        )
         self._shard(resuming=checkpoint is not None)
         trained = self.sharded.shards if self.sharded is not None else self.policy.trainable
         self.optimizer = Optimizer(trained, self.training, self.sharded)
@@ -307,6 +322,15 @@ class Trainer(Passes, ABC):
             store.load_optimizer(checkpoint, self.optimizer.adamw)
         if self.sharded is not None:
             self.sharded.make_whole()
+
+    def _check_fits(self, *sets: Prepared | None) -> None:
+        """Raises ValueError for tokens beyond the model's embedding and sequences beyond its table of positions."""
+        added = getattr(self.settings, "max_new_tokens", 0) if self.algorithm == "grpo" else 0
+        for data in sets:
+            if data is not None:
+                largest, longest = extent(data.examples)
+                check_tokens(self.policy.causal, largest, self.tokenizer)
+                check_positions(self.policy.causal, longest + added, "prompts and completions" if added else "rows")
 
     def _shard(self, resuming: bool) -> None:
         """Shards the model over the ranks; `resuming`: it has the weights of a checkpoint."""
@@ -325,7 +349,8 @@ class Trainer(Passes, ABC):
             model = prepare_model(self._start_model, training, self.device)
         else:
             model = load_model(self._model_name(), training, self.device)
-        return Policy(model.requires_grad_(False), self.training.precision)
+        longest = self.training.max_sequence_length
+        return Policy(model.requires_grad_(False), self.training.precision, longest=longest)
 
     def save_checkpoint(self, path: Path | str) -> Path:
         """Writes model, tokenizer and trainer state to a directory that `AutoModelForCausalLM.from_pretrained` loads.
@@ -393,6 +418,17 @@ class Trainer(Passes, ABC):
                 "raise max_epochs to train longer"
             )
         log.debug("first example: %s", describe_example(self.tokenizer, data.examples[0]))
+
+
+def extent(examples: list[Any]) -> tuple[int, int]:
+    """Returns the largest token id of the examples and the number of tokens of the longest sequence."""
+    largest = longest = 0
+    for example in examples:
+        prompt = getattr(example, "prompt_ids", ())
+        own = [getattr(example, name) for name in ("ids", "chosen_ids", "rejected_ids") if hasattr(example, name)]
+        largest = max(largest, *(int(max(ids)) for ids in (prompt, *own) if len(ids)))
+        longest = max(longest, len(prompt) + max(map(len, own)))
+    return largest, longest
 
 
 def default_output_dir(model_name: str, model: Any = None) -> Path:

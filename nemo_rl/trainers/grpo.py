@@ -21,6 +21,7 @@ from nemo_rl.model.policy import Policy
 from nemo_rl.objectives.advantages import group_advantages
 from nemo_rl.objectives.losses import clipped_policy_loss, kl_estimate, kl_loss, token_weights
 from nemo_rl.rollout.in_process.engine import Completion, Sampling, end_tokens, generate
+from nemo_rl.rollout.in_process.proof import prove_rollouts
 from nemo_rl.trainers.base import Trainer
 
 PREFLIGHT_ROWS = 4
@@ -228,6 +229,7 @@ class GRPOTrainer(Trainer):
             settings.top_k,
             settings.top_p,
         )
+        prove_rollouts(self.policy)
         self.reference = self.initial_policy() if self.needs_reference else None
         self.runner.should_stop = self.poll
         calls = [self._calls(row, [""], 0)[0] for row in data.examples[:PREFLIGHT_ROWS]]
@@ -251,7 +253,7 @@ class GRPOTrainer(Trainer):
     def initial_policy(self) -> Policy:
         if self.current_step == 0 and self._start_model is None:
             frozen = copy.deepcopy(self.model).requires_grad_(False)
-            return Policy(frozen, self.training.precision)
+            return Policy(frozen, self.training.precision, longest=self.training.max_sequence_length)
         return super().initial_policy()
 
     def _release(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,7 +42,13 @@ class Completion:
 
 
 class DecodeState(Protocol):
-    """A model's cache over a batch of rows."""
+    """A model's cache over a batch of rows. `one_length`: it takes prompts of one length only."""
+
+    one_length: bool
+
+    def running(self) -> AbstractContextManager[None]:
+        """Returns the context in which the other methods are called: gradients off, autocast where it is needed."""
+        ...
 
     def prefill(self, prompts: list[list[int]], num_samples: int, max_new_tokens: int) -> Tensor:
         """Runs each prompt once, makes `num_samples` rows of it, and returns next-token logits, (rows, V)."""
@@ -77,18 +84,30 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return found
 
 
-def make_state(policy: Policy) -> DecodeState:
-    """Returns the decode state that fits the model: the packed one for known families, transformers' cache otherwise."""
-    if policy.native is not None:
+def new_state(policy: Policy) -> DecodeState:
+    """Returns the decode state of the way that `policy.rollout` names."""
+    from nemo_rl.rollout.in_process import proof
+
+    way = policy.rollout.way
+    if way == proof.PACKED:
         from nemo_rl.rollout.in_process.native import NativeState
 
         return NativeState(policy)
-    from nemo_rl.rollout.in_process.generic import GenericState
+    from nemo_rl.rollout.in_process.generic import CachedState, UncachedState
 
-    return GenericState(policy)
+    if way in (proof.CACHE, proof.ONE_LENGTH):
+        return CachedState(policy, one_length=way == proof.ONE_LENGTH)
+    return UncachedState(policy, one_row=way == proof.ONE_ROW)
 
 
-@torch.inference_mode()
+def make_state(policy: Policy) -> DecodeState:
+    """Returns the decode state of the fastest way that was proved to be right for the model, once, at the first call."""
+    from nemo_rl.rollout.in_process.proof import prove_rollouts
+
+    prove_rollouts(policy)
+    return new_state(policy)
+
+
 def generate(
     policy: Policy,
     prompts: list[list[int]],
@@ -100,34 +119,45 @@ def generate(
     keys: list[int] | None = None,
     poll: Callable[[], None] = lambda: None,
     on_group: Callable[[int, list[Completion]], None] | None = None,
+    state: DecodeState | None = None,
 ) -> list[list[Completion]]:
     """Returns `num_samples` completions of each prompt (token ids).
 
     Sample s of the prompt with key k draws from numbers keyed by (seed, step, k, s): it does not depend on the batch.
     Keys default to the prompts' positions. `poll` is called every few tokens and may raise to stop; `on_group(i,
-    completions)` is called as soon as all completions of prompt i are done.
+    completions)` is called as soon as all completions of prompt i are done. `state`: another one than `make_state` gives.
     """
     keys = list(range(len(prompts))) if keys is None else keys
     groups: list[list[Completion]] = [[] for _ in prompts]
     if not prompts:  # more ranks than prompts
         return groups
-    state = make_state(policy)
-    longest = max(map(len, prompts)) + sampling.max_new_tokens
-    rows_at_once = max(_cache_bytes(policy) // max(state.bytes_per_row(longest), 1), sampling.num_samples)
-    per_chunk = max(1, rows_at_once // sampling.num_samples)
-    # prompts of similar length together: left padding of the prefill is wasted work
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), per_chunk):
-        members = order[start : start + per_chunk]
+    state = make_state(policy) if state is None else state
+    with state.running():
+        for members in _chunks(policy, state, [len(prompt) for prompt in prompts], sampling):
 
-        def done(i: int, completions: list[Completion], members: list[int] = members) -> None:
-            groups[members[i]] = completions
-            if on_group is not None:
-                on_group(members[i], completions)
+            def done(i: int, completions: list[Completion], members: list[int] = members) -> None:
+                groups[members[i]] = completions
+                if on_group is not None:
+                    on_group(members[i], completions)
 
-        chunk = _Chunk([prompts[i] for i in members], [keys[i] for i in members], sampling, end_ids, policy.device)
-        chunk.run(state, seed, step, poll, done)
+            chunk = _Chunk([prompts[i] for i in members], [keys[i] for i in members], sampling, end_ids, policy.device)
+            chunk.run(state, seed, step, poll, done)
     return groups
+
+
+def _chunks(policy: Policy, state: DecodeState, lengths: list[int], sampling: Sampling) -> list[list[int]]:
+    """Returns which prompts are decoded together: as many as fit the memory, of similar or, where the state needs it, equal
+    lengths: left padding of the prefill is wasted work."""
+    row = state.bytes_per_row(max(lengths) + sampling.max_new_tokens)
+    rows_at_once = max(_cache_bytes(policy) // max(row, 1), sampling.num_samples)
+    per_chunk = max(1, rows_at_once // sampling.num_samples)
+    chunks: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        full = not chunks or len(chunks[-1]) == per_chunk
+        if full or (state.one_length and lengths[chunks[-1][-1]] != lengths[i]):
+            chunks.append([])
+        chunks[-1].append(i)
+    return chunks
 
 
 def _cache_bytes(policy: Policy) -> int:

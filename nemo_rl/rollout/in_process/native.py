@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,8 @@ class _Layer:
 class NativeState:
     """Implements `DecodeState` for the packed decoder. Prompts are padded on the left, so that all rows share a column."""
 
+    one_length = False
+
     def __init__(self, policy: Policy) -> None:
         assert policy.native is not None
         self.decoder: NativeDecoder = policy.native
@@ -47,6 +51,11 @@ class NativeState:
         self.head = policy.head.weight.to(self.dtype)
         self.head_bias = getattr(policy.head, "bias", None)
         self.logit_scale = policy.logit_scale
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with torch.inference_mode():
+            yield
 
     def bytes_per_row(self, length: int) -> int:
         shape = self.decoder.shape

@@ -23,6 +23,8 @@ INVARIANT = 1e-6
 
 
 def policy_of(model: nn.Module, path: str | None = None, precision: str = "fp32", **options: Any) -> Policy:
+    if getattr(model.config, "rope_parameters", None) and model.config.rope_parameters.get("rope_type") == "dynamic":
+        options["longest"] = 16  # beyond it the frequencies follow the length of each call
     policy = Policy(model, precision, **options)
     if path is not None:
         policy.path = path

@@ -13,7 +13,7 @@ from nemo_rl.model.packing import TokenSequence, pack
 from nemo_rl.model.policy import Policy
 from nemo_rl.rollout.in_process import engine
 from nemo_rl.rollout.in_process.engine import Completion, Sampling, end_tokens, generate
-from nemo_rl.rollout.in_process.generic import GenericState
+from nemo_rl.rollout.in_process.generic import CachedState
 from nemo_rl.rollout.in_process.native import NativeState
 from unit.engine import tiny
 from unit.engine.tiny import END, plain_logprobs, random_ids
@@ -69,7 +69,7 @@ def test_the_state_is_the_one_for_the_model(model_of, native: bool):
     policy = Policy(model_of("qwen2"), "fp32")
     if not native:
         policy.native = None
-    assert isinstance(engine.make_state(policy), NativeState if native else GenericState)
+    assert isinstance(engine.make_state(policy), NativeState if native else CachedState)
 
 
 @pytest.mark.parametrize("native", [True, False])

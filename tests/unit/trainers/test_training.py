@@ -339,3 +339,15 @@ def test_several_updates_from_one_rollout_clip_by_the_ratio(tiny_model: str, tmp
         **QUIET,
     )
     assert max(row["clip_fraction"] for row in result.history) > 0
+
+
+def test_what_cannot_be_saved_fails_before_the_first_step(tiny_model: str, tmp_path: Path, monkeypatch) -> None:
+    from nemo_rl.run import checkpoint_tensors
+
+    def save_model(path: Path, model: Any) -> None:
+        raise KeyError("model.layers.0.mlp.experts.weight")
+
+    monkeypatch.setattr(checkpoint_tensors, "save_model", save_model)
+    with pytest.raises(KeyError, match="experts"):
+        nemo_rl.train(tiny_model, PROMPTS, share_of_a, max_steps=3, output_dir=tmp_path, **SHORT_GRPO, **QUIET)
+    assert not [line for file in tmp_path.rglob("metrics.jsonl") for line in file.read_text().splitlines()]
