@@ -144,7 +144,7 @@ class CheckpointStore:
     def try_out(self, *, model: Any, tokenizer: Any, optimizer: Any, state: Mapping[str, Any]) -> None:
         """Save a checkpoint aside, and remove it. With several ranks every rank calls it."""
         path = self.root / f"{_UNFINISHED}first"
-        write_checkpoint(path, 0, model=model, tokenizer=tokenizer, optimizer=optimizer, state=state)
+        write_checkpoint(path, 0, model=model, tokenizer=tokenizer, optimizer=optimizer, state=state, lease=self.lease)
         if is_rank_zero():
             shutil.rmtree(path)
         _barrier()
