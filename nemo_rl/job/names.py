@@ -29,6 +29,9 @@ LABEL_QUEUE = "kueue.x-k8s.io/queue-name"
 LABEL_PRIORITY = "kueue.x-k8s.io/priority-class"
 LABEL_RESTORED = "velero.io/restore-name"
 """Velero's label of what it restored from a backup, which by default is without the status."""
+LABEL_POD_SET = "kueue.x-k8s.io/podset"
+ANNOTATION_WORKLOAD = "kueue.x-k8s.io/workload"
+KUEUE_GROUP = "kueue.x-k8s.io"
 COMPONENT_TRAINER = "trainer"
 COMPONENT_FILES = "files"
 ANNOTATION_JOB_INDEX = "batch.kubernetes.io/job-completion-index"
@@ -114,6 +117,11 @@ def output_claim(job: str) -> str:
 
 def attempt_job(job: str, attempt: int) -> str:
     return f"{job}-{attempt}"
+
+
+def workload(job: str) -> str:
+    """Kueue's Workload of a job: one for all of its attempts."""
+    return job
 
 
 def files_pod(job: str) -> str:

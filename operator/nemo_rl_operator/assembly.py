@@ -22,6 +22,7 @@ from nemo_rl_operator.runtime.client import Api, ApiError
 from nemo_rl_operator.runtime.health import Health
 from nemo_rl_operator.runtime.queue import KeyedQueue
 from nemo_rl_operator.runtime.resync import Resync
+from nemo_rl_operator.runtime.workloads import WorkloadWatch
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class Operator:
         self._resync = Resync(
             self._api, self._cache, self._queue, self._health, options.namespaces, options.resync_seconds
         )
+        self._workloads = WorkloadWatch(self._api, self._cache, self._queue.add, options.namespaces)
         self._tasks: list[asyncio.Task[None]] = []
         self._servers: list[web.AppRunner] = []
         self._last_event = 0.0
@@ -110,6 +112,7 @@ class Operator:
             "events": self._events.run(),
             "progress": self._progress.run(),
             "resync": self._resync.run(),
+            "workloads": self._workloads.run(),
         }
         self._tasks = [asyncio.create_task(part, name=name) for name, part in parts.items()]
         for task in self._tasks:
@@ -134,6 +137,7 @@ class Operator:
     async def _begin(self) -> None:
         """Start the workers once the first lists are in; an earlier start would do no harm, but cost reads."""
         await self._reach()
+        await self._workloads.listed.wait()
         began = time.monotonic()
         while time.monotonic() - began < LONGEST_QUIET_WAIT:
             quiet_since = self._last_event or began + 2.0

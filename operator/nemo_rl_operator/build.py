@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from nemo_rl.job import names
@@ -9,9 +10,16 @@ from nemo_rl.job.names import ExitCode
 from nemo_rl.job.spec import DEFAULT_REQUESTS, DatasetSpec, EnvVar, RLTrainingJobSpec, Toleration
 from nemo_rl_operator import frozen
 from nemo_rl_operator.fingerprint import fingerprint
-from nemo_rl_operator.observe import Resource
+from nemo_rl_operator.observe import MAIN_POD_SET, Assignment, Queueing, Resource
 
 Object = dict[str, Any]
+
+NOTHING = Assignment()
+ASKING = (
+    *("restartPolicy", "nodeSelector", "tolerations", "affinity", "topologySpreadConstraints", "priorityClassName"),
+    *("schedulerName", "runtimeClassName", "overhead", "hostNetwork", "resourceClaims", "resources"),
+)
+TOPOLOGY_WORDS = ("required", "preferred", "unconstrained")
 
 GPU = "nvidia.com/gpu"
 USER = 1000
@@ -92,15 +100,24 @@ def service(resource: Resource, spec: RLTrainingJobSpec) -> Object | None:
     }
 
 
-def attempt_job(resource: Resource, spec: RLTrainingJobSpec, number: int, image: str) -> Object:
-    """The Indexed Job of one attempt. It never retries by itself: the operator decides, by the cause."""
+def attempt_job(
+    resource: Resource,
+    spec: RLTrainingJobSpec,
+    number: int,
+    image: str,
+    workload: str = "",
+    assignment: Assignment = NOTHING,
+) -> Object:
+    """The Indexed Job of one attempt. It never retries by itself: the operator decides, by the cause.
+
+    With a queue, `workload` is the job's Workload and `assignment` what Kueue adds to the pods. The Job itself names no
+    queue: it runs on the quota of that Workload.
+    """
     meta = _meta(resource, names.attempt_job(resource.name, number), component=names.COMPONENT_TRAINER)
     meta["labels"] |= {names.LABEL_ATTEMPT: str(number), names.LABEL_ALGORITHM: spec.algorithm}
     pod_labels = spec.labels | meta["labels"]
-    if resource.queue:
-        meta["labels"] |= {names.LABEL_QUEUE: resource.queue}
-        if resource.priority:
-            meta["labels"] |= {names.LABEL_PRIORITY: resource.priority}
+    if workload:
+        meta["annotations"] = {names.ANNOTATION_WORKLOAD: workload}
     nodes = spec.resources.nodes
     job: Object = {
         "completionMode": "Indexed",
@@ -109,14 +126,91 @@ def attempt_job(resource: Resource, spec: RLTrainingJobSpec, number: int, image:
         "backoffLimit": 0,
         "podReplacementPolicy": "Failed",
         "podFailurePolicy": {"rules": _failure_rules()},
+        "template": _assigned(
+            {
+                "metadata": {"labels": pod_labels, **({"annotations": spec.annotations} if spec.annotations else {})},
+                "spec": trainer_pod(resource, spec, number, image),
+            },
+            assignment,
+        ),
+    }
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": job}
+
+
+def _assigned(template: Object, assignment: Assignment) -> Object:
+    """The pod template with what Kueue adds to the pods that it admits: where they may run, and what tells them apart."""
+    meta, spec = template["metadata"], template["spec"]
+    if assignment.labels:
+        meta["labels"] = meta["labels"] | dict(assignment.labels)
+    if assignment.annotations:
+        meta["annotations"] = meta.get("annotations", {}) | dict(assignment.annotations)
+    if assignment.node_selector:
+        spec["nodeSelector"] = spec.get("nodeSelector", {}) | dict(assignment.node_selector)
+    if added := [json.loads(t) for t in assignment.tolerations]:
+        given = spec.get("tolerations", [])
+        spec["tolerations"] = given + [t for t in added if t not in given]
+    if assignment.gates:
+        spec["schedulingGates"] = [{"name": gate} for gate in assignment.gates]
+    return template
+
+
+def workload(resource: Resource, spec: RLTrainingJobSpec, queueing: Queueing, image: str, version: str) -> Object:
+    """Kueue's Workload of the job: its queue, its priority, and what its pods ask for."""
+    pods: Object = {
+        "name": MAIN_POD_SET,
+        "count": spec.resources.nodes,
         "template": {
-            "metadata": {"labels": pod_labels, **({"annotations": spec.annotations} if spec.annotations else {})},
-            "spec": trainer_pod(resource, spec, number, image),
+            "metadata": {"labels": spec.labels, "annotations": spec.annotations},
+            "spec": _asking(trainer_pod(resource, spec, 1, image)),
         },
     }
-    if resource.queue:
-        job["suspend"] = True  # Kueue starts it
-    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": job}
+    if topology := _topology(spec.annotations):
+        pods["topologyRequest"] = topology
+    asks: Object = {"queueName": queueing.queue, "priority": queueing.priority, "podSets": [pods]}
+    if queueing.priority_class:
+        kind = "PriorityClass" if queueing.pod_priority else "WorkloadPriorityClass"
+        group = "scheduling.k8s.io" if queueing.pod_priority else names.KUEUE_GROUP
+        if version == "v1beta1":
+            asks |= {"priorityClassName": queueing.priority_class, "priorityClassSource": f"{group}/{kind.lower()}"}
+        else:
+            asks["priorityClassRef"] = {"group": group, "kind": kind, "name": queueing.priority_class}
+    return {
+        "apiVersion": f"{names.KUEUE_GROUP}/{version}",
+        "kind": "Workload",
+        "metadata": _meta(resource, names.workload(resource.name)),
+        "spec": asks,
+    }
+
+
+def _asking(pod: Object) -> Object:
+    """Of a pod's spec, what decides where it may run and what it takes: all that Kueue looks at.
+
+    Only what the job itself asks for counts against the quota, which has a limit too. Requests that every pod gets are
+    left out: a queue without quota for local storage, which few have, would admit nothing.
+    """
+    found = {name: pod[name] for name in ASKING if name in pod}
+    for kind in ("initContainers", "containers"):
+        if kind in pod:
+            found[kind] = [{n: c[n] for n in ("name", "image", "restartPolicy") if n in c} for c in pod[kind]]
+            for container, asking in zip(pod[kind], found[kind], strict=True):
+                if limits := container.get("resources", {}).get("limits"):
+                    asking["resources"] = {"requests": limits, "limits": limits}
+    return found
+
+
+def _topology(annotations: dict[str, str]) -> Object:
+    """What the annotations of topology-aware scheduling ask for, as Kueue's own integrations read them."""
+    levels = {word: annotations.get(f"{names.KUEUE_GROUP}/podset-{word}-topology") for word in TOPOLOGY_WORDS}
+    found: Object = {}
+    for word in TOPOLOGY_WORDS:
+        if value := levels[word]:
+            found[word] = value.lower() == "true" if word == "unconstrained" else value
+            break
+    level = annotations.get(f"{names.KUEUE_GROUP}/podset-slice-required-topology")
+    size = annotations.get(f"{names.KUEUE_GROUP}/podset-slice-size", "")
+    if level and size.isdigit():
+        found |= {"podSetSliceRequiredTopology": level, "podSetSliceSize": int(size)}
+    return found | {"podIndexLabel": names.ANNOTATION_JOB_INDEX} if found else {}
 
 
 def attempt_content(resource: Resource, spec: RLTrainingJobSpec, number: int, image: str) -> str:

@@ -72,6 +72,18 @@ def _claim(found: Object, body: Object) -> str:
     return "; ".join(wrong)
 
 
+def _workload(found: Object, body: Object) -> str:
+    """Where a Workload asks Kueue for other quota than the job takes."""
+    theirs, ours = ([_quota(p) for p in o["spec"].get("podSets") or ()] for o in (found, body))
+    return "" if theirs == ours else "what its pods ask for"
+
+
+def _quota(pods: Object) -> Any:
+    containers = pods["template"]["spec"].get("containers") or ()
+    asked = [(c.get("resources") or {}).get("requests") or {} for c in containers]
+    return pods["name"], pods.get("count", 1), [{n: quantity(v) for n, v in a.items()} for a in asked]
+
+
 def quantity(text: str) -> Decimal:
     """An amount of the core API, like 20Gi, as a number; -1 for what is none."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([a-zA-Z]{0,2})", str(text))
@@ -85,4 +97,5 @@ _COMPARED: dict[Kind, Callable[[Object, Object], str]] = {
     Kind.JOB: _job,
     Kind.SERVICE: _service,
     Kind.CLAIM: _claim,
+    Kind.WORKLOAD: _workload,
 }

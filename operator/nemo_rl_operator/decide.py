@@ -20,6 +20,7 @@ from nemo_rl_operator.policies import (
     finished,
     lost,
     outcome,
+    queue,
     restored,
     retry,
     running,
@@ -43,13 +44,16 @@ CHECKLIST: tuple[Callable[[Plan], bool], ...] = (
     adopt.miss_deleted_job,
     suspend.suspend,  # before the deadline: what is being suspended is not failed for the time that it takes
     deadline.enforce,
+    queue.give_way,
     startup.expire,
     running.report,
     start.wait_for_pods,
+    queue.release,
     accept.report_block,
     retry.wait_out,
     accept.hold_invalid,
     start.wait_for_bundles,
+    queue.wait_for_admission,
     start.confirm_end,
     start.start,
 )
@@ -90,6 +94,7 @@ def decide(snapshot: Snapshot, now: datetime) -> Decision:
         if plan.status.finished:
             sidecars.release(plan)  # says when to look again; the end itself is no news that would come back
         deadline.wake(plan)
+        queue.report_ready(plan)
     serve.serve(plan)
     plan.status.observed_generation = snapshot.resource.generation
     return Decision(plan.status, tuple(plan.actions), tuple(plan.events), plan.wake, frozenset(plan.needs))

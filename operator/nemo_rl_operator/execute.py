@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 from nemo_rl.job import names
 from nemo_rl.job.text import one_line
-from nemo_rl_operator import children, frozen, reasons
+from nemo_rl_operator import children, frozen, kueue, reasons
 from nemo_rl_operator.observe import Blocked, Resource
 from nemo_rl_operator.pending import from_warning
-from nemo_rl_operator.plan import Action, Create, Delete, Kind
+from nemo_rl_operator.plan import Action, Create, Delete, Kind, Report
+from nemo_rl_operator.runtime import timestamps
 from nemo_rl_operator.runtime.cache import Cache
 from nemo_rl_operator.runtime.client import Api, ApiError, Object
 
@@ -37,8 +39,8 @@ class Done:
 class Executor:
     """Makes and deletes objects, and tells the cache what the API server answered, ahead of the watch."""
 
-    def __init__(self, api: Api, cache: Cache) -> None:
-        self._api, self._cache = api, cache
+    def __init__(self, api: Api, cache: Cache, clock: Callable[[], datetime] = timestamps.now) -> None:
+        self._api, self._cache, self._clock = api, cache, clock
 
     async def run(self, resource: Resource, actions: Iterable[Action]) -> Done:
         """Do all of them: first deletions, then what Jobs and pods need, then those.
@@ -53,6 +55,9 @@ class Executor:
         first = [a for a in creations if a.kind not in (Kind.JOB, Kind.POD)]
         there: dict[Kind, Object] = {}
         blocks = await asyncio.gather(*(self._create(resource, a, there) for a in first))
+        for action in actions:
+            if isinstance(action, Report):
+                await self._report(resource, action)
         for action in creations:
             if any(blocks):
                 break
@@ -84,6 +89,8 @@ class Executor:
             if error.status == 409:  # another object of that name
                 return
             raise
+        if left.get("kind") == "Status":  # gone at once
+            self._forget(resource, action)
         self._remember(action.kind, left)
 
     async def _create(self, resource: Resource, action: Create, there: dict[Kind, Object]) -> Blocked | None:
@@ -96,6 +103,21 @@ class Executor:
             return _refusal(error, action)
         self._remember(action.kind, made)
         return None
+
+    async def _report(self, resource: Resource, action: Report) -> None:
+        """Read first: Kueue writes conditions of the same object, and may have just done so."""
+        key = (resource.namespace, resource.name)
+        found = await self._api.get(Kind.WORKLOAD, resource.namespace, action.name)
+        if found is None or found["metadata"]["uid"] != action.uid:
+            self._cache.remove("workload", key, action.name, action.uid)
+            return
+        changed = kueue.with_conditions(found, action, timestamps.write(self._clock()))
+        if changed is None:
+            self._cache.put("workload", found)
+            return
+        version = found["metadata"]["resourceVersion"]
+        left = await self._api.patch_part(Kind.WORKLOAD, resource.namespace, action.name, version, "status", changed)
+        self._cache.put("workload", left)
 
     async def _existing(self, resource: Resource, action: Create, there: dict[Kind, Object]) -> Blocked | None:
         """An object of that name exists. Ours: fine. An earlier job's: it is on its way out. Otherwise: a conflict."""
@@ -143,6 +165,8 @@ class Executor:
             self._cache.put("job", answer)
         elif kind is Kind.POD:
             self._cache.put("pod", answer)
+        elif kind is Kind.WORKLOAD:
+            self._cache.put("workload", answer)
 
     def _forget(self, resource: Resource, action: Delete) -> None:
         key = (resource.namespace, resource.name)
@@ -150,6 +174,8 @@ class Executor:
             self._cache.remove("job", key, action.name, action.uid)
         elif action.kind is Kind.POD:
             self._cache.remove("pod", key, action.name, action.uid)
+        elif action.kind is Kind.WORKLOAD:
+            self._cache.remove("workload", key, action.name, action.uid)
 
 
 def _pinned(action: Create, there: dict[Kind, Object]) -> Create:

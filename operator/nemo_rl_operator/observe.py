@@ -25,6 +25,8 @@ from nemo_rl_operator.fingerprint import fingerprint
 
 Raw = Mapping[str, Any]
 ENDED = ("Succeeded", "Failed")
+MAIN_POD_SET = "main"
+"""The pod set of the trainers in the job's Workload."""
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +76,10 @@ class AttemptView:
     """Uid of the RLTrainingJob that controls it."""
     created: str
     suspended: bool
+    queue: str
+    """Queue in which Kueue holds this very Job: by the label that Kueue, or an older operator, gave it."""
+    workload: str
+    """The job's Workload under whose quota it was started; empty for a job without a queue."""
     deleting: bool
     complete: bool
     failed: bool
@@ -141,6 +147,59 @@ class PodView:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkloadView:
+    """Kueue's Workload of the job: its place in the queue, and its quota."""
+
+    name: str
+    uid: str
+    owner: str
+    """Uid of the RLTrainingJob that controls it."""
+    deleting: bool
+    queue: str
+    active: bool
+    reserved: bool
+    """Its quota is set aside."""
+    admitted: bool
+    evicted: str
+    """Why Kueue takes the quota back; empty while it does not."""
+    eviction: str
+    """Reason of that, in one word."""
+    pending: str
+    """What it waits for."""
+    pods_ready: bool | None
+    finished: bool
+    assignment: str
+    """What Kueue assigned to the pods, as JSON: their flavors, changes by admission checks, a topology."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What Kueue adds to the pods that it admits."""
+
+    labels: tuple[tuple[str, str], ...] = ()
+    annotations: tuple[tuple[str, str], ...] = ()
+    node_selector: tuple[tuple[str, str], ...] = ()
+    tolerations: tuple[str, ...] = ()
+    """Each as JSON."""
+    gates: tuple[str, ...] = ()
+    """Scheduling gates."""
+
+
+@dataclass(frozen=True, slots=True)
+class Queueing:
+    """With what a job enters its queue."""
+
+    queue: str
+    """The LocalQueue; empty where it names none and the namespace has no default one."""
+    priority: int = 0
+    priority_class: str = ""
+    pod_priority: bool = False
+    """Whether the class is one of pods, and not one of Kueue's."""
+    problem: str = ""
+    """Why it cannot be queued; empty if it can."""
+
+
+@dataclass(frozen=True, slots=True)
 class Blocked:
     """Why the last attempt to make a child object failed."""
 
@@ -180,8 +239,16 @@ class Snapshot:
     """ConfigMaps of bundles that exist; None before somebody looked."""
     warning_event: str | None = None
     """Newest warning Event about the live attempt; empty where there is none, None before somebody looked."""
-    workload: str | None = None
-    """What Kueue says about the queued attempt; likewise."""
+    kueue: str = ""
+    """Version of Kueue's API that is served; empty where Kueue is not installed."""
+    workload: WorkloadView | None = None
+    workload_read: bool = False
+    """The Workload was just read from the API server rather than from the cache."""
+    queueing: Queueing | None = None
+    """None before somebody looked; likewise the next two."""
+    assignment: Assignment | None = None
+    held: str | None = None
+    """What Kueue says about the attempt's Job, which it queues by itself."""
     blocked: Blocked | None = None
     unknown: tuple[str, ...] = ()
     """Fields of the spec that this version does not know."""
@@ -272,6 +339,8 @@ def attempt_view(raw: Raw) -> AttemptView:
         owner=_controller(meta).get("uid", ""),
         created=meta.get("creationTimestamp", ""),
         suspended=bool(spec.get("suspend")),
+        queue=str((meta.get("labels") or {}).get(names.LABEL_QUEUE) or ""),
+        workload=str((meta.get("annotations") or {}).get(names.ANNOTATION_WORKLOAD) or ""),
         deleting=bool(meta.get("deletionTimestamp")),
         complete=complete is not None,
         failed=failed is not None,
@@ -280,6 +349,54 @@ def attempt_view(raw: Raw) -> AttemptView:
         ended=end.get("lastTransitionTime") or "",
         content=fingerprint(spec),
     )
+
+
+def workload_view(raw: Raw) -> WorkloadView:
+    meta, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
+    conditions = {c.get("type"): c for c in status.get("conditions") or ()}
+    held = {kind for kind, c in conditions.items() if c.get("status") == "True"}
+    evicted = conditions["Evicted"] if "Evicted" in held else {}
+    checks = status.get("admissionChecks") or ()
+    admission = status.get("admission") or {}
+    ready = conditions.get("PodsReady")
+    return WorkloadView(
+        name=meta["name"],
+        uid=meta["uid"],
+        owner=_controller(meta).get("uid", ""),
+        deleting=bool(meta.get("deletionTimestamp")),
+        queue=spec.get("queueName", ""),
+        active=spec.get("active", True) is not False,
+        reserved="QuotaReserved" in held,
+        admitted="Admitted" in held,
+        evicted=str(evicted.get("message") or evicted.get("reason") or ""),
+        eviction=str(evicted.get("reason") or ""),
+        pending=_pending(conditions, checks)[:500],
+        pods_ready=None if ready is None else ready.get("status") == "True",
+        finished="Finished" in held,
+        assignment=_assignment(admission, checks),
+    )
+
+
+def _pending(conditions: Mapping[str, Raw], checks: Iterable[Raw]) -> str:
+    """What Kueue says that a Workload waits for: quota, or admission checks."""
+    reserved = conditions.get("QuotaReserved") or {}
+    if reserved.get("status") != "True":
+        return str(reserved.get("message") or "")
+    waiting = [c for c in checks if c.get("state") != "Ready"]
+    return "; ".join(f"admission check {c.get('name')}: {c.get('message') or c.get('state')}" for c in waiting)
+
+
+def _assignment(admission: Raw, checks: Iterable[Raw]) -> str:
+    found = [a for a in admission.get("podSetAssignments") or () if a.get("name", MAIN_POD_SET) == MAIN_POD_SET]
+    if not found:
+        return ""
+    updates = [u for c in checks for u in c.get("podSetUpdates") or () if u.get("name") == MAIN_POD_SET]
+    assigned = {
+        "flavors": sorted(set((found[0].get("flavors") or {}).values())),
+        "updates": updates,
+        "topology": bool(found[0].get("topologyAssignment")),
+    }
+    return json.dumps(assigned, separators=(",", ":"), sort_keys=True)
 
 
 def pod_view(raw: Raw) -> PodView:
@@ -446,6 +563,7 @@ def observe(
     *,
     begun: int = 0,
     expected: Callable[[Resource, RLTrainingJobSpec, int, str], str] | None = None,
+    workload: WorkloadView | None = None,
 ) -> Snapshot:
     """Put together what belongs to this very job: children of an earlier job of the same name have another owner.
 
@@ -487,4 +605,5 @@ def observe(
         progress=progress,
         image=image,
         begun=begun,
+        workload=workload if workload and workload.owner == found.uid else None,
     )

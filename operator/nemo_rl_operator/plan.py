@@ -29,6 +29,12 @@ class Kind(Enum):
     CLAIM = ("api/v1", "persistentvolumeclaims")
     SERVICE = ("api/v1", "services")
     EVENT = ("api/v1", "events")
+    WORKLOAD = (f"apis/{names.KUEUE_GROUP}", "workloads")
+    """Kueue's kinds come without a version: the client knows which one is served."""
+    FLAVOR = (f"apis/{names.KUEUE_GROUP}", "resourceflavors")
+    WORKLOAD_PRIORITY = (f"apis/{names.KUEUE_GROUP}", "workloadpriorityclasses")
+    LOCAL_QUEUE = (f"apis/{names.KUEUE_GROUP}", "localqueues")
+    POD_PRIORITY = ("apis/scheduling.k8s.io/v1", "priorityclasses")
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,19 @@ class Delete:
     foreground: bool = False
 
 
-Action = Create | Delete
+@dataclass(frozen=True)
+class Report:
+    """Set conditions of the job's Workload, by which Kueue knows how the job is; that it is gone is success."""
+
+    name: str
+    uid: str
+    conditions: tuple[tuple[str, bool, str, str], ...]
+    """Type, whether it holds, reason, message."""
+    release: bool = False
+    """Also give the quota back."""
+
+
+Action = Create | Delete | Report
 
 
 @dataclass(frozen=True)
@@ -69,7 +87,10 @@ class Need(Enum):
     BUNDLES = "which ConfigMaps of bundles exist"
     WARNING_EVENT = "warning Events about the newest attempt"
     ROWS = "the rows of the data set, which are not kept"
-    WORKLOAD = "what Kueue says about the newest attempt"
+    WORKLOAD = "the job's Workload"
+    QUEUE = "the default queue of the namespace, and the priority, of a job that is to be queued"
+    FLAVORS = "the flavors that Kueue assigned"
+    HELD = "what Kueue says about the attempt's Job, which it queues by itself"
 
 
 @dataclass
@@ -153,6 +174,10 @@ class Plan:
             return reasons.ENDING_JOB_MESSAGE.format(job=names.attempt_job(self.snapshot.resource.name, self.number))
         text = reasons.ENDING_MESSAGE.format(pod=live[0].name, attempt=live[0].attempt)
         return text + (reasons.ENDING_MORE_MESSAGE.format(more=len(live) - 1) if len(live) > 1 else "")
+
+    def seconds_until(self, time: str | None) -> float | None:
+        """Seconds from now to a time; negative once it has passed, None without one."""
+        return timestamps.seconds_until(time, self.now)
 
     def wake_in(self, seconds: float) -> None:
         self.wake = max(0.0, seconds) if self.wake is None else min(self.wake, max(0.0, seconds))

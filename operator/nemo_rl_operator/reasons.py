@@ -33,12 +33,26 @@ LOST_MESSAGE = (
 FORCED_MESSAGE = "pod {pod} was deleted by force, and its node does not report its end"
 QUEUED = "Queued"
 QUEUED_MESSAGE = "waits in queue {queue}"
-HELD_MESSAGE = "its Job {job} is suspended by somebody else; set the Job's spec.suspend to false to start it"
 RESTORED = "Restored"
 RESTORED_MESSAGE = (
     "restored from a backup without its status, so it may have been trained to its end before; to train it now: "
     "kubectl label rlj {name} {label}-"
 )
+HELD_MESSAGE = "its Job {job} is suspended, and not by this operator; whoever suspended it must resume it"
+UNQUEUED_MESSAGE = (
+    "Kueue holds its Job {job}, for it manages all Jobs of this namespace and this job names no queue; name one: "
+    "kubectl label rlj {name} kueue.x-k8s.io/queue-name=QUEUE"
+)
+UNKNOWN_TO_KUEUE_MESSAGE = (
+    "Kueue admitted the job, but holds its Job {job} as well, since it does not know what made it; "
+    "an administrator must add RLTrainingJob.v1alpha1.nemo-rl.io to integrations.externalFrameworks in its configuration"
+)
+NO_KUEUE = "but this cluster has no Kueue; install it, or remove the label kueue.x-k8s.io/queue-name"
+WORKLOAD_ENDING = "its Workload of an earlier run is being deleted"
+DEACTIVATED = "its Workload {name} is deactivated ({why}); set spec.active of the Workload to true to queue it again"
+PREEMPTED = "Preempted"
+PREEMPTED_MESSAGE = "Kueue takes the quota back ({why}); the pods save a checkpoint and end"
+WITHOUT_WORKLOAD = "its Workload was deleted"
 BACKOFF = "BackOff"
 BACKOFF_MESSAGE = "attempt {attempt} ended: {cause}; attempt {next} starts at {time}"
 BUNDLES = "WaitingForBundles"

@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_rl.job import names
 from nemo_rl.job.status import JobStatus
-from nemo_rl_operator import build, observe, reasons
+from nemo_rl_operator import build, kueue, observe, reasons
 from nemo_rl_operator.decide import Decision, decide, report_failure
 from nemo_rl_operator.events import EventPoster
 from nemo_rl_operator.execute import Executor, NamespaceGoneError, words
@@ -53,7 +53,7 @@ class Reconciler:
     ) -> None:
         self._api, self._cache, self._progress = api, cache, progress
         self._image, self._busy, self._clock = image, busy, clock
-        self._executor = Executor(api, cache)
+        self._executor = Executor(api, cache, clock)
         self._writer = StatusWriter(api, cache, events, witness, busy=busy, clock=clock)
         self._warning_events = WarningEvents(api)
         self._failures: dict[Key, int] = {}
@@ -136,8 +136,9 @@ class Reconciler:
             self._image,
             begun=self._writer.begun(key, found.uid),
             expected=build.attempt_content,
+            workload=entry.workload,
         )
-        return replace(snapshot, unreadable=self._progress.unreadable(key))
+        return replace(snapshot, unreadable=self._progress.unreadable(key), kueue=self._api.kueue_version)
 
     async def _decide(self, key: Key) -> tuple[Snapshot | None, Decision]:
         """Decide, reading first what the decision asks for."""
@@ -170,7 +171,14 @@ class Reconciler:
                 return {"warning_event": ""}
             found = await self._warning_events.newest(snapshot, number, self._clock(), self._writer.beside(key))
             return {"warning_event": found}
-        return {"workload": await self._workload(namespace, snapshot, number)}
+        if need is Need.WORKLOAD:
+            await self._read_workload(key)
+            return {"workload_read": True}
+        if need is Need.QUEUE:
+            return {"queueing": await kueue.queueing(self._api, snapshot)}
+        if need is Need.FLAVORS:
+            return {"assignment": await kueue.assignment(self._api, snapshot.workload)}
+        return {"held": await kueue.why_held(self._api, namespace, snapshot.attempts[number].uid)}
 
     async def _read_whole(self, key: Key) -> Resource | None:
         """The resource with all of its rows; the cache learns what it keeps of it."""
@@ -209,14 +217,14 @@ class Reconciler:
             if pod_view.owner == uid and pod_view.attempt == number and pod_view.name not in there:
                 self._cache.remove_pod(key, pod_view.name, pod_view.uid)
 
-    async def _workload(self, namespace: str, snapshot: Snapshot, number: int) -> str:
-        """Why Kueue holds the attempt."""
-        label = f"kueue.x-k8s.io/job-uid={snapshot.attempts[number].uid}"
-        for workload in await self._api.workloads(namespace, {"labelSelector": label}):
-            for condition in (workload.get("status") or {}).get("conditions") or ():
-                if condition.get("type") == "QuotaReserved" and condition.get("status") == "False":
-                    return str(condition.get("message", ""))[:500]
-        return ""
+    async def _read_workload(self, key: Key) -> None:
+        """Bring the cache up to date about the job's Workload."""
+        name = names.workload(key[1])
+        found = await self._api.get(Kind.WORKLOAD, key[0], name)
+        if found:
+            self._cache.put("workload", found)
+        else:
+            self._cache.remove("workload", key, name)
 
     def _follow_progress(self, key: Key, snapshot: Snapshot, status: JobStatus) -> None:
         """Pull progress from the pod with index 0 while it runs."""

@@ -25,8 +25,8 @@ def load() -> None:
         sys.modules.setdefault(unused, None)  # type: ignore[arg-type]
     from nemo_rl.job import names
     from nemo_rl_operator import assembly, plan, progress
-    from nemo_rl_operator.policies import accept, retry, running, sidecars
-    from nemo_rl_operator.runtime import resync
+    from nemo_rl_operator.policies import accept, queue, retry, running, sidecars
+    from nemo_rl_operator.runtime import resync, workloads
 
     assert assembly
     names.BUNDLE_WAIT_SECONDS = BUNDLE_WAIT_SECONDS
@@ -38,7 +38,8 @@ def load() -> None:
     retry.LONGEST_DELAY = 0.5
     running.QUIET_SECONDS = 1.0
     running.LOOK_SECONDS = 1.0
-    running.QUEUE_SECONDS = 1.0
+    queue.HELD_SECONDS = queue.LONGEST_LOOK_SECONDS = 1.0
+    workloads.LOOK_SECONDS = 1.0
     plan.LOST_PATIENCE_SECONDS = 2.0
     sidecars.PATIENCE_SECONDS = 2.0
     accept.RETRY_SECONDS, accept.LONGEST_RETRY_SECONDS = 1.0, 3.0

@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import json
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
-from cluster.api import eventually
+from cluster.api import Object, eventually
 from cluster.manifests import bundle, result
 from cluster.scene import Scene
 from nemo_rl.job import names
@@ -148,67 +150,118 @@ def test_time_to_live_may_be_set_after_the_end(scene: Scene) -> None:
     scene.gone(names.PLURAL, "x")
 
 
-def test_job_with_a_queue_is_created_suspended_and_left_to_the_queue(scene: Scene) -> None:
-    scene.submit(job_labels={names.LABEL_QUEUE: "team", names.LABEL_PRIORITY: "high"})
-    status = scene.phase("Queued")
-    assert "team" in status["message"]
-    made = scene.api.get("jobs", scene.namespace, names.attempt_job("x", 1))
-    assert made["spec"]["suspend"] is True
-    assert made["metadata"]["labels"][names.LABEL_QUEUE] == "team"
-    assert made["metadata"]["labels"][names.LABEL_PRIORITY] == "high"
-    # what Kueue does when it admits, and when it takes the quota back
-    admit = {"spec": {"suspend": False}}
-    scene.api.patch("jobs", scene.namespace, names.attempt_job("x", 1), admit)
-    pod = scene.attempt(1).run()
-    scene.phase("Running")
-    scene.api.patch("jobs", scene.namespace, names.attempt_job("x", 1), {"spec": {"suspend": True}})
-    scene.phase("Queued")
-    eventually(lambda: not pod.alive, "the pod is stopped")
-    scene.api.patch("jobs", scene.namespace, names.attempt_job("x", 1), admit)
-    assert scene.succeed()["attempt"] == 1
+KUEUE = "kueue.x-k8s.io"
+HAS_STATUS = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
 
 
-def define_workloads(scene: Scene) -> None:
-    """Kueue's resource, without Kueue."""
-    group, schema = "kueue.x-k8s.io", {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
-    version = {"name": "v1beta1", "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}
-    definition = {
+def define(kind: str, plural: str, scope: str) -> Object:
+    """One of Kueue's kinds, without Kueue; in the version that older releases serve alone."""
+    version = {"name": "v1beta1", "served": True, "storage": True, "schema": {"openAPIV3Schema": HAS_STATUS}}
+    return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"workloads.{group}"},
+        "metadata": {"name": f"{plural}.{KUEUE}"},
         "spec": {
-            "group": group,
-            "scope": "Namespaced",
-            "names": {"kind": "Workload", "plural": "workloads", "singular": "workload"},
-            "versions": [version],
+            "group": KUEUE,
+            "scope": scope,
+            "names": {"kind": kind, "plural": plural, "singular": kind.lower()},
+            "versions": [version | {"subresources": {"status": {}}}],
         },
     }
-    scene.kubectl("apply", "-f", "-", stdin=json.dumps(definition))
-    eventually(lambda: "workloads" in scene.kubectl("api-resources", "--api-group", group), "workloads are served")
 
 
-def test_what_the_queue_says_becomes_the_message(scene: Scene) -> None:
-    define_workloads(scene)
-    scene.submit(job_labels={names.LABEL_QUEUE: "team"})
-    scene.phase("Queued")
-    uid = scene.api.get("jobs", scene.namespace, names.attempt_job("x", 1))["metadata"]["uid"]
-    pending = {"type": "QuotaReserved", "status": "False", "message": "insufficient quota for nvidia.com/gpu"}
-    workload = {
-        "apiVersion": "kueue.x-k8s.io/v1beta1",
-        "kind": "Workload",
-        "metadata": {"name": "job-x", "labels": {"kueue.x-k8s.io/job-uid": uid}},
-        "status": {"conditions": [pending]},
-    }
-    scene.kubectl("create", "-f", "-", stdin=json.dumps(workload))
+@pytest.fixture
+def workloads(scene: Scene) -> Iterator[Callable[..., None]]:
+    """Kueue's kinds, and what Kueue does with the Workload of job `x`: sets conditions."""
+    kinds = [
+        define("Workload", "workloads", "Namespaced"),
+        define("WorkloadPriorityClass", "workloadpriorityclasses", "Cluster"),
+    ]
+    scene.kubectl("apply", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": kinds}))
+    eventually(lambda: "priority" in scene.kubectl("api-resources", "--api-group", KUEUE), "Kueue's kinds are served")
+
+    def play(message: str = "", **conditions: bool) -> None:
+        held = eventually(lambda: find_workload(scene), "the job has a Workload")
+        old = {c["type"]: c for c in (held.get("status") or {}).get("conditions") or ()}
+        new = {
+            kind: {
+                "type": kind,
+                "status": str(holds),
+                "reason": "Preempted" if kind == "Evicted" else kind,
+                "message": message,
+            }
+            for kind, holds in conditions.items()
+        }
+        patch = {"status": {"conditions": list((old | new).values())}}
+        scene.kubectl(
+            *("patch", "workloads", "x", "-n", scene.namespace, "--subresource=status", "--type=merge"),
+            f"--patch={json.dumps(patch)}",
+        )
+
+    yield play
+    for kind in kinds:
+        scene.kubectl("delete", "crd", kind["metadata"]["name"])
+
+
+def find_workload(scene: Scene) -> Object | None:
+    text = scene.kubectl("get", "workloads", "-n", scene.namespace, "-o", "json")
+    found = json.loads(text)["items"]
+    return next((w for w in found if w["metadata"]["name"] == names.workload("x")), None)
+
+
+def holds(scene: Scene, kind: str) -> bool | None:
+    found = ((find_workload(scene) or {}).get("status") or {}).get("conditions") or ()
+    return next((c["status"] == "True" for c in found if c["type"] == kind), None)
+
+
+def test_job_with_a_queue_runs_on_the_quota_of_its_one_workload(scene: Scene, workloads: Callable[..., None]) -> None:
+    high = {"apiVersion": f"{KUEUE}/v1beta1", "kind": "WorkloadPriorityClass", "metadata": {"name": "high"}, "value": 7}
+    scene.kubectl("create", "-f", "-", stdin=json.dumps(high))
+    scene.submit(job_labels={names.LABEL_QUEUE: "team", names.LABEL_PRIORITY: "high"})
+    assert "team" in scene.phase("Queued")["message"]
+    workloads("insufficient quota for nvidia.com/gpu", QuotaReserved=False)
     assert scene.message("insufficient quota")["phase"] == "Queued"
-
-
-def test_deadline_does_not_run_in_the_queue(scene: Scene) -> None:
-    scene.submit(job_labels={names.LABEL_QUEUE: "team"}, activeDeadlineSeconds=1)
+    asked = find_workload(scene)
+    assert asked is not None
+    assert (asked["spec"]["queueName"], asked["spec"]["priority"]) == ("team", 7)
+    assert asked["spec"]["priorityClassName"] == "high"
+    assert scene.jobs() == []
+    workloads(QuotaReserved=True, Admitted=True)
+    pod = scene.attempt(1).run()
+    scene.phase("Running")
+    eventually(lambda: holds(scene, "PodsReady"), "Kueue is told that the pods run")
+    workloads("a job of higher priority came", Evicted=True)
     scene.phase("Queued")
-    until = time.monotonic() + 3
+    assert not pod.alive
+    eventually(lambda: holds(scene, "QuotaReserved") is False, "the quota is given back")
+    assert holds(scene, "Requeued") is True
+    place = asked["metadata"]["uid"]
+    workloads(Evicted=False, QuotaReserved=True, Admitted=True)
+    scene.attempt(2).run().exit(1)
+    scene.succeed(attempt=3)
+    held = find_workload(scene)
+    assert held is not None
+    assert held["metadata"]["uid"] == place
+    eventually(lambda: holds(scene, "Finished"), "Kueue is told that the job has finished")
+
+
+def test_deadline_does_not_run_in_the_queue(scene: Scene, workloads: Callable[..., None]) -> None:
+    scene.submit(job_labels={names.LABEL_QUEUE: "team"}, activeDeadlineSeconds=5)
+    scene.phase("Queued")
+    until = time.monotonic() + 6
     eventually(lambda: time.monotonic() > until, "more than the deadline has passed", 10)
     assert scene.status()["phase"] == "Queued"
+    workloads(QuotaReserved=True, Admitted=True)
+    assert scene.succeed()["phase"] == "Succeeded"
+
+
+def test_without_kueue_a_job_with_a_queue_says_so_and_goes_on_when_it_comes(scene: Scene, request: Any) -> None:
+    scene.submit(job_labels={names.LABEL_QUEUE: "team"})
+    scene.message("has no Kueue")
+    assert scene.jobs() == []
+    play = request.getfixturevalue("workloads")
+    play(QuotaReserved=True, Admitted=True)
+    assert scene.succeed()["phase"] == "Succeeded"
 
 
 def test_job_waits_for_its_bundles_and_says_how_many(scene: Scene) -> None:

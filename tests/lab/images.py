@@ -46,15 +46,25 @@ def load_own() -> None:
     present = set(out(*ctr("images", "ls", "-q")).split())
     for image, program in ((PAUSE_IMAGE, "pause"), (COREDNS_IMAGE, "coredns")):
         if image not in present:
-            archive = program_image(image, programs.path(program))
-            sh(*ctr("images", "import", "-"), input=archive, stdout=subprocess.DEVNULL)
+            _import_program(image, program)
 
 
-def program_image(image: str, program: Path) -> bytes:
+def load_program(image: str, program: str, name: str) -> None:
+    """An image of one static program, under this name; loading it again costs nothing."""
+    if image not in set(out(*ctr("images", "ls", "-q")).split()):
+        _import_program(image, program, name)
+
+
+def _import_program(image: str, program: str, name: str = "") -> None:
+    archive = program_image(image, programs.path(program), name or program)
+    sh(*ctr("images", "import", "-"), input=archive, stdout=subprocess.DEVNULL)
+
+
+def program_image(image: str, program: Path, name: str) -> bytes:
     """An OCI archive of an image that has one file, its entrypoint."""
     layer = io.BytesIO()
     with tarfile.open(fileobj=layer, mode="w") as archive:
-        _add(archive, program.name, program.read_bytes(), 0o755)
+        _add(archive, name, program.read_bytes(), 0o755)
     blobs: dict[str, bytes] = {}
 
     def blob(data: bytes, kind: str) -> dict[str, Any]:
@@ -66,7 +76,7 @@ def program_image(image: str, program: Path) -> bytes:
     settings = {
         "architecture": ARCHITECTURES.get(platform.machine(), platform.machine()),
         "os": "linux",
-        "config": {"Entrypoint": [f"/{program.name}"]},
+        "config": {"Entrypoint": [f"/{name}"]},
         "rootfs": {"type": "layers", "diff_ids": [content["digest"]]},
     }
     config = blob(json.dumps(settings).encode(), "config.v1+json")

@@ -11,6 +11,7 @@ lab.py build [PROGRAM ...]   compile the programs into the cache (`up` does so w
 lab.py base                  make the base image localhost/python:3.11
 lab.py image TAG FOLDER ...  build a Dockerfile (further options go to buildah) and load it into the node
 lab.py deploy                build the project's images, load them, install the operator: what has changed
+lab.py kueue                 install Kueue, by its own chart
 lab.py load TAG ...          load images that were built before into the node
 lab.py extend NAME=COUNT     advertise a resource on the node, for example nvidia.com/gpu=4
 lab.py kill PROGRAM [SIGNAL] signal one of the node's programs; it is started again
@@ -28,7 +29,7 @@ from pathlib import Path
 # as a script, this file's own folder comes first in the path, where `lab` would be this file
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from lab import cluster, control_plane_process, deploy, forward, images, node, programs  # noqa: E402
+from lab import cluster, control_plane_process, deploy, forward, images, kueue, node, programs  # noqa: E402
 from lab.settings import CONTROL_PLANE, KUBECONFIG, LabError, fail, say  # noqa: E402
 
 
@@ -42,6 +43,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     verbs.add_parser("build").add_argument("programs", nargs="*")
     verbs.add_parser("base")
     verbs.add_parser("deploy")
+    verbs.add_parser("kueue")
     builder = verbs.add_parser("image")
     builder.add_argument("tag")
     builder.add_argument("folder")
@@ -90,6 +92,8 @@ def run(given: argparse.Namespace, rest: list[str]) -> None:
             images.build(given.tag, given.folder, rest)
         case "deploy":
             deploy.deploy()
+        case "kueue":
+            kueue.install()
         case "load":
             for tag in given.tags:
                 images.load(tag)

@@ -34,9 +34,10 @@ PROGRAMS: dict[str, tuple[str, str, Path]] = {
     "pause": ("pause", "lab/pause", BIN),
     "coredns": ("coredns", "github.com/coredns/coredns", BIN),
     "helm": ("helm", "helm.sh/helm/v3/cmd/helm", BIN),
+    "kueue": ("kueue", "sigs.k8s.io/kueue/cmd/kueue", BIN),
 }
 CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kubectl")
-NODE = tuple(name for name in PROGRAMS if name != "helm")
+NODE = tuple(name for name in PROGRAMS if name not in ("helm", "kueue"))
 
 
 def path(name: str) -> Path:

@@ -88,7 +88,13 @@ capabilities: {drop: [ALL]}
   verbs: [list, create]
 - apiGroups: [kueue.x-k8s.io]
   resources: [workloads]
-  verbs: [list]
+  verbs: [get, list, watch, create, delete]
+- apiGroups: [kueue.x-k8s.io]
+  resources: [workloads/status]
+  verbs: [patch]
+- apiGroups: [kueue.x-k8s.io]
+  resources: [localqueues]
+  verbs: [get] # whether the namespace has one that is called default
 {{- end -}}
 
 {{- define "nemo-rl.testLabels" -}}

@@ -47,4 +47,7 @@ def miss_deleted_job(plan: Plan) -> bool:
     if record.cause == Cause.SUSPENDED or plan.spec.suspend:
         plan.close(Cause.SUSPENDED)
         return False
+    if record.cause == Cause.PREEMPTED:
+        plan.close(Cause.PREEMPTED, message=record.message or "")
+        return False
     return retry.judge(plan, Outcome(Cause.JOB_DELETED, "its Job was deleted"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nemo_rl_operator.plan import Plan
-from nemo_rl_operator.policies import sidecars, ttl
+from nemo_rl_operator.policies import queue, sidecars, ttl
 from nemo_rl_operator.runtime import timestamps
 
 LINGER_SECONDS = 300.0
@@ -21,4 +21,5 @@ def settle(plan: Plan) -> None:
         else:
             plan.stop_live()
     sidecars.release(plan)
+    queue.finish(plan)
     ttl.expire(plan)

@@ -8,7 +8,7 @@ from nemo_rl_operator import pending, reasons
 from nemo_rl_operator.classify import pod_failure
 from nemo_rl_operator.observe import AttemptView, PodView, newest
 from nemo_rl_operator.plan import Need, Plan
-from nemo_rl_operator.policies import sidecars
+from nemo_rl_operator.policies import queue, sidecars
 from nemo_rl_operator.runtime import timestamps
 
 QUIET_SECONDS = 10.0
@@ -16,7 +16,6 @@ QUIET_SECONDS = 10.0
 ORDINARY = (reasons.PODS_PENDING, reasons.STARTING, reasons.UNBOUND_CLAIM)
 """What every start goes through for a moment; a new claim is bound while its pod waits."""
 LOOK_SECONDS = 10.0
-QUEUE_SECONDS = 30.0
 
 
 def report(plan: Plan) -> bool:
@@ -26,25 +25,10 @@ def report(plan: Plan) -> bool:
     if attempt.deleting:
         plan.phase(plan.status.phase or "Starting", reasons.ENDING, plan.waits_for())
     elif attempt.suspended:
-        _queued(plan, attempt)
+        queue.report_held(plan, attempt)
     else:
         _started(plan, attempt)
     return True
-
-
-def _queued(plan: Plan, attempt: AttemptView) -> None:
-    """Its Job is suspended: by us for Kueue to start it, or by Kueue to make room. It is not ours to resume."""
-    queue = plan.snapshot.resource.queue
-    if not queue:
-        plan.phase("Queued", reasons.QUEUED, reasons.HELD_MESSAGE.format(job=attempt.name))
-        return
-    message = reasons.QUEUED_MESSAGE.format(queue=queue)
-    if plan.snapshot.workload is None:
-        plan.needs.add(Need.WORKLOAD)
-    elif plan.snapshot.workload:
-        message = f"{message}: {plan.snapshot.workload}"
-    plan.wake_in(QUEUE_SECONDS)
-    plan.phase("Queued", reasons.QUEUED, message)
 
 
 def _ending(plan: Plan, pods: list[PodView]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from nemo_rl.job import names
 from nemo_rl.job.status import MAX_ATTEMPTS, Cause
 from nemo_rl_operator import build, reasons
+from nemo_rl_operator.observe import Assignment
 from nemo_rl_operator.plan import Create, Delete, Kind, Need, Plan
 from nemo_rl_operator.policies import lost
 from nemo_rl_operator.runtime import timestamps
@@ -64,6 +65,14 @@ def confirm_end(plan: Plan) -> bool:
     return False
 
 
+def _admission(plan: Plan) -> tuple[str, Assignment]:
+    """The Workload that admits the attempt, and what Kueue assigned to it; empty for a job without a queue."""
+    workload = plan.snapshot.workload
+    if workload is None:
+        return "", Assignment()
+    return workload.name, plan.snapshot.assignment or Assignment()
+
+
 def start(plan: Plan) -> bool:
     resource, spec = plan.snapshot.resource, plan.spec
     if not (spec.image or plan.snapshot.image):
@@ -77,15 +86,12 @@ def start(plan: Plan) -> bool:
         (Kind.CONFIG_MAP, build.frozen_job(resource, spec)),
         (Kind.CLAIM, build.output_claim(resource, spec)),
         (Kind.SERVICE, build.service(resource, spec)),
-        (Kind.JOB, build.attempt_job(resource, spec, number, plan.snapshot.image)),
+        (Kind.JOB, build.attempt_job(resource, spec, number, plan.snapshot.image, *_admission(plan))),
     )
     plan.actions += [Create(kind, body) for kind, body in made if body is not None]
     plan.begin(number, plan.time)
     plan.event(reasons.EVENT_STARTED, reasons.STARTING_MESSAGE.format(attempt=number), key=str(number))
-    if resource.queue:
-        plan.phase("Queued", reasons.QUEUED, reasons.QUEUED_MESSAGE.format(queue=resource.queue))
-    else:
-        plan.phase("Starting", reasons.STARTING, reasons.STARTING_MESSAGE.format(attempt=number))
+    plan.phase("Starting", reasons.STARTING, reasons.STARTING_MESSAGE.format(attempt=number))
     for old in plan.snapshot.attempts.values():
         if old.number <= number - MAX_ATTEMPTS and not old.deleting:
             plan.actions.append(Delete(Kind.JOB, old.name, old.uid))

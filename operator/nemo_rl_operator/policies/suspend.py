@@ -5,7 +5,7 @@ from __future__ import annotations
 from nemo_rl.job.status import Cause
 from nemo_rl_operator import reasons
 from nemo_rl_operator.plan import Delete, Kind, Plan
-from nemo_rl_operator.policies import lost
+from nemo_rl_operator.policies import lost, queue
 
 
 def suspend(plan: Plan) -> bool:
@@ -22,6 +22,7 @@ def suspend(plan: Plan) -> bool:
             record.cause, record.counted = Cause.SUSPENDED, False
         plan.phase(plan.status.phase or "Starting", reasons.STOPPING, reasons.STOPPING_MESSAGE)
         return True
+    queue.leave(plan)
     if plan.status.phase != "Suspended":
         plan.event(reasons.EVENT_SUSPENDED, reasons.SUSPENDED_MESSAGE, key=str(plan.snapshot.resource.generation))
     plan.phase("Suspended", reasons.SUSPENDED, reasons.SUSPENDED_MESSAGE)

@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 from nemo_rl.job import names
 from nemo_rl_operator import observe
-from nemo_rl_operator.observe import AttemptView, PodView, Resource
+from nemo_rl_operator.observe import AttemptView, PodView, Resource, WorkloadView
 
 Key = tuple[str, str]
 """Namespace and name of a job."""
-Kind = Literal["resource", "job", "pod"]
+Kind = Literal["resource", "job", "pod", "workload"]
 KINDS: tuple[Kind, ...] = ("resource", "job", "pod")
+"""What is there in every cluster; Workloads are Kueue's, and have a watch of their own."""
 
 
 @dataclass(slots=True)
@@ -21,6 +22,7 @@ class Entry:
     resource: Resource | None = None
     jobs: dict[str, AttemptView] = field(default_factory=dict)
     pods: dict[str, PodView] = field(default_factory=dict)
+    workload: WorkloadView | None = None
     gone: set[str] = field(default_factory=set)
     """Names of pods that are remembered although they were deleted."""
 
@@ -39,6 +41,7 @@ class Entry:
             self.resource is not None
             and self.resource.at_rest
             and all(job.finished for job in self.jobs.values())
+            and (self.workload is None or self.workload.finished)
             and all(pod.terminal and pod.attempt for pod in self.pods.values())
         )
 
@@ -54,13 +57,15 @@ class Entry:
 
     @property
     def empty(self) -> bool:
-        return self.resource is None and not self.jobs and not self.pods
+        return self.resource is None and not self.jobs and not self.pods and self.workload is None
 
 
 def key_of(kind: Kind, raw: Mapping[str, Any]) -> Key | None:
     """The job that an object belongs to; None for one that only looks like ours."""
     meta = raw["metadata"]
     name = meta["name"] if kind == "resource" else (meta.get("labels") or {}).get(names.LABEL_JOB)
+    if kind == "workload" and meta["name"] != names.workload(name or ""):
+        return None
     return (meta["namespace"], name) if name else None
 
 
@@ -98,6 +103,10 @@ class Cache:
             job = observe.attempt_view(raw)
             changed = entry.jobs.get(meta["name"]) != job
             entry.jobs[meta["name"]] = job
+        elif kind == "workload":
+            workload = observe.workload_view(raw)
+            changed = entry.workload != workload
+            entry.workload = workload
         else:
             pod = observe.pod_view(raw)
             changed = entry.pods.get(meta["name"]) != pod
@@ -114,11 +123,15 @@ class Cache:
             children = entry.jobs
         elif kind == "pod":
             children = entry.pods
-        held = entry.resource if kind == "resource" else children.get(name)
+        held: Any = children.get(name)
+        if kind in ("resource", "workload"):
+            held = entry.resource if kind == "resource" else entry.workload
         if held is None or (uid is not None and held.uid != uid):
             return None
         if kind == "resource":
             entry.resource = None
+        elif kind == "workload":
+            entry.workload = None
         else:
             del children[name]
         self._versions.pop((kind, key[0], name), None)
@@ -169,6 +182,10 @@ class Cache:
                 if entry.resource:
                     found[key] = (key, entry.resource.uid)
                 continue
+            if kind == "workload":
+                if entry.workload:
+                    found[key[0], entry.workload.name] = (key, entry.workload.uid)
+                continue
             children: Mapping[str, AttemptView | PodView] = entry.jobs if kind == "job" else entry.pods
             for name, child in children.items():
                 if kind == "job" or name not in entry.gone:
@@ -184,6 +201,7 @@ class Cache:
             "resource": sum(entry.resource is not None for entry in self._entries.values()),
             "job": sum(len(entry.jobs) for entry in self._entries.values()),
             "pod": sum(len(entry.pods) for entry in self._entries.values()),
+            "workload": sum(entry.workload is not None for entry in self._entries.values()),
         }
 
     def _stale(self, kind: Kind, raw: Mapping[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import aiohttp
 
-from nemo_rl.job import decode
+from nemo_rl.job import decode, names
 from nemo_rl_operator import metrics
 from nemo_rl_operator.plan import Kind
 
@@ -30,6 +30,8 @@ TIMEOUT = aiohttp.ClientTimeout(total=30, sock_connect=5)
 TOKEN_SECONDS = 60.0
 """How long a token read from the pod's volume is used; the kubelet renews it there."""
 PAGE = 500
+KUEUE_VERSIONS = ("v1beta2", "v1beta1")
+"""That the operator speaks, the best first."""
 METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 
 
@@ -66,6 +68,8 @@ class Api:
         self._token, self._token_until = "", 0.0
         self.answered: Callable[[bool], None] = lambda reached: None
         """Told after each call whether the API server answered."""
+        self.kueue_version = ""
+        """Version of Kueue's API that is used; empty where it is not served."""
         self.latency = 0.0
         """Seconds that calls take now: a moving average."""
 
@@ -89,8 +93,8 @@ class Api:
         """Make it. Unknown fields, which can come from a job's affinity, are refused rather than dropped."""
         return await self._call("POST", kind, namespace, params={"fieldValidation": "Strict"}, body=body)
 
-    async def get(self, kind: Kind, namespace: str, name: str) -> Object | None:
-        """The object; None where there is none."""
+    async def get(self, kind: Kind, namespace: str | None, name: str) -> Object | None:
+        """The object, without a namespace one of the whole cluster; None where there is none."""
         try:
             return await self._call("GET", kind, namespace, name)
         except ApiError as error:
@@ -123,10 +127,16 @@ class Api:
         body = {"metadata": {"resourceVersion": version}, "status": status}
         return await self._call("PATCH", Kind.RESOURCE, namespace, name, "status", body=body)
 
+    async def patch_part(
+        self, kind: Kind, namespace: str, name: str, version: str, part: str, content: Object
+    ) -> Object:
+        """Merge into one part of an object, if its version is still this one (409 otherwise)."""
+        body = {"metadata": {"resourceVersion": version}, part: content}
+        return await self._call("PATCH", kind, namespace, name, part, body=body)
+
     async def items(self, kind: Kind, namespace: str | None, params: Mapping[str, str]) -> list[Object]:
         """One page of a list."""
-        page = await self._call("GET", kind, namespace, params=params)
-        return list(page.get("items") or ())
+        return list((await self.page(kind, namespace, params)).get("items") or ())
 
     async def labelled(self, kind: Kind, namespace: str, label: str) -> list[str]:
         """Names of all objects of a namespace that have this label, whatever its value."""
@@ -135,16 +145,47 @@ class Api:
             found += [item["metadata"]["name"] for item in page]
         return found
 
-    async def workloads(self, namespace: str, params: Mapping[str, str]) -> list[Object]:
-        """Kueue's workloads; none where Kueue is not installed."""
-        for version in ("v1beta2", "v1beta1"):
-            path = f"/apis/kueue.x-k8s.io/{version}/namespaces/{quote(namespace)}/workloads"
-            try:
-                return list((await self._request("GET", path, "workloads", params=params)).get("items") or ())
-            except ApiError as error:
-                if error.status not in (403, 404):
-                    raise
-        return []
+    async def page(self, kind: Kind, namespace: str | None, params: Mapping[str, str]) -> Object:
+        """One page of a list, with its metadata."""
+        return await self._call("GET", kind, namespace, params=params)
+
+    async def find_kueue(self) -> str:
+        """Ask whether Kueue's API is served, and in which version; kept as `kueue_version`."""
+        try:
+            group = await self._request("GET", f"/apis/{names.KUEUE_GROUP}", "apigroups")
+        except ApiError as error:
+            if error.status not in (403, 404):
+                raise
+            group = {}
+        served = [str(v.get("version")) for v in group.get("versions") or ()]
+        self.kueue_version = next((v for v in KUEUE_VERSIONS if v in served), "")
+        return self.kueue_version
+
+    async def watch(
+        self, kind: Kind, namespace: str | None, version: str, params: Mapping[str, str], seconds: int
+    ) -> AsyncIterator[Object]:
+        """Events from this resource version on, for so many seconds; ApiError where the server ends it with one."""
+        await self._ready.wait()
+        assert self._access is not None
+        assert self._session is not None
+        wanted = {**params, "watch": "1", "resourceVersion": version, "timeoutSeconds": str(seconds)}
+        url = self._access.server + self._path(kind, namespace)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=seconds + 30)
+        headers = {"Accept": "application/json", **self._authorization()}
+        try:
+            async with self._session.get(
+                url, params=wanted | {"allowWatchBookmarks": "true"}, headers=headers, timeout=timeout
+            ) as response:
+                if response.status != 200:
+                    answer = _parse(await response.read())
+                    raise ApiError(response.status, str(answer.get("reason", "")), str(answer.get("message", "")))
+                unfinished = b""
+                async for piece in response.content.iter_any():
+                    *lines, unfinished = (unfinished + piece).split(b"\n")
+                    for line in lines:
+                        yield _event(line)
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            raise ApiError(0, "Unreachable", f"watch of {kind.value[1]}: {error or type(error).__name__}") from error
 
     async def metadata(
         self, kind: Kind, namespace: str | None, params: Mapping[str, str]
@@ -172,11 +213,16 @@ class Api:
         body: Object | None = None,
         accept: str = "application/json",
     ) -> Object:
-        prefix, plural = kind.value
-        path = f"/{prefix}/namespaces/{quote(namespace)}/{plural}" if namespace else f"/{prefix}/{plural}"
-        path += (f"/{quote(name)}" if name else "") + (f"/{part}" if part else "")
+        plural = kind.value[1]
+        path = self._path(kind, namespace) + (f"/{quote(name)}" if name else "") + (f"/{part}" if part else "")
         resource = f"{plural}/{part}" if part else plural
         return await self._request(verb, path, resource, params=params, body=body, accept=accept)
+
+    def _path(self, kind: Kind, namespace: str | None) -> str:
+        prefix, plural = kind.value
+        if prefix == f"apis/{names.KUEUE_GROUP}":
+            prefix += f"/{self.kueue_version or KUEUE_VERSIONS[0]}"
+        return f"/{prefix}/namespaces/{quote(namespace)}/{plural}" if namespace else f"/{prefix}/{plural}"
 
     async def _request(
         self,
@@ -224,6 +270,15 @@ class Api:
             self._token = self._access.token_file.read_text().strip()
             self._token_until = time.monotonic() + TOKEN_SECONDS
         return {"Authorization": f"Bearer {self._token}"}
+
+
+def _event(line: bytes) -> Object:
+    """An event of a watch; ApiError for one that ends it."""
+    event = _parse(line)
+    if event.get("type") == "ERROR":
+        status = event.get("object") or {}
+        raise ApiError(int(status.get("code") or 0), str(status.get("reason", "")), str(status.get("message", "")))
+    return event
 
 
 def _parse(content: bytes) -> Object:

@@ -21,6 +21,7 @@ class FakeApi:
         self.refuse: dict[tuple[str, Kind], ApiError] = {}
         self.calls: list[tuple[str, Kind, str]] = []
         self.versions = itertools.count(100)
+        self.kueue_version = ""
 
     def _enter(self, verb: str, kind: Kind, name: str) -> None:
         self.calls.append((verb, kind, name))
@@ -47,7 +48,7 @@ class FakeApi:
             raise ApiError(409, "AlreadyExists", f"{name} already exists")
         return self.put(kind, body)
 
-    async def get(self, kind: Kind, namespace: str, name: str) -> Object | None:
+    async def get(self, kind: Kind, namespace: str | None, name: str) -> Object | None:
         self._enter("GET", kind, name)
         return copy.deepcopy(self.objects.get((kind, name)))
 
@@ -90,8 +91,15 @@ class FakeApi:
             n for (k, n), body in self.objects.items() if k is kind and label in (body["metadata"].get("labels") or {})
         ]
 
-    async def workloads(self, namespace: str, params: Mapping[str, str]) -> list[Object]:
-        return []
+    async def patch_part(
+        self, kind: Kind, namespace: str, name: str, version: str, part: str, content: Object
+    ) -> Object:
+        self._enter("PATCH", kind, name)
+        found = self.objects[kind, name]
+        if found["metadata"]["resourceVersion"] != version:
+            raise ApiError(409, "Conflict", "the object has been modified")
+        found[part] = merge(found.get(part) or {}, content)
+        return self.put(kind, found)
 
     def made(self) -> list[str]:
         return [f"{kind.name} {name}" for verb, kind, name in self.calls if verb == "POST"]

@@ -10,7 +10,7 @@ from typing import Any
 from nemo_rl.job import names
 from nemo_rl.job.spec import RLTrainingJobSpec
 from nemo_rl.job.status import Attempt, JobStatus, Progress, TerminationMessage
-from nemo_rl_operator.observe import AttemptView, PodView, Resource, Snapshot, observe
+from nemo_rl_operator.observe import AttemptView, PodView, Resource, Snapshot, WorkloadView, observe
 from nemo_rl_operator.runtime import timestamps
 
 NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
@@ -80,6 +80,8 @@ def attempt(number: int = 1, **fields: Any) -> AttemptView:
         owner=UID,
         created=at(-30),
         suspended=False,
+        queue="",
+        workload="",
         deleting=False,
         complete=False,
         failed=False,
@@ -89,6 +91,36 @@ def attempt(number: int = 1, **fields: Any) -> AttemptView:
         content="",
     )
     return _replace(found, fields)
+
+
+def workload(**fields: Any) -> WorkloadView:
+    """The job's Workload, waiting in queue `team`."""
+    found = WorkloadView(
+        name="x",
+        uid="workload-1",
+        owner=UID,
+        deleting=False,
+        queue="team",
+        active=True,
+        reserved=False,
+        admitted=False,
+        evicted="",
+        eviction="",
+        pending="",
+        pods_ready=None,
+        finished=False,
+        assignment="",
+    )
+    return _replace(found, fields)
+
+
+def admitted(**fields: Any) -> WorkloadView:
+    return workload(**({"reserved": True, "admitted": True, "assignment": '{"flavors":["gpu"]}'} | fields))
+
+
+def evicted(**fields: Any) -> WorkloadView:
+    """Kueue wants the quota back for a job of higher priority."""
+    return admitted(**({"evicted": "Preempted to accommodate a workload", "eviction": "Preempted"} | fields))
 
 
 def failed_attempt(number: int = 1, message: str = "", ended: float = -20) -> AttemptView:

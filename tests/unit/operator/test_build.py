@@ -268,14 +268,6 @@ def test_pods_name_the_digest_of_the_frozen_job() -> None:
     assert {"name": "NEMO_RL_JOB_SHA256", "value": wanted} in files["spec"]["containers"][0]["env"]
 
 
-def test_kueue_gets_a_suspended_job_with_its_labels() -> None:
-    made = job(queue="team", priority="high")
-    assert made["spec"]["suspend"] is True
-    assert made["metadata"]["labels"][names.LABEL_QUEUE] == "team"
-    assert made["metadata"]["labels"][names.LABEL_PRIORITY] == "high"
-    assert "suspend" not in job()["spec"]
-
-
 def test_the_file_server_reads_the_output_near_the_trainer() -> None:
     made = build.files_pod(make.resource(), make.parsed(), make.IMAGE)
     output = next(m for m in made["spec"]["containers"][0]["volumeMounts"] if m["mountPath"] == names.OUTPUT_DIR)

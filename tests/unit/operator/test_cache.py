@@ -97,7 +97,7 @@ def test_it_counts_and_names_what_it_holds() -> None:
     cache = Cache()
     cache.put("resource", raw_resource(1))
     cache.put("pod", raw_pod(2))
-    assert cache.sizes() == {"resource": 1, "job": 0, "pod": 1}
+    assert cache.sizes() == {"resource": 1, "job": 0, "pod": 1, "workload": 0}
     assert cache.names("pod") == {("ns", "p"): (KEY, "u1")}
     assert cache.version("pod", "ns", "p") == 2
 

@@ -56,7 +56,7 @@ def test_a_preemption_by_kueue_is_not_counted_and_what_ran_before_only_once() ->
     def job(found: JobStatus) -> Resource:
         return make.resource(found, queue="team", activeDeadlineSeconds=HOUR)
 
-    taken = decide(make.seen(job(status), [held], [], workload=""), make.NOW)
+    taken = decide(make.seen(job(status), [held], [], held=""), make.NOW)
     assert (taken.status.phase, taken.status.active_seconds, taken.status.active_since) == ("Queued", 600, None)
     pod = make.running_pod(created=make.at(1800))
     back = decide(make.seen(job(taken.status), [made], [pod]), make.later(1800))
@@ -122,9 +122,7 @@ def test_it_stands_still_while_suspended() -> None:
 def test_it_stands_still_while_kueue_holds_the_job() -> None:
     status = make.status(make.record(), phase="Running", active_since=make.at(-40))
     held = make.attempt(suspended=True)
-    decision = decide(
-        make.seen(make.resource(status, queue="q", activeDeadlineSeconds=41), [held], workload=""), make.NOW
-    )
+    decision = decide(make.seen(make.resource(status, queue="q", activeDeadlineSeconds=41), [held], held=""), make.NOW)
     assert (decision.status.phase, decision.status.active_seconds) == ("Queued", 40)
     assert decision.status.active_since is None
 

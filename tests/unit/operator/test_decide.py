@@ -53,28 +53,11 @@ def test_a_job_being_deleted_is_left_alone() -> None:
     assert decision.actions == ()
 
 
-def test_a_queued_job_is_made_suspended_and_waits_for_kueue() -> None:
-    decision = decide(make.seen(make.resource(queue="team")), make.NOW)
-    job = next(a.body for a in decision.actions if isinstance(a, Create) and a.kind is Kind.JOB)
-    assert job["spec"]["suspend"] is True
-    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
-    assert decision.status.phase == "Queued"
-    assert decision.status.active_since is None
-
-
-def test_what_kueue_says_becomes_the_message() -> None:
-    held = make.attempt(suspended=True)
-    asked = decide(make.seen(make.resource(LIVE, queue="team"), [held]), make.NOW)
-    assert asked.needs == {Need.WORKLOAD}
-    decision = decide(make.seen(make.resource(LIVE, queue="team"), [held], workload="insufficient quota"), make.NOW)
-    assert decision.status.message == "waits in queue team: insufficient quota"
-
-
 def test_a_job_suspended_by_somebody_else_is_not_resumed() -> None:
     decision = decide(make.seen(make.resource(LIVE), [make.attempt(suspended=True)]), make.NOW)
     assert decision.actions == ()
     assert decision.status.phase == "Queued"
-    assert "suspended by somebody else" in str(decision.status.message)
+    assert "suspended, and not by this operator" in str(decision.status.message)
 
 
 @pytest.mark.parametrize(

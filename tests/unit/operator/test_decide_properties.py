@@ -17,7 +17,7 @@ STEPS: st.SearchStrategy[tuple[Any, ...]] = st.one_of(
     st.tuples(st.just("tick")),
     st.tuples(st.just("tick")),
     st.tuples(st.just("reconcile"), st.sampled_from([None, None, None, 0, 1, 2, 3, 4])),
-    st.tuples(st.just("hear"), st.sampled_from(["resource", "jobs", "pods", "all"])),
+    st.tuples(st.just("hear"), st.sampled_from(["resource", "jobs", "pods", "workload", "all"])),
     st.tuples(st.just("controller")),
     st.tuples(st.just("run")),
     st.tuples(st.just("end deleted")),
@@ -30,12 +30,22 @@ STEPS: st.SearchStrategy[tuple[Any, ...]] = st.one_of(
     st.tuples(st.just("delete job")),
     st.tuples(st.just("delete pod"), st.integers(0, 3), st.sampled_from([False, False, True])),
     st.tuples(st.just("kueue"), st.booleans()),
+    st.tuples(st.just("quota"), st.sampled_from([True, True, False])),
+    st.tuples(st.just("delete workload")),
     st.tuples(st.just("suspend"), st.booleans()),
     st.tuples(st.just("time"), st.sampled_from([0.5, 3.0, 12.0, 400.0])),
 )
 SCRIPTS = st.lists(STEPS, min_size=15, max_size=50)
 FIELDS = st.sampled_from(
-    [{}, {"backoffLimit": 0}, {"backoffLimit": 1000}, {"activeDeadlineSeconds": 600}, {"suspend": True}]
+    [
+        {},
+        {"backoffLimit": 0},
+        {"backoffLimit": 1000},
+        {"activeDeadlineSeconds": 600},
+        {"suspend": True},
+        {"queue": "team"},
+        {"queue": "team", "backoffLimit": 0},
+    ]
 )
 Start = tuple[int, bool, dict[str, Any], bool]
 WORLDS: st.SearchStrategy[Start] = st.tuples(st.sampled_from([1, 2]), st.booleans(), FIELDS, st.booleans())
@@ -78,6 +88,10 @@ def play(world: World, step: tuple[Any, ...]) -> None:
             world.delete_pod(*rest)
         case "kueue":
             world.kueue(rest[0])
+        case "quota":
+            world.quota(rest[0])
+        case "delete workload":
+            world.delete_workload()
         case "suspend":
             world.suspend(rest[0])
         case "time":
@@ -146,14 +160,15 @@ def test_every_story_comes_to_an_end(start: Start, script: list[tuple[Any, ...]]
 
 
 HARMLESS = ("tick", "reconcile", "hear", "controller", "run", "end deleted", "evict", "delete job", "delete pod")
-HARMLESS += ("kueue", "suspend", "time", "reject", "sidecar", "stranger", "node clock")
+HARMLESS += ("kueue", "quota", "delete workload", "suspend", "time", "reject", "sidecar", "stranger", "node clock")
+LIMITED = st.sampled_from([{"backoffLimit": 0}, {"backoffLimit": 0, "queue": "team"}])
 DELETED: list[tuple[Any, ...]] = [TICK, TICK, ("delete pod", 0, False), ("end deleted",), ("controller",)]
 
 
 @MANY
 @example((1, False, {"backoffLimit": 0}, False), DELETED)  # the operator hears of the Job's end only, the pod is gone
 @example((1, False, {"backoffLimit": 0}, False), [TICK, TICK, ("delete pod", 0, True), ("time", 12.0), TICK])
-@given(st.tuples(st.sampled_from([1, 2]), st.booleans(), st.just({"backoffLimit": 0}), st.booleans()), SCRIPTS)
+@given(st.tuples(st.sampled_from([1, 2]), st.booleans(), LIMITED, st.booleans()), SCRIPTS)
 def test_what_the_cluster_does_to_a_job_never_counts(start: Start, script: list[tuple[Any, ...]]) -> None:
     world = World(*start)
     for step in script:
@@ -273,3 +288,22 @@ def test_no_time_in_the_status_is_a_nodes(start: Start, script: list[tuple[Any, 
     found = world.status
     times = [found.completion_time, found.active_since, *(attempt.end_time for attempt in found.attempts)]
     assert all((timestamps.seconds_until(time, world.now) or 0.0) <= 1 for time in times)
+
+
+GIVES_WAY: list[tuple[Any, ...]] = [TICK, ("quota", True), TICK, TICK, ("quota", False), TICK, ("end deleted",), TICK]
+
+
+@MANY
+@example((1, False, {"queue": "team"}, False), [*GIVES_WAY, TICK, TICK])
+@example((2, False, {"queue": "team"}, False), [*GIVES_WAY, ("delete workload",), TICK, TICK])
+@given(st.tuples(st.sampled_from([1, 2]), st.booleans(), st.just({"queue": "team"}), st.booleans()), SCRIPTS)
+def test_pods_of_a_queued_job_start_on_its_quota_only(start: Start, script: list[tuple[Any, ...]]) -> None:
+    """That it is never given back under a living pod, the world checks itself."""
+    world = World(*start)
+    for step in script:
+        jobs, admitted = (
+            set(world.live.jobs),
+            [w for w in (world.live.workload, world.cache.workload) if w and w.admitted],
+        )
+        play(world, step)
+        assert admitted or set(world.live.jobs) <= jobs, "an attempt was started without quota"

@@ -10,8 +10,17 @@ from typing import Any
 from nemo_rl.job.status import JobStatus, TerminationMessage
 from nemo_rl_operator import reasons
 from nemo_rl_operator.decide import Decision, decide
-from nemo_rl_operator.observe import AttemptView, PodView, Resource, Snapshot, observe
-from nemo_rl_operator.plan import Create, Delete, Kind, Need
+from nemo_rl_operator.observe import (
+    Assignment,
+    AttemptView,
+    PodView,
+    Queueing,
+    Resource,
+    Snapshot,
+    WorkloadView,
+    observe,
+)
+from nemo_rl_operator.plan import Action, Create, Delete, Kind, Need, Report
 from nemo_rl_operator.reconcile import newest_attempt
 from nemo_rl_operator.runtime import timestamps
 from unit.operator import make
@@ -38,6 +47,7 @@ class Objects:
     resource: Resource
     jobs: dict[str, AttemptView] = field(default_factory=dict)
     pods: dict[str, PodView] = field(default_factory=dict)
+    workload: WorkloadView | None = None
 
 
 @dataclass
@@ -179,6 +189,20 @@ class World:
             if not job.finished:
                 self.live.jobs[job.name] = replace(job, suspended=hold)
 
+    def quota(self, given: bool) -> None:
+        """Kueue admits the job's Workload, or wants the quota back; it has it back when the operator says so."""
+        held = self.live.workload
+        if held is None or held.finished:
+            return
+        if given and not held.reserved:
+            self.live.workload = replace(held, reserved=True, admitted=True, evicted="", eviction="")
+        elif not given and held.reserved:
+            self.live.workload = replace(held, evicted="a job of higher priority came", eviction="Preempted")
+
+    def delete_workload(self) -> None:
+        """Somebody deletes the job's place in the queue."""
+        self.live.workload = None
+
     def run_pods(self) -> None:
         for pod in list(self.live.pods.values()):
             if pod.phase == "Pending" and not pod.deleting:
@@ -237,26 +261,40 @@ class World:
             self.cache.resource = self.live.resource
         elif part == "jobs":
             self.cache.jobs = dict(self.live.jobs)
+        elif part == "workload":
+            self.cache.workload = self.live.workload
         else:
             self.cache.pods = dict(self.live.pods)
 
     def hear_all(self) -> None:
-        for part in ("resource", "jobs", "pods"):
+        for part in ("resource", "jobs", "pods", "workload"):
             self.hear(part)
 
     def look(self, verified: int = 0) -> Snapshot:
         cache = self.cache
         pods = [*cache.pods.values(), *self.strangers.values()]
-        found = observe(cache.resource, cache.jobs.values(), pods, None, make.IMAGE)
+        found = observe(cache.resource, cache.jobs.values(), pods, None, make.IMAGE, workload=cache.workload)
+        queue = cache.resource.queue
+        known = {
+            "kueue": "v1beta2" if queue else "",
+            "queueing": Queueing(queue),
+            "assignment": Assignment(),
+            "held": "",
+        }
+        found = replace(found, **known)
         return replace(found, verified=verified, warning_event="", begun=self.begun)
 
     def decide(self) -> tuple[Snapshot, Decision]:
         verified = 0
+        read = False
         while True:
-            snapshot = self.look(verified)
+            snapshot = replace(self.look(verified), workload_read=read)
             decision = decide(snapshot, self.now)
             if not decision.needs:
                 return snapshot, decision
+            if Need.WORKLOAD in decision.needs:
+                read, self.cache.workload = True, self.live.workload
+                continue
             assert decision.needs == {Need.ATTEMPT}
             verified = newest_attempt(snapshot)
             name = f"x-{verified}"
@@ -290,7 +328,10 @@ class World:
             self.cache.resource = self.live.resource
         return decision
 
-    def _execute(self, action: Create | Delete) -> None:
+    def _execute(self, action: Action) -> None:
+        if isinstance(action, Report) or action.kind is Kind.WORKLOAD:
+            self._execute_about_workload(action)
+            return
         if isinstance(action, Create):
             if action.kind is Kind.JOB:
                 name = action.body["metadata"]["name"]
@@ -307,6 +348,28 @@ class World:
             else:
                 del self.live.jobs[action.name]
 
+    def _execute_about_workload(self, action: Action) -> None:
+        held = self.live.workload
+        if isinstance(action, Create):
+            if held is None:
+                self.uids += 1
+                held = make.workload(uid=f"workload-{self.uids}")
+        elif held is None or held.uid != action.uid:
+            held = self.live.workload
+        elif isinstance(action, Delete):
+            held = None
+        else:
+            assert not (action.release and self.live_attempts()), "quota is given back under a living pod"
+            kinds = {kind: holds for kind, holds, _, _ in action.conditions}
+            held = replace(
+                held,
+                reserved=held.reserved and not action.release,
+                admitted=held.admitted and not action.release,
+                finished=held.finished or "Finished" in kinds,
+                pods_ready=kinds.get("PodsReady", held.pods_ready),
+            )
+        self.live.workload = self.cache.workload = held
+
     # --- what must always hold
 
     def live_attempts(self) -> set[int]:
@@ -318,6 +381,7 @@ class World:
         for _ in range(rounds):
             self.hear_all()
             self.reconcile()
+            self.quota(True)
             self.job_controller()
             self.run_pods()
             self.end_deleted_pods()
