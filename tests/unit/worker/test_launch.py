@@ -228,6 +228,17 @@ def test_no_rank_looks_for_another_before_both_pods_run_and_then_they_train(tiny
     assert pods[1].path(names.TERMINATION_LOG).read_text() == ""
 
 
+@pytest.mark.slow
+def test_both_pods_start_their_processes_hand_on_what_is_theirs_and_end_with_their_codes(tmp_path: Path):
+    pods, port = two(tmp_path), free_port()
+    option = f"{names.JOB_DIGEST_OPTION}={'0' * 64}"
+    launched = [Launched(pod, number, port, option) for number, pod in enumerate(pods)]
+    assert [each.end() for each in launched] == [ExitCode.USER_ERROR, ExitCode.USER_ERROR]
+    for pod in pods:
+        assert "all 2 pods are here" in pod.said()
+        assert "SHA-256" in (pod.word().message or "")
+
+
 def test_the_reason_of_a_rendezvous_that_failed_is_the_last_word(tmp_path: Path):
     pods, port = two(tmp_path), free_port()
     first = Launched(pods[0], 0, port, "--rendezvous-timeout=2")
