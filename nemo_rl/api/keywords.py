@@ -45,6 +45,7 @@ _RENAMED = {
     ("reward", "timeout_seconds"): "reward_timeout",
     ("reward", "on_error"): "on_reward_error",
     ("reward", "weights"): "reward_weights",
+    ("reward", "workers"): "reward_workers",
     ("resources", "gpus_per_node"): "gpus",
 }
 _ALIASES = {"gpus_per_node": "gpus"}

@@ -4,64 +4,73 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, InitVar, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 _NOT_PLOTTED = ("step", "epoch")
 
 
+@dataclass(eq=False, repr=False)
 class TrainResult:
-    """The outcome of a run.
+    """The outcome of a run. Its values never change after it was returned, whatever becomes of the run's folder.
 
     Attributes:
+        trainer: the trainer with model and tokenizer; of a run elsewhere, loaded from the checkpoint at first use.
         metrics: the last step's metrics by name.
-        checkpoint_path: folder of the best checkpoint, for `AutoModelForCausalLM.from_pretrained`; None if none.
+        checkpoint_path: folder of the best checkpoint, for `AutoModelForCausalLM.from_pretrained`; None if none. It is
+            kept, also when the run is lengthened.
         total_steps: optimizer steps that the run took in all, those before a resume included.
         output_dir: folder with metrics.jsonl and the checkpoints; None if not known.
-        trainer: the trainer with model and tokenizer; of a run elsewhere, loaded from the checkpoint at first use.
-        history: one dict of metrics per step, read from metrics.jsonl at first use.
+        history: one dict of metrics per step; where it is not given, read from metrics.jsonl at first use.
     """
 
-    def __init__(
-        self,
-        trainer: Any = None,
-        metrics: Mapping[str, Any] | None = None,
-        checkpoint_path: str | os.PathLike[str] | None = None,
-        total_steps: int = 0,
-        *,
-        output_dir: str | os.PathLike[str] | None = None,
-        load_trainer: Callable[[], Any] | None = None,
-    ) -> None:
-        self.metrics: dict[str, Any] = dict(metrics or {})
-        self.checkpoint_path = None if checkpoint_path is None else os.fspath(checkpoint_path)
-        self.total_steps = total_steps
-        if output_dir is None:
-            output_dir = getattr(trainer, "output_dir", None)
-        self.output_dir = None if output_dir is None else Path(output_dir)
-        self._trainer = trainer
+    trainer: Any = field(default_factory=lambda: None)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    checkpoint_path: str | None = None
+    total_steps: int = 0
+    _: KW_ONLY
+    output_dir: Path | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    load_trainer: InitVar[Callable[[], Any] | None] = None
+
+    def __post_init__(self, load_trainer: Callable[[], Any] | None) -> None:
+        self.metrics = dict(self.metrics or {})
+        if self.checkpoint_path is not None:
+            self.checkpoint_path = os.fspath(self.checkpoint_path)
+        if self.output_dir is None:
+            self.output_dir = getattr(self.trainer, "output_dir", None)
+        if self.output_dir is not None:
+            self.output_dir = Path(self.output_dir)
         self._load_trainer = load_trainer
-        self._history: list[dict[str, Any]] | None = None
+        if self.trainer is None and load_trainer is not None:
+            del self.trainer  # `__getattr__` brings both, at first use
+        if not self.history:
+            del self.history
 
-    @property
-    def trainer(self) -> Any:
-        if self._trainer is None and self._load_trainer is not None:
-            self._trainer = self._load_trainer()
-        return self._trainer
+    def __getattr__(self, name: str) -> Any:
+        if name == "trainer":
+            self.trainer = self._load_trainer() if self._load_trainer is not None else None
+            return self.trainer
+        if name == "history":
+            self.history = self._read_history()
+            return self.history
+        raise AttributeError(
+            f"a TrainResult has no attribute {name!r}; it has {', '.join(f.name for f in fields(self))}"
+        )
 
-    @property
-    def history(self) -> list[dict[str, Any]]:
+    def _read_history(self) -> list[dict[str, Any]]:
         """Every step's metrics in order. FileNotFoundError where the run left no metrics.jsonl."""
-        if self._history is None:
-            from nemo_rl.run.directory import METRICS_FILE
-            from nemo_rl.run.metrics import read_history
+        from nemo_rl.run.directory import METRICS_FILE
+        from nemo_rl.run.metrics import read_history
 
-            if self.output_dir is None:
-                raise FileNotFoundError(f"no output folder is known for this result, so no {METRICS_FILE} can be read")
-            if not (self.output_dir / METRICS_FILE).is_file():
-                raise FileNotFoundError(f"{self.output_dir / METRICS_FILE} does not exist; was the folder moved?")
-            self._history = read_history(self.output_dir / METRICS_FILE)
-        return self._history
+        if self.output_dir is None:
+            raise FileNotFoundError(f"no output folder is known for this result, so no {METRICS_FILE} can be read")
+        if not (self.output_dir / METRICS_FILE).is_file():
+            raise FileNotFoundError(f"{self.output_dir / METRICS_FILE} does not exist; was the folder moved?")
+        rows = read_history(self.output_dir / METRICS_FILE)
+        return [row for row in rows if row["step"] <= self.total_steps] if self.total_steps else rows
 
     def plot(self, path: str | os.PathLike[str] | None = None, metrics: Sequence[str] | None = None) -> Any:
         """A matplotlib figure with one curve per metric over the steps; saved to `path` (.png, .svg, .pdf) if given.

@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-import re
 import warnings
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_rl.api.algorithms import algorithm_name
@@ -17,6 +15,7 @@ from nemo_rl.backends import Run, choose
 from nemo_rl.errors import DatasetError
 from nemo_rl.job.manifest import name_problem, namespace_problem
 from nemo_rl.job.spec import DatasetSpec, GRPOSpec, RewardSpec
+from nemo_rl.run.directory import check_output_dir, default_output_dir
 
 if TYPE_CHECKING:
     from nemo_rl.api.result import TrainResult
@@ -89,7 +88,7 @@ def train(
         _check_rewards(reward_fn, spec.reward.weights if spec.reward else None, dataset)
     run = Run(
         spec,
-        Path(output_dir).expanduser() if output_dir is not None else default_output_dir(model),
+        check_output_dir(output_dir if output_dir is not None else default_output_dir(model)),
         dataset=None if _in_spec(dataset) else dataset,
         validation_dataset=None if _in_spec(call.get("validation_dataset")) else call["validation_dataset"],
         reward_fn=None if isinstance(reward_fn, str | RewardSpec) else reward_fn,
@@ -111,17 +110,6 @@ def start(run: Run, backend: str | None = None) -> TrainResult:
     if run.spec.training.log_level in ("debug", "info"):
         print(f"nemo-rl: {run.spec.algorithm} {where} ({reason}), output in {run.output_dir}", flush=True)
     return chosen.run(run)
-
-
-def default_output_dir(model: Any) -> Path:
-    """./outputs/{last part of the model's name}; for a live model the name that it was loaded by, or its class."""
-    if isinstance(model, str | os.PathLike):
-        reference = os.fspath(model)
-    else:
-        loaded_from = getattr(getattr(model, "config", None), "name_or_path", "") or getattr(model, "name_or_path", "")
-        reference = str(loaded_from or type(model).__name__)
-    last = re.sub(r"[^\w.-]", "-", re.split(r"[/\\]", reference.rstrip("/\\"))[-1])
-    return Path("outputs") / (last if last.strip(".") else "model")
 
 
 def _require(model: Any, dataset: Any, reward_fn: Any, algorithm: str) -> None:

@@ -56,7 +56,7 @@ Example = PromptExample | TextExample | PairExample
 
 @dataclass
 class Prepared:
-    """Examples, what became of the rows, and a SHA-256 that is equal for equal examples, in any process."""
+    """Examples, what became of the rows, and a SHA-256 that is equal for equal rows, in any process."""
 
     examples: list[Any]
     report: Report
@@ -94,7 +94,7 @@ def prepare(
         if not more:
             break
         rows += more
-    return Prepared(examples, report, _fingerprint(algorithm, examples))
+    return Prepared(examples, report, _fingerprint(algorithm, rows))
 
 
 def batches(n_rows: int, batch_size: int, seed: int, shuffle: bool, epoch: int) -> list[list[int]]:
@@ -271,24 +271,13 @@ def _fit(
 # --- fingerprint
 
 
-def _fingerprint(algorithm: str, examples: Sequence[Example]) -> str:
+def _fingerprint(algorithm: str, rows: Sequence[Row]) -> str:
+    """SHA-256 over the rows as they were read: how a template writes them, today's date included, does not count."""
     digest = hashlib.sha256(algorithm.encode())
-
-    def add(numbers: Sequence[int]) -> None:
-        digest.update(len(numbers).to_bytes(8, "little"))
-        digest.update(np.asarray(numbers, dtype="<u4").tobytes())
-
-    for example in examples:
-        if isinstance(example, PromptExample):
-            add(example.ids)
-            columns = [example.row.prompt, example.row.messages, example.row.columns]
-            digest.update(json.dumps(columns, sort_keys=True, default=_stable).encode())
-        elif isinstance(example, TextExample):
-            add(example.ids)
-            add(example.mask)
-        else:
-            for ids in (example.prompt_ids, example.chosen_ids, example.rejected_ids):
-                add(ids)
+    for row in rows:
+        text = json.dumps(row, sort_keys=True, separators=(",", ":"), default=_stable)
+        digest.update(len(text).to_bytes(8, "little"))
+        digest.update(text.encode())
     return digest.hexdigest()
 
 

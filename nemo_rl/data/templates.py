@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_rl.data.clock import clock_arguments
 from nemo_rl.data.rows import Message
 from nemo_rl.data.segments import Passage, Segment
 from nemo_rl.errors import DatasetError
@@ -81,7 +82,7 @@ class Template:
         """The text of a conversation; with `answer`, up to where the assistant's next turn begins."""
         try:
             text: str = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=answer
+                list(messages), tokenize=False, add_generation_prompt=answer, **clock_arguments(self._tokenizer)
             )
             return text
         except Exception as error:  # A template is a program of its author's, and fails in its own ways.

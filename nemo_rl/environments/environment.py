@@ -41,6 +41,11 @@ class Environment:
     in_process: bool = False
     """True runs it in a thread of the training process, where a call that hangs cannot be ended."""
 
+    def __init__(self, name: str | None = None) -> None:
+        """`name` in place of the class's; a subclass with an `__init__` of its own need not call this one."""
+        if name is not None:
+            self.name = name
+
     def setup(self) -> None:
         """Called once in the process that will score, before the first call."""
 
@@ -70,13 +75,17 @@ class Environment:
 @overload
 def reward_function(fn: Reward, /) -> Reward: ...
 @overload
+def reward_function(fn: str, /, *, in_process: bool = False) -> Callable[[Reward], Reward]: ...
+@overload
 def reward_function(*, name: str | None = None, in_process: bool = False) -> Callable[[Reward], Reward]: ...
 def reward_function(fn: Any = None, /, *, name: str | None = None, in_process: bool = False) -> Any:
     """Marks a function as a reward of one completion and checks its signature; TypeError if it cannot work.
 
-    `name` is its name in the metrics. With `in_process=True` it runs in a thread of the training process: for what
+    `name`, also as @reward_function("name"), is its name in the metrics. With `in_process=True` it runs in a thread of the training process: for what
     lives there only, at the price that a call which hangs cannot be ended.
     """
+    if isinstance(fn, str):
+        fn, name = None, fn
     if fn is None:
         return lambda function: _marked(function, RewardMark(name, in_process=in_process))
     return _marked(fn, RewardMark(name, in_process=in_process))
@@ -85,9 +94,13 @@ def reward_function(fn: Any = None, /, *, name: str | None = None, in_process: b
 @overload
 def batched_reward(fn: Reward, /) -> Reward: ...
 @overload
+def batched_reward(fn: str, /, *, in_process: bool = False) -> Callable[[Reward], Reward]: ...
+@overload
 def batched_reward(*, name: str | None = None, in_process: bool = False) -> Callable[[Reward], Reward]: ...
 def batched_reward(fn: Any = None, /, *, name: str | None = None, in_process: bool = False) -> Any:
     """As `reward_function`, for a function of a list of prompts and a list of responses that returns a list."""
+    if isinstance(fn, str):
+        fn, name = None, fn
     if fn is None:
         return lambda function: _marked(function, RewardMark(name, True, in_process))
     return _marked(fn, RewardMark(name, True, in_process))

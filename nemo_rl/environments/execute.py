@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nemo_rl.environments.arguments import RAW
 from nemo_rl.environments.signature import BoundReward, RewardSignature
 
 if TYPE_CHECKING:
@@ -68,6 +69,9 @@ class WorkerCall:
     messages: list[dict[str, Any]] | None
     columns: dict[str, Any]
     key: tuple[int, ...]
+    response_raw: str | None = None
+    step: int | None = None
+    epoch: int | None = None
 
 
 class BadValue(Exception):
@@ -312,6 +316,8 @@ async def _result_of(awaitable: Any) -> Any:
 
 
 def _as_list(values: Any, expected: int) -> list[Any]:
+    if isinstance(values, Mapping) and "rewards" in values:  # OpenRLHF's form
+        values = values["rewards"]
     if hasattr(values, "tolist"):  # an array or a tensor
         values = values.tolist()
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
@@ -346,6 +352,8 @@ def cut_down(index: int, call: Any, signature: RewardSignature) -> WorkerCall:
     columns = signature.wanted(call.columns)
     if keeps_messages and call.messages is None and "messages" in call.columns:
         columns["messages"] = call.columns["messages"]
+    messages = call.messages if keeps_messages else None
+    raw = call.response_raw if signature.takes.has(RAW) else None
     return WorkerCall(
-        index, call.prompt, call.response, call.messages if keeps_messages else None, columns, tuple(call.key)
+        index, call.prompt, call.response, messages, columns, tuple(call.key), raw, call.step, call.epoch
     )

@@ -91,9 +91,20 @@ def _is_local(module: Any) -> bool:
         and isinstance(name, str)
         and name.split(".")[0] not in (_OWN, "__main__", "__mp_main__")
         and sys.modules.get(name) is module
-        and isinstance(file, str)
-        and not os.path.realpath(file).startswith(_installed_roots())
+        and (_made_here(module) if file is None else not os.path.realpath(file).startswith(_installed_roots()))
     )
+
+
+def _made_here(module: types.ModuleType) -> bool:
+    """Whether a module without a file was made by code of this process (exec), so that no other one can import it."""
+    return getattr(module, "__spec__", None) is None and module.__name__ not in sys.builtin_module_names
+
+
+@cache
+def is_installed_file(file: str) -> bool:
+    """Whether a source file belongs to Python, to an installed package or to nemo-rl, rather than to the user."""
+    own = os.path.dirname(os.path.dirname(os.path.realpath(__file__))) + os.sep
+    return file.startswith("<frozen") or os.path.realpath(file).startswith((*_installed_roots(), own))
 
 
 @cache

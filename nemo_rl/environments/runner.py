@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Literal, get_args
 
@@ -35,7 +35,8 @@ class RewardCall:
 
     `prompt` is the data set's own string, `messages` its conversation where it has one, `columns` its other columns.
     `key` (seed, step, prompt, sample) seeds the random numbers of the call, so that a resumed run draws the same;
-    an empty key seeds nothing.
+    an empty key seeds nothing. `response_raw` is the response with its special tokens, None where it has none; `step` and
+    `epoch` are those of the run.
     """
 
     prompt: str
@@ -43,6 +44,9 @@ class RewardCall:
     messages: list[dict[str, Any]] | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     key: tuple[int, ...] = ()
+    response_raw: str | None = None
+    step: int | None = None
+    epoch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -221,7 +225,8 @@ class _Batch:
             target, place, lanes = self.runner.place_of(i)
             whole = reward.signature.batched or reward.signature.is_async
             calls = [cut_down(j, call, reward.signature) for j, call in enumerate(self.calls)]
-            size = max(1, len(calls) if whole else -(-len(calls) // lanes))
+            # Several units for each worker: where some calls take longer, the others go on with the rest.
+            size = max(1, len(calls) if whole else len(calls) if lanes == 1 else -(-len(calls) // (4 * lanes)))
             for start in range(0, len(calls), size):
                 units.append(
                     (target, Unit(self, i, place, calls[start : start + size], self.runner.on_error == "raise"))
@@ -347,7 +352,7 @@ def _probes(call: RewardCall) -> list[RewardCall]:
 
     answers = [str(call.columns[name]) for name in ANSWER_COLUMNS if call.columns.get(name) is not None]
     texts = [*answers[:1], call.prompt, "The answer is 42.", "<think>\nA thought.\n</think>\n" + (answers or ["7"])[0]]
-    return [RewardCall(call.prompt, text, call.messages, call.columns, call.key) for text in dict.fromkeys(texts)]
+    return [replace(call, response=text, response_raw=text) for text in dict.fromkeys(texts)]
 
 
 def _excerpt(text: str) -> str:

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import difflib
+import copy
 import functools
-import hashlib
 import inspect
 import math
-import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from nemo_rl.environments.arguments import (
+    COLUMN,
+    EPOCH,
+    FORMS,
+    MESSAGES,
+    PROMPT,
+    QUERY,
+    RAW,
+    RESPONSE,
+    STEP,
+    TRUTH,
+    Argument,
+    Arguments,
+    nearest,
+    read_arguments,
+)
 from nemo_rl.environments.environment import Environment, RewardMark, mark_of
 
-_MESSAGES = "messages"
-_BATCH_NAMES = ("prompts", "responses")
-_LIST_NAMES = {*_BATCH_NAMES, "completions"}
-_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-_EXAMPLE = "def reward(prompt: str, response: str) -> float"
-_FORMS = f"expected {_EXAMPLE}, and after these two any columns of the data set"
 
 
 class Scored(Protocol):
@@ -33,130 +41,183 @@ class Scored(Protocol):
     def messages(self) -> list[dict[str, Any]] | None: ...
     @property
     def columns(self) -> dict[str, Any]: ...
+    @property
+    def response_raw(self) -> str | None: ...
+    @property
+    def step(self) -> int | None: ...
+    @property
+    def epoch(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
 class RewardSignature:
-    """How one reward is called.
+    """How one reward is called. `one_of` are optional columns of which the data must have at least one."""
 
-    `by_name` holds for a reward with parameters called prompt and response, in whatever order; else the first two
-    positional ones get them. `required` and `optional` are columns of the data set; `rest` says that **columns takes
-    all others.
-    """
-
-    batched: bool
     is_async: bool
-    by_name: bool
-    required: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
-    rest: bool = False
-    messages: bool = False
-    hidden: tuple[str, ...] = ()
-    """Names of the first two parameters where they can be given by keyword: no column may take their place."""
+    takes: Arguments
     one_of: tuple[str, ...] = ()
 
+    @property
+    def batched(self) -> bool:
+        return self.takes.batched
+
+    @property
+    def messages(self) -> bool:
+        """Whether the conversation is needed: asked for, or the form in which TRL gives prompts and completions."""
+        return self.takes.has(MESSAGES) or any(argument.name == "completions" for argument in self.takes.given)
+
     @classmethod
-    def of(cls, fn: Any) -> RewardSignature:
-        """Inspects a callable. TypeError, with what was found and the cure, if no call of it could work."""
+    def of(cls, fn: Any, columns: Collection[str] | None = None) -> RewardSignature:
+        """Inspects a callable. TypeError, with what was found and the cure, if no call of it could work.
+
+        `columns` are those of the data set besides the prompt; None where they are not known yet.
+        """
         what = describe(fn)
         _refuse_odd_callables(fn, what)
         mark = mark_of(fn)
         try:
             parameters = list(inspect.signature(fn).parameters.values())
         except (ValueError, TypeError):  # some built-in functions tell nothing
-            return cls(mark.batched, _is_async(fn), by_name=False)
+            pair = (Argument("prompt", PROMPT, positional=True), Argument("response", RESPONSE, positional=True))
+            return cls(_is_async(fn), Arguments(pair, False, mark.batched))
         found = f"found {what}{_shown(parameters)}"
-        first = [p for p in parameters if p.kind in _POSITIONAL and _is_free(fn, p)]
-        names = [p.name for p in first[:2]]
-        batched = mark.batched or tuple(names) == _BATCH_NAMES
-        if not batched and _LIST_NAMES.intersection(names):
-            raise TypeError(
-                f"{found}; {_FORMS}. If it takes lists and returns a list, call the first two parameters prompts and "
-                f"responses, or decorate it with @nemo_rl.batched_reward"
-            )
-        pair = _BATCH_NAMES if batched else ("prompt", "response")
-        named = {p.name for p in parameters if p.kind not in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-        by_name = named.issuperset(pair)
-        if not by_name:
-            _check_first_two(found, first, parameters, pair)
-        taken = set(pair) if by_name else set(names)
-        others = [p for p in parameters if p.name not in taken]
-        if hopeless := [p.name for p in others if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]:
-            raise TypeError(f"{found}: parameter {hopeless[0]!r} is positional-only; columns are passed by name")
-        columns = [p for p in others if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != _MESSAGES]
-        return cls(
-            batched,
-            _is_async(fn),
-            by_name,
-            required=tuple(p.name for p in columns if p.default is p.empty),
-            optional=tuple(p.name for p in columns if p.default is not p.empty),
-            rest=any(p.kind is p.VAR_KEYWORD for p in others),
-            messages=any(p.name == _MESSAGES and p.kind is not p.VAR_KEYWORD for p in others),
-            hidden=tuple(sorted(taken & named)),
-            one_of=mark.one_of,
-        )
+        return cls(_is_async(fn), read_arguments(fn, parameters, mark.batched, columns, found), mark.one_of)
 
     def check_columns(self, what: str, columns: Collection[str]) -> None:
         """TypeError for a column that the reward names and the data lacks: says which there are, and the nearest."""
         known = sorted(columns)
-        for name in self.required:
-            if name not in columns:
-                raise TypeError(
-                    f"{what} has a parameter {name!r}, but the data set has no such column; columns found: "
-                    f"{', '.join(known) or 'none besides the prompt'}{_nearest(name, known)}. Name a "
-                    f"column that is there, or give the parameter a default"
-                )
+        for argument in self.takes.given:
+            if argument.role == TRUTH and argument.required and not {"reward_model", argument.name} & set(columns):
+                raise self._missing(what, argument.name, known)
+            if argument.role == COLUMN and argument.required and argument.column not in columns:
+                raise self._missing(what, argument.name, known)
         if self.one_of and not set(self.one_of).intersection(columns):
             raise TypeError(
                 f"{what} needs one of the columns {', '.join(self.one_of)}; columns found: "
-                f"{', '.join(known) or 'none besides the prompt'}{_nearest(self.one_of[0], known)}. "
+                f"{', '.join(known) or 'none besides the prompt'}{nearest(self.one_of[0], known)}. "
                 f"Rename the column of the data set"
             )
 
+    @staticmethod
+    def _missing(what: str, name: str, known: list[str]) -> TypeError:
+        return TypeError(
+            f"{what} has a parameter {name!r}, but the data set has no such column; columns found: "
+            f"{', '.join(known) or 'none besides the prompt'}{nearest(name, known)}. Name a "
+            f"column that is there, or give the parameter a default"
+        )
+
     def wanted(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """Those columns of a row that the reward will read."""
-        if self.rest:
-            return {name: value for name, value in columns.items() if name not in self.hidden}
-        return {name: columns[name] for name in (*self.required, *self.optional) if name in columns}
+        if self.takes.rest:
+            return dict(columns)
+        names = {argument.column for argument in self.takes.columns}
+        if self.takes.has(TRUTH):
+            names |= {"reward_model", "ground_truth"}
+        return {name: value for name, value in columns.items() if name in names}
 
     def arguments(self, call: Scored) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments for one completion. TypeError if its row lacks a required column."""
-        keywords = self.wanted(call.columns)
-        self._require(keywords)
-        if self.messages:
-            keywords[_MESSAGES] = messages_of(call)
-        if self.by_name:
-            return (), {"prompt": call.prompt, "response": call.response, **keywords}
-        return (call.prompt, call.response), keywords
+        """Positional and keyword arguments for one completion. TypeError if its row lacks a required column.
+
+        Values that can be changed are copies: a reward that changes its row changes it for itself alone.
+        """
+        positional: list[Any] = []
+        keywords: dict[str, Any] = {}
+        for argument in self.takes.given:
+            value = self._value(argument, call)
+            if value is _ABSENT:
+                continue
+            if argument.positional:
+                positional.append(value)
+            else:
+                keywords[argument.name] = value
+        return tuple(positional), {**self._rest(call.columns), **keywords}
 
     def batch_arguments(self, calls: Sequence[Scored]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """As `arguments`, for all calls at once: lists in their order; None where a row lacks an optional column."""
-        rows = [self.wanted(call.columns) for call in calls]
-        for row in rows:
-            self._require(row)
-        keywords: dict[str, Any] = {
-            name: [row.get(name) for row in rows] for name in dict.fromkeys(k for r in rows for k in r)
-        }
-        if self.messages:
-            keywords[_MESSAGES] = [messages_of(call) for call in calls]
-        prompts, responses = [call.prompt for call in calls], [call.response for call in calls]
-        if self.by_name:
-            return (), {"prompts": prompts, "responses": responses, **keywords}
-        return (prompts, responses), keywords
+        positional: list[Any] = []
+        keywords: dict[str, Any] = {}
+        for argument in self.takes.given:
+            if argument.role in (STEP, EPOCH):  # the same for all
+                keywords[argument.name] = self._value(argument, calls[0])
+                continue
+            values = [self._value(argument, call, batched=True) for call in calls]
+            if all(value is _ABSENT for value in values):
+                continue
+            values = [None if value is _ABSENT else value for value in values]
+            if argument.positional:
+                positional.append(values)
+            else:
+                keywords[argument.name] = values
+        rests = [self._rest(call.columns) for call in calls]
+        rest = {name: [row.get(name) for row in rests] for name in dict.fromkeys(k for r in rests for k in r)}
+        return tuple(positional), {**rest, **keywords}
 
-    def _require(self, row: Mapping[str, Any]) -> None:
-        for name in self.required:
-            if name not in row:
-                raise TypeError(
-                    f"this row of the data set has no column {name!r}; columns found: {', '.join(sorted(row))}"
-                )
+    def _rest(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """What **columns takes: no column that a parameter has, nor one with the name of a parameter."""
+        if not self.takes.rest:
+            return {}
+        taken = {a.name for a in self.takes.given if not a.positional} | {a.column for a in self.takes.given}
+        return {name: _copied(value) for name, value in columns.items() if name not in taken}
+
+    def _value(self, argument: Argument, call: Scored, batched: bool = False) -> Any:
+        role = argument.role
+        if role == COLUMN:
+            if argument.column in call.columns:
+                return _copied(call.columns[argument.column])
+            if not argument.required:
+                return _ABSENT
+            raise self._lacks(argument.name, call)
+        if role == TRUTH:
+            return self._truth(argument, call)
+        conversational = batched and call.messages is not None and self.messages and not self.takes.has(MESSAGES)
+        if role == PROMPT:
+            return _copied(call.messages) if conversational else call.prompt
+        if role == RESPONSE:
+            spoken = conversational and argument.name == "completions"
+            return [{"role": "assistant", "content": call.response}] if spoken else call.response
+        if role == QUERY:
+            return call.prompt + call.response
+        if role == RAW:
+            return call.response if call.response_raw is None else call.response_raw
+        if role == MESSAGES:
+            return _copied(messages_of(call))
+        return call.step if role == STEP else call.epoch
+
+    def _truth(self, argument: Argument, call: Scored) -> Any:
+        """verl's ground_truth: the column of that name, or the entry of the column reward_model."""
+        if argument.name in call.columns:
+            return _copied(call.columns[argument.name])
+        model = call.columns.get("reward_model")
+        if isinstance(model, Mapping) and "ground_truth" in model:
+            return _copied(model["ground_truth"])
+        if not argument.required:
+            return _ABSENT
+        raise self._lacks(argument.name, call)
+
+    @staticmethod
+    def _lacks(name: str, call: Scored) -> TypeError:
+        return TypeError(
+            f"this row of the data set has no column {name!r}; columns found: {', '.join(sorted(call.columns))}"
+        )
+
+
+_ABSENT = object()
+
+
+def _copied(value: Any) -> Any:
+    if value is None or isinstance(value, str | bytes | int | float | bool):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # what cannot be copied is what the data set's author put there as one object
+        return value
 
 
 def messages_of(call: Scored) -> list[dict[str, Any]]:
     """The conversation of a call; a prompt that is a string is one user turn."""
     if call.messages is not None:
         return call.messages
-    return call.columns.get(_MESSAGES) or [{"role": "user", "content": call.prompt}]
+    return call.columns.get(MESSAGES) or [{"role": "user", "content": call.prompt}]
 
 
 @dataclass(frozen=True)
@@ -182,9 +243,12 @@ class RewardSet:
     named: bool
 
     @property
-    def identity(self) -> list[dict[str, Any]]:
-        """What tells these rewards from others, JSON-able and the same in every process: names, weights, byte code."""
-        return [{"name": r.name, "weight": r.weight, "code": _fingerprint(r.target)} for r in self.rewards]
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """What tells these rewards from others, JSON-able and the same in every process: names, weights, and all that
+        decides their values."""
+        from nemo_rl.environments.fingerprint import fingerprint
+
+        return {r.name: {"weight": r.weight, **fingerprint(r.target)} for r in self.rewards}
 
 
 def bind_rewards(reward_fn: Any, weights: Any = None, columns: Collection[str] | None = None) -> RewardSet:
@@ -200,7 +264,9 @@ def bind_rewards(reward_fn: Any, weights: Any = None, columns: Collection[str] |
     entries = _entries(reward_fn)
     names = _names(entries)
     given = _weights(weights, names)
-    rewards = tuple(_bind(name, fn, weight) for name, (_, fn), weight in zip(names, entries, given, strict=True))
+    rewards = tuple(
+        _bind(name, fn, weight, columns) for name, (_, fn), weight in zip(names, entries, given, strict=True)
+    )
     if columns is not None:
         for reward in rewards:
             reward.signature.check_columns(f"reward {reward.name!r}", columns)
@@ -262,7 +328,7 @@ def _weights(weights: Any, names: list[str]) -> list[float]:
         for name in weights:
             if name not in names:
                 raise ValueError(
-                    f"found a weight for {name!r}, but the rewards are {', '.join(names)}{_nearest(str(name), names)}"
+                    f"found a weight for {name!r}, but the rewards are {', '.join(names)}{nearest(str(name), names)}"
                 )
         values = [weights.get(name, 1.0) for name in names]
     elif isinstance(weights, list | tuple):
@@ -279,7 +345,7 @@ def _weights(weights: Any, names: list[str]) -> list[float]:
     return [float(value) for value in values]
 
 
-def _bind(name: str, fn: Any, weight: float) -> BoundReward:
+def _bind(name: str, fn: Any, weight: float, columns: Collection[str] | None) -> BoundReward:
     if isinstance(fn, type) and issubclass(fn, Environment):
         try:
             fn = fn()
@@ -289,8 +355,8 @@ def _bind(name: str, fn: Any, weight: float) -> BoundReward:
             ) from error
     if isinstance(fn, Environment):
         target = _environment_target(fn)
-        return BoundReward(name, target, RewardSignature.of(target), weight, fn, fn.in_process)
-    return BoundReward(name, fn, RewardSignature.of(fn), weight, None, mark_of(fn).in_process)
+        return BoundReward(name, target, RewardSignature.of(target, columns), weight, fn, fn.in_process)
+    return BoundReward(name, fn, RewardSignature.of(fn, columns), weight, None, mark_of(fn).in_process)
 
 
 def _environment_target(environment: Environment) -> Callable[..., Any]:
@@ -321,7 +387,7 @@ def _refuse_odd_callables(fn: Any, what: str) -> None:
             f"'package.module:name', or a built-in's name"
         )
     if not callable(fn):
-        raise TypeError(f"found {fn!r} of type {type(fn).__name__}, which cannot be called; {_FORMS}")
+        raise TypeError(f"found {fn!r} of type {type(fn).__name__}, which cannot be called; {FORMS}")
     inner = fn if inspect.isroutine(fn) or isinstance(fn, functools.partial) else type(fn).__call__
     if inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner):
         raise TypeError(f"found {what}, a generator (it has yield); expected a function that returns the reward")
@@ -336,49 +402,5 @@ def _call_of(instance: Any) -> Any:
     return type(instance).__call__ if callable(instance) else None
 
 
-def _is_free(fn: Any, parameter: inspect.Parameter) -> bool:
-    """Whether a positional parameter can still be given by position (partial turns keyword ones into keyword-only)."""
-    return not (isinstance(fn, functools.partial) and parameter.name in fn.keywords)
-
-
-def _check_first_two(
-    found: str, first: Sequence[inspect.Parameter], parameters: Sequence[inspect.Parameter], pair: tuple[str, str]
-) -> None:
-    if len(first) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        raise TypeError(f"{found}, which takes {len(first)} positional parameters; {_FORMS}")
-    for place, name in enumerate(pair):
-        wrong = next((p for p in parameters if p.name == name), None)
-        if wrong is not None and (len(first) <= place or first[place].name != name):
-            raise TypeError(f"{found}, which has {name} in the wrong place and lacks {pair[1 - place]}; {_FORMS}")
-
-
 def _shown(parameters: Sequence[inspect.Parameter]) -> str:
     return str(inspect.Signature([p.replace(annotation=p.empty) for p in parameters]))
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _fingerprint(fn: Any) -> str:
-    """SHA-256 over what a callable does, without file and line numbers; constant over processes."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    fn = inspect.unwrap(fn)
-    code = getattr(fn, "__code__", None) or getattr(_call_of(fn), "__code__", None)
-    if isinstance(code, types.CodeType):
-        return hashlib.sha256(repr(_code_parts(code)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    return describe(fn)
-
-
-def _code_parts(code: types.CodeType) -> tuple[Any, ...]:
-    return (code.co_name, code.co_code, code.co_names, code.co_varnames, tuple(map(_constant, code.co_consts)))
-
-
-def _constant(value: Any) -> Any:
-    if isinstance(value, types.CodeType):
-        return _code_parts(value)
-    if isinstance(value, frozenset):  # its order depends on the process's hash seed
-        return sorted(map(repr, value))
-    return repr(value)

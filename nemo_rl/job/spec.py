@@ -95,6 +95,8 @@ class RewardSpec(Section):
     """Name to call within source or bundle. Default reward."""
     weights: Annotated[list[float], Field(max_length=32)] | None = None
     """Weight of each reward where the entrypoint is a list of several. Default 1 each."""
+    workers: Annotated[int, Field(ge=1, le=256)] = 1
+    """Processes that call the reward at the same time, in each process that trains. Default 1."""
     timeout_seconds: Annotated[float, Field(gt=0, le=86400)] = 60.0
     """Seconds after which one call of the reward counts as failed. Default 60."""
     on_error: Literal["raise", "zero", "drop"] = "raise"
@@ -200,7 +202,7 @@ class TrainingSpec(Section):
     eval_every: Annotated[int, Field(ge=1)] | None = None
     """Steps between evaluations of the validation data. Default: at every checkpoint and at the end."""
     resume: Annotated[Literal["auto", "required", "never"], BeforeValidator(_resume)] = "auto"
-    """auto continues an unfinished run of the same settings, required fails if there is none, never starts anew. In Python also True and False. Default auto."""
+    """auto continues the run of the same settings if there is one that is not finished or shorter, required fails if there is none, never begins another one beside. In Python also True and False. Default auto."""
     logged_completions: Annotated[int, Field(ge=0)] = 2
     """Sample completions with their rewards that each GRPO step writes to completions.jsonl. Default 2."""
     tensorboard: bool = False

@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,14 +108,18 @@ def _step_directories(root: Path) -> list[Path]:
 class CheckpointStore:
     """Writes and prunes the checkpoints of one run. Only the process that holds the run makes one."""
 
-    def __init__(self, run_dir: Path, keep: int, *, lease: Lease | None = None) -> None:
-        """Keep the `keep` newest checkpoints, and the best one besides. With a lease, all is written and moved by it."""
+    def __init__(
+        self, run_dir: Path, keep: int, *, always: Collection[str] = (), lease: Lease | None = None
+    ) -> None:
+        """Keep the `keep` newest checkpoints, the best one besides, and those whose names are in `always`. With a lease,
+        all is written and moved by it."""
         if keep < 1:
             raise ValueError(f"found keep={keep}; at least one checkpoint must be kept")
         self.run_dir = Path(run_dir)
         self.root = self.run_dir / CHECKPOINTS
         self.keep = keep
         self.lease = lease
+        self.always = frozenset(always)
         if is_rank_zero():
             self._clear_leftovers()
 
@@ -187,7 +191,7 @@ class CheckpointStore:
         _point(self.root / LATEST, complete[-1].path.name, self.lease)
         _point(self.root / BEST, best.path.name, self.lease)
         for checkpoint in complete[: -self.keep]:
-            if checkpoint.path != best.path:
+            if checkpoint.path != best.path and checkpoint.path.name not in self.always:
                 _remove(checkpoint.path, self.lease)
 
     def _clear_leftovers(self) -> None:

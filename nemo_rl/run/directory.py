@@ -1,14 +1,16 @@
-"""The directory of a run: who may write there, whether an earlier run goes on, what steps aside for a new one."""
+"""The directory of a run: which folder a call trains in, whether an earlier run goes on there, and who may write."""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,37 +24,48 @@ METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 RUN_ENTRIES = (CHECKPOINTS, METRICS_FILE, COMPLETIONS_FILE, TENSORBOARD_DIR, RUN_FILE)
-"""What a run writes into its directory. The record comes last: moving entries one by one keeps it until the end."""
+"""What a run writes into its directory."""
 
-FORMAT = 1
+FORMAT = 2
+DIGEST = "sha256:"
+"""How a value of the settings begins that stands for something too long to show."""
 
 _open_here: set[Path] = set()
 """Directories that runs of this process hold: the lock on the file keeps out other processes only."""
 
 
 class RunBusyError(RuntimeError):
-    """Another process, or another run of this one, trains in the same directory."""
+    """Another process, or another call in this one, trains the same run at this moment."""
 
 
 @dataclass
 class Run:
     """An open run: `dir` is ours until `finish` or `close`. A context manager that closes.
 
-    `resuming`: the directory holds an unfinished run of the same settings, which goes on from its newest checkpoint
-    (from the start when it has none). `notice`: one line for the user about what was found, or None.
+    `resuming`: the directory holds a run of the same settings, which goes on from its newest checkpoint (from the
+    start when it has none); `lengthened`: that run had finished, with fewer steps. `notice`: one line for the user
+    about what was found, or None. `started`: when the run first began, for templates that write the date.
+    `first_total_steps`: the steps that it was to take when it began. `kept`: names of checkpoints that earlier results
+    of the run point to, which are never pruned.
     """
 
     dir: Path
     resuming: bool
     notice: str | None
     settings: dict[str, Any] = field(repr=False)
-    owns_directory: bool = field(repr=False)
-    _lock: int | None = field(repr=False)
+    total_steps: int
+    first_total_steps: int
+    started: datetime.datetime
+    lengthened: bool = False
+    kept: tuple[str, ...] = ()
+    _lock: int | None = field(default=None, repr=False)
     lease: Lease | None = field(default=None, repr=False)
 
-    def finish(self) -> None:
-        """Record that the run is complete, and let go of the directory."""
-        _write_record(self.dir, self.settings, "finished", self.owns_directory, self.lease)
+    def finish(self, checkpoint: str | os.PathLike[str] | None = None) -> None:
+        """Record that the run is complete, with the checkpoint of its result, and let go of the directory."""
+        if checkpoint is not None and (name := Path(checkpoint).name) not in self.kept:
+            self.kept = (*self.kept, name)
+        self._write("finished")
         self.close()
 
     def close(self) -> None:
@@ -67,69 +80,248 @@ class Run:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _write(self, status: str) -> None:
+        record = {
+            "format": FORMAT,
+            "status": status,
+            "sha256": _digest(self.settings),
+            "started": self.started.isoformat(),
+            "total_steps": self.total_steps,
+            "first_total_steps": self.first_total_steps,
+            "kept": list(self.kept),
+            "settings": self.settings,
+        }
+        aside = self.lease.staging / RUN_FILE if self.lease else self.dir / f".{RUN_FILE}.tmp"
+        with guarded(self.lease):
+            with open(aside, "w", encoding="utf-8") as stream:
+                json.dump(record, stream, indent=1)
+                stream.flush()
+                os.fsync(stream.fileno())
+            aside.replace(self.dir / RUN_FILE)
+
 
 def open_run(
     output_dir: Path,
-    settings: dict[str, Any],
+    settings: Mapping[str, Any],
     resume: Literal["auto", "required", "never"],
+    *,
+    total_steps: int = 0,
+    inside: bool = False,
+    started: datetime.datetime | None = None,
     lease: Lease | None = None,
 ) -> Run:
-    """Take `output_dir` for a run of these settings (JSON-able; two runs are equal when theirs are).
+    """Take `output_dir`, or a folder beside it, for a run of these settings (JSON-able: the run's identity).
 
-    auto: an unfinished run of the same settings goes on, anything else steps aside. required: ValueError, naming the
-    differences field by field, when there is no such run with a checkpoint. never: whatever is there steps aside.
-    Stepping aside renames to `<directory>.old-1`, `.old-2`, …: nothing is ever overwritten. RunBusyError when another
-    run is active in the directory. With a lease, no lock is asked for: a lost node may keep one for ever.
+    auto: a run of the same settings goes on if it is unfinished, or finished with fewer than `total_steps`; anything
+    else stays as it is, and the run begins beside it. required: ValueError, naming the differences field by field, when
+    there is no such run with a checkpoint. never: begins beside whatever is there. A run that begins is recorded to have
+    `started` then, default now. The folders beside `out` are
+    `out-2`, `out-3`, …; with `inside` (and where `out` is a mount point) `out/run-2`, …. Nothing is ever moved or
+    overwritten, and no two calls share a folder: RunBusyError when the run that would go on is being trained. With a
+    lease, no lock is asked for: a lost node may keep one for ever.
     """
-    directory = Path(output_dir).resolve()
+    directory = check_output_dir(output_dir).resolve()
     settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists, keys are strings
-    notices: list[str] = []
-    while True:
-        created = not directory.exists()
-        if resume == "required" and created:
-            raise ValueError(f'resume="required", but there is no run in {directory}; use resume="auto" to begin one')
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = _take_lock(directory) if lease is None else None
+    obstacles: list[str] = []
+    candidates: list[tuple[Path, dict[str, Any]]] = []
+    for place in _family(directory, inside):
+        if not place.is_dir() or not _holds_run(place):
+            break
+        record = _read_record(place)
+        obstacle = _obstacle(place, record, settings, total_steps)
+        if record is not None and obstacle is None:
+            candidates.append((place, record))
+        elif obstacle is not None:
+            obstacles.append(obstacle)
+    if resume != "never" and candidates:
+        return _go_on(*candidates[-1], settings, total_steps, resume, lease)
+    if resume == "required":
+        reason = obstacles[-1] if obstacles else "there is no run there; use resume='auto' to begin one"
+        raise ValueError(f"resume=True cannot go on in {_from_here(directory)}: {reason}")
+    started = started or datetime.datetime.now().astimezone()
+    return _begin(directory, inside, settings, total_steps, started, obstacles, lease)
+
+
+def _go_on(
+    place: Path,
+    record: dict[str, Any],
+    settings: dict[str, Any],
+    total_steps: int,
+    resume: str,
+    lease: Lease | None,
+) -> Run:
+    lock = _take_lock(place) if lease is None else None
+    if lock is None and lease is None:
+        raise RunBusyError(
+            f"the run in {_from_here(place)} is being trained by another call at this moment; wait until it ends, or give "
+            "resume=False to begin another one beside it"
+        )
+    try:
+        if resume == "required" and not find_checkpoints(place):
+            raise ValueError(
+                f"resume=True cannot go on in {_from_here(place)}: the run there has no complete checkpoint; "
+                "use resume='auto' to begin it anew"
+            )
+        record = _read_record(place) or record  # as the holder before left it
+        finished = record["status"] == "finished"
+        here = _from_here(place)
+        if finished:
+            notice = f"the run in {here} had finished its {record['total_steps']} steps; it goes on to {total_steps}"
+        else:
+            notice = f"continuing the unfinished run in {here}"
+            if record["total_steps"] != total_steps:
+                notice += f", to {total_steps} steps instead of {record['total_steps']}"
+        run = Run(
+            place,
+            True,
+            notice,
+            settings,
+            total_steps,
+            record["first_total_steps"],
+            datetime.datetime.fromisoformat(record["started"]),
+            finished,
+            tuple(record["kept"]),
+            lock,
+            lease,
+        )
+        run._write("unfinished")
+        return run
+    except BaseException:
+        _unlock(place, lock)
+        raise
+
+
+def _begin(
+    directory: Path,
+    inside: bool,
+    settings: dict[str, Any],
+    total_steps: int,
+    started: datetime.datetime,
+    obstacles: list[str],
+    lease: Lease | None,
+) -> Run:
+    """Begin in the first folder of the family that nobody has: another call may take one at the same moment."""
+    for place in _family(directory, inside):
+        if place.is_dir() and _holds_run(place):
+            continue
+        place.mkdir(parents=True, exist_ok=True)
+        lock = _take_lock(place) if lease is None else None
+        if lock is None and lease is None:
+            obstacles.append(f"{_from_here(place)} is being trained in by another call")
+            continue
         try:
-            record = _read_record(directory)
-            obstacle = _obstacle(directory, record, settings)
-            if resume == "required":
-                if obstacle is None and not find_checkpoints(directory):
-                    obstacle = "the run there has no complete checkpoint"
-                if obstacle is not None:
-                    raise ValueError(f'resume="required" cannot go on in {directory}: {obstacle}')
-            found = any((directory / name).exists() for name in RUN_ENTRIES)
-            if found and (resume == "never" or obstacle is not None):
-                aside = _step_aside(directory, whole=bool(record and record.get("owns_directory")))
-                notices.append(f"{obstacle or 'found a run there'}; moved it to {_from_here(aside)} and begin anew")
-                if lock is not None:
-                    _unlock(directory, lock)
+            if _holds_run(place):  # begun and ended by another call since we looked
+                _unlock(place, lock)
                 continue
-            # An empty directory may be one that another caller has just made for the same run: it is the run's own.
-            owns = record["owns_directory"] if record else created or os.listdir(directory) == [LOCK_FILE]
-            if found:
-                notices.append(f"continuing the unfinished run in {_from_here(directory)}")
-            else:
-                _write_record(directory, settings, "unfinished", owns, lease)
-            return Run(directory, found, "; ".join(notices) or None, settings, owns, lock, lease)
+            notice = None
+            if place != directory:
+                reason = obstacles[-1] if obstacles else f"{_from_here(directory)} holds another run"
+                notice = f"{reason}; this run begins beside it, in {_from_here(place)}"
+            run = Run(place, False, notice, settings, total_steps, total_steps, started, _lock=lock, lease=lease)
+            run._write("unfinished")
+            return run
         except BaseException:
-            if lock is not None:
-                with contextlib.suppress(OSError):
-                    _unlock(directory, lock)
+            with contextlib.suppress(OSError):
+                _unlock(place, lock)
             raise
+    raise AssertionError("a family of folders has no end")
 
 
-# --- what is found --------------------------------------------------------------------------------------------------
+def _family(directory: Path, inside: bool) -> Iterator[Path]:
+    """The folders that runs of this output_dir may take, in order. Of those beside it, none that holds other things."""
+    yield directory
+    inside = inside or os.path.ismount(directory)
+    number = 2
+    while True:
+        place = directory / f"run-{number}" if inside else directory.with_name(f"{directory.name}-{number}")
+        number += 1
+        if not os.path.lexists(place) or (
+            place.is_dir() and (_holds_run(place) or set(os.listdir(place)) <= {LOCK_FILE})
+        ):
+            yield place
 
 
-def _obstacle(directory: Path, record: dict[str, Any] | None, settings: dict[str, Any]) -> str | None:
+def _holds_run(place: Path) -> bool:
+    return any((place / name).exists() for name in RUN_ENTRIES)
+
+
+# --- which folder -----------------------------------------------------------------------------------------------------
+
+
+def default_output_dir(model: Any) -> Path:
+    """./outputs/{name}: the last part of the model's name; of a live model, of what it was loaded from or its class.
+
+    The checkpoint of a run gives the name of the run: outputs/tiny/checkpoints/step-00000010 is "tiny".
+    """
+    if isinstance(model, str | os.PathLike):
+        reference = os.fspath(model)
+    else:
+        loaded_from = getattr(getattr(model, "config", None), "name_or_path", "") or getattr(model, "name_or_path", "")
+        reference = str(loaded_from or type(model).__name__)
+    parts = [part for part in re.split(r"[/\\]", reference) if part not in ("", ".")]
+    if len(parts) >= 3 and parts[-2] == CHECKPOINTS:
+        parts = parts[:-2]
+    last = re.sub(r"[^\w.-]", "-", parts[-1]) if parts else ""
+    return Path("outputs") / (last if last.strip(".") else "model")
+
+
+def check_output_dir(given: str | os.PathLike[str]) -> Path:
+    """The folder that `output_dir` names, `~` expanded. ValueError for what is no folder and cannot become one."""
+    text = os.fspath(given)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"output_dir={given!r} is empty; expected a folder, or None for ./outputs/NAME")
+    directory = Path(text).expanduser()
+    for place in (directory, *directory.parents):
+        if place.is_dir():
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise ValueError(
+                    f"output_dir={text!r}: the folder {str(place)!r} cannot be written by this user; give another output_dir"
+                )
+            break
+        if os.path.lexists(place):
+            what = "a link to nothing" if place.is_symlink() and not place.exists() else "a file, not a folder"
+            raise ValueError(
+                f"output_dir={text!r}: {str(place)!r} is {what}; expected a folder; give another output_dir"
+            )
+    return directory
+
+
+def finished_run(output_dir: Path, settings: Mapping[str, Any]) -> Path | None:
+    """The folder, `output_dir` or one beside it, that holds a finished run of exactly these settings; None without."""
+    for place in _family(Path(output_dir).expanduser().resolve(), inside=False):
+        if not place.is_dir() or not _holds_run(place):
+            return None
+        record = _read_record(place)
+        if record and record["status"] == "finished" and record["sha256"] == _digest(json.loads(json.dumps(settings))):
+            return place
+    return None
+
+
+def unfinished_runs(output_dir: Path, *, inside: bool = False) -> list[Path]:
+    """The folders, `output_dir` and those beside it, that hold an unfinished run."""
+    found = []
+    for place in _family(Path(output_dir).expanduser().resolve(), inside):
+        if not place.is_dir() or not _holds_run(place):
+            break
+        record = _read_record(place)
+        if record is not None and record["status"] == "unfinished":
+            found.append(place)
+    return found
+
+
+# --- what is found ----------------------------------------------------------------------------------------------------
+
+
+def _obstacle(directory: Path, record: dict[str, Any] | None, settings: dict[str, Any], total_steps: int) -> str | None:
     """Why the run that `directory` holds cannot go on with `settings`; None when it can."""
+    here = _from_here(directory)
     if record is None:
-        return f"{directory} holds no readable {RUN_FILE}"
-    if record["status"] == "finished":
-        return f"{_from_here(directory)} holds a finished run"
+        return f"{here} holds no readable {RUN_FILE}"
     if record["sha256"] != _digest(settings):
-        return f"{_from_here(directory)} holds a run of other settings: {'; '.join(differences(record['settings'], settings))}"
+        return f"{here} holds a run of other settings: {'; '.join(differences(record['settings'], settings))}"
+    if record["status"] == "finished" and total_steps <= record["total_steps"]:
+        more = f" of {record['total_steps']} steps (a larger max_steps or max_epochs lengthens it)"
+        return f"{here} holds a finished run{more if record['total_steps'] else ''}"
     return None
 
 
@@ -139,18 +331,22 @@ def _from_here(directory: Path) -> Path:
     return directory.relative_to(here) if directory.is_relative_to(here) else directory
 
 
-def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """One phrase for each field that differs between the settings of two runs, by dotted name."""
     old, new = dict(_leaves(there)), dict(_leaves(here))
     phrases = []
     for name in sorted(old.keys() | new.keys()):
-        if name not in old or name not in new or old[name] != new[name]:
+        if name in old and name in new and old[name] == new[name]:
+            continue
+        if all(isinstance(leaves.get(name), str) and leaves[name].startswith(DIGEST) for leaves in (old, new)):
+            phrases.append(f"{name} has changed")
+        else:
             phrases.append(f"{name} was {_shown(old, name)}, now {_shown(new, name)}")
     return phrases
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
+    if isinstance(value, Mapping) and value:
         for key, item in value.items():
             yield from _leaves(item, f"{name}.{key}" if name else str(key))
     else:
@@ -160,78 +356,42 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 def _shown(leaves: dict[str, Any], name: str) -> str:
     if name not in leaves:
         return "absent"
-    text = json.dumps(leaves[name], ensure_ascii=False)
+    value = leaves[name]
+    if isinstance(value, str) and value.startswith(DIGEST):
+        return "there"
+    text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _digest(settings: dict[str, Any]) -> str:
+def _digest(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _read_record(directory: Path) -> dict[str, Any] | None:
     """run.json; None when it is absent or is not one of ours."""
     try:
-        record = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
         intact = record["format"] == FORMAT and record["sha256"] == _digest(record["settings"])
-        return record if intact and record["status"] in ("finished", "unfinished") else None
+        intact = intact and record["status"] in ("finished", "unfinished") and isinstance(record["kept"], list)
+        datetime.datetime.fromisoformat(record["started"])
+        int(record["total_steps"]), int(record["first_total_steps"])
+        return record if intact else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _write_record(
-    directory: Path, settings: dict[str, Any], status: str, owns_directory: bool, lease: Lease | None
-) -> None:
-    record = {
-        "format": FORMAT,
-        "status": status,
-        "sha256": _digest(settings),
-        "owns_directory": owns_directory,
-        "settings": settings,
-    }
-    aside = lease.staging / RUN_FILE if lease else directory / f".{RUN_FILE}.tmp"
-    with guarded(lease):
-        with open(aside, "w", encoding="utf-8") as stream:
-            json.dump(record, stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(directory / RUN_FILE)
+# --- one run at a time ------------------------------------------------------------------------------------------------
 
 
-def _step_aside(directory: Path, whole: bool) -> Path:
-    """Move the run in `directory` out of the way; returns where it is now.
-
-    A directory that a run made for itself is renamed as a whole. In one that was there before (a mounted volume,
-    the folder of a notebook) only the run's own entries move; out of a mount point nothing can be renamed, so there
-    they stay inside.
-    """
-    mounted = os.path.ismount(directory)
-    stem = str(directory / "run") if mounted else str(directory)
-    number = 1
-    while os.path.lexists(aside := Path(f"{stem}.old-{number}")):
-        number += 1
-    if whole and not mounted:
-        directory.rename(aside)
-        return aside
-    aside.mkdir()
-    for name in RUN_ENTRIES:
-        if (directory / name).exists():
-            (directory / name).rename(aside / name)
-    return aside
-
-
-# --- one run at a time ----------------------------------------------------------------------------------------------
-
-
-def _take_lock(directory: Path) -> int:
-    """Lock the directory for this process; returns the descriptor that holds the lock.
+def _take_lock(directory: Path) -> int | None:
+    """Lock the directory for this process; returns the descriptor that holds the lock, None where another one has it.
 
     A POSIX record lock, not flock(2): it works on NFS, the kernel drops it when the process dies, and workers that
     were forked from a killed trainer do not keep it.
     """
-    busy = RunBusyError(f"another run is training in {directory}; wait until it ends or give another output_dir")
     while True:
         if directory in _open_here:
-            raise busy
+            return None
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -239,12 +399,12 @@ def _take_lock(directory: Path) -> int:
         except OSError as error:
             os.close(descriptor)
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise busy from None
+                return None
             raise
         if _is_current(descriptor, directory / LOCK_FILE):
             _open_here.add(directory)
             return descriptor
-        os.close(descriptor)  # the directory stepped aside between the opening and the locking
+        os.close(descriptor)  # somebody removed the directory between the opening and the locking
 
 
 def _is_current(descriptor: int, path: Path) -> bool:
@@ -254,6 +414,8 @@ def _is_current(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _unlock(directory: Path, descriptor: int) -> None:
+def _unlock(directory: Path, descriptor: int | None) -> None:
+    if descriptor is None:
+        return
     _open_here.discard(directory)
     os.close(descriptor)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import datetime
 import logging
 import time
+import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nemo_rl.api.result import TrainResult
+from nemo_rl.data.clock import set_clock, writes_the_time
 from nemo_rl.data.module import train_and_validation
 from nemo_rl.data.prepare import Prepared, describe_example, prepare
 from nemo_rl.display.terminal import NullDisplay, make_display
@@ -20,8 +24,10 @@ from nemo_rl.model.load import choose_device, limit_threads, load_model, load_to
 from nemo_rl.model.policy import Policy
 from nemo_rl.model.sharding import ShardedModel
 from nemo_rl.run.checkpoint import Checkpoint, CheckpointStore
-from nemo_rl.run.directory import Run, differences, open_run
+from nemo_rl.run.directory import DIGEST, METRICS_FILE, Run, check_output_dir, default_output_dir, differences, open_run
+from nemo_rl.run.identity import model_identity, remember_trained, settings_identity, tokenizer_identity, was_trained
 from nemo_rl.run.lease import Claim, Lease
+from nemo_rl.run.metrics import read_history
 from nemo_rl.run.ranks import Ranks, join
 from nemo_rl.run.signals import Interrupted, StopSignals
 from nemo_rl.trainers.callbacks import CallbackList
@@ -34,11 +40,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("nemo_rl")
 
-NOT_IDENTITY = {
-    "training": {"log_level", "tensorboard", "logged_completions", "resume", "keep_checkpoints", "save_every"},
-}
-"""Settings that do not change what a run computes: a run goes on although they differ."""
-
 
 class Trainer(Passes, ABC):
     """Trains one model by one algorithm. `fit` runs it; attributes: model, tokenizer, config, current_step, output_dir.
@@ -47,6 +48,8 @@ class Trainer(Passes, ABC):
     """
 
     algorithm: ClassVar[Algorithm]
+    runs_inside: ClassVar[bool] = False
+    """Whether a run that cannot go on in output_dir begins in a folder within it, rather than beside it."""
 
     def __init__(
         self,
@@ -64,15 +67,20 @@ class Trainer(Passes, ABC):
         self.config = config
         self.training = config.training
         self.settings: Any = config.settings
-        self.output_dir = Path(output_dir) if output_dir is not None else default_output_dir(config.model, model)
+        given = (
+            output_dir if output_dir is not None else default_output_dir(model if model is not None else config.model)
+        )
+        self.output_dir = self._asked_dir = check_output_dir(given)
         self.model: Any = model
         self.tokenizer: Any = tokenizer
         self.device = choose_device(config.resources.gpus_per_node)
         self.ranks = Ranks()
         self.sharded: ShardedModel | None = None
         self.current_step = 0
+        self.making_step, self.making_epoch = 0, 0
         self.should_stop = False
-        self.total_steps = 0
+        self.total_steps = self.first_total_steps = 0
+        self._given_was_trained = False
         self.lease_claim: Claim | None = None
         """Set in a pod: what asks for the right to write to output_dir, which an earlier attempt may still believe to have."""
         self.lease: Lease | None = None
@@ -123,26 +131,43 @@ class Trainer(Passes, ABC):
     def _fit(
         self, dataset: Any, reward_fn: Any, validation_dataset: Any, callbacks: Any, reward_weights: Any
     ) -> TrainResult:
+        if reward_fn is not None and self.algorithm != "grpo":
+            warnings.warn(f"{self.algorithm} uses no reward; reward_fn is ignored", UserWarning, stacklevel=4)
         self.callbacks = CallbackList(callbacks)
         dataset, own_validation = train_and_validation(dataset)
         validation_dataset = own_validation if validation_dataset is None else validation_dataset
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer(self._model_name(), self.training.trust_remote_code)
-        data = self._prepare(dataset, self.training.max_steps * self.training.batch_size)
-        validation = self._prepare(validation_dataset, None) if validation_dataset is not None else None
+        if isinstance(dataset, Iterator):
+            dataset = list(dataset)
+        self._started = datetime.datetime.now().astimezone()
+        set_clock(self.tokenizer, self._started)
+        data, validation = self._prepare_both(dataset, validation_dataset)
         self._bind(data, validation, reward_fn, reward_weights)
-        run = self._open_run(self._identity(data, validation))
+        self.total_steps = self._planned_steps(data)
+        identity = self._identity(data, validation)
+        self._given_was_trained = self.model is not None and was_trained(self.model)
+        given = self.model
+        run = self._open_run(identity)
+        unfinished: dict[str, Any] | None = identity["model"]
         try:
+            if run.resuming and writes_the_time(self.tokenizer):
+                set_clock(self.tokenizer, run.started)
+                data, validation = self._prepare_both(dataset, validation_dataset)
             with StopSignals() as signals:
                 self.signals = signals
                 self.ranks.requested = self.stop_requested
                 result = self._run(run, data, validation)
             if self.ranks.is_first:
-                run.finish()
+                run.finish(result.checkpoint_path)
+            unfinished = None
             return result
         finally:
             self._release()
             run.close()
+            for model in (given, self.model):
+                if model is not None and self.current_step > 0:
+                    remember_trained(model, unfinished)
 
     def _open_run(self, identity: dict[str, Any]) -> Run:
         """The first rank takes the directory for all. Raises ValueError where ranks would train different things."""
@@ -157,22 +182,26 @@ class Trainer(Passes, ABC):
             self.lease = claim.of(self.ranks.first(lambda: claim.take().generation))
 
         def take() -> Run:
-            opened.append(open_run(self.output_dir, identity, self.training.resume, lease=self.lease))
+            resume, steps = self.training.resume, self.total_steps
+            where = {"inside": self.runs_inside, "started": self._started, "lease": self.lease}
+            opened.append(open_run(self._asked_dir, identity, resume, total_steps=steps, **where))
             return dataclasses.replace(opened[0], _lock=None)
 
         run = self.ranks.first(take)
         return opened[0] if opened else run
 
     def _run(self, run: Run, data: Prepared, validation: Prepared | None) -> TrainResult:
-        store = CheckpointStore(run.dir, self.training.keep_checkpoints, lease=self.lease)
+        store = CheckpointStore(run.dir, self.training.keep_checkpoints, always=run.kept, lease=self.lease)
         checkpoint = self.ranks.first(lambda: store.latest() if run.resuming else None)
-        self.run_dir = run.dir
+        self.run_dir = self.output_dir = run.dir
+        self.first_total_steps = run.first_total_steps
         self._load(store, checkpoint)
         self._check_fits(data, validation)
         self.current_step = checkpoint.step if checkpoint else 0
         self._load_state(checkpoint.state if checkpoint else {})
+        if run.lengthened:
+            self.should_stop = False  # what a callback said of the run's earlier end
         loop = Loop(self, store, data, validation, checkpoint)
-        self.total_steps = loop.total_steps
         self.display = make_display(self.training.log_level) if self.ranks.is_first else NullDisplay()
         self.display.start(self.total_steps, self._header(data))
         try:
@@ -189,6 +218,8 @@ class Trainer(Passes, ABC):
                 metrics=loop.metrics,
                 checkpoint_path=str(best.path) if best else None,
                 total_steps=self.current_step,
+                output_dir=run.dir,
+                history=self.ranks.first(lambda: read_history(run.dir / METRICS_FILE)),
             )
             self.callbacks.on_train_end(self, result)
             self.display.note(f"finished after {self.current_step} steps; checkpoint: {result.checkpoint_path}")
@@ -204,8 +235,9 @@ class Trainer(Passes, ABC):
     def make_step(self, step: int, epoch: int, examples: list[Any]) -> dict[str, Any]:
         """Makes one optimizer step and returns its metrics. After the weights have moved nothing interrupts it."""
         started = time.perf_counter()
+        self.making_step, self.making_epoch = step, epoch
         self.samples: list[dict[str, Any]] = []
-        self.rate = learning_rate(self.training, step, self.total_steps)
+        self.rate = learning_rate(self.training, step, self.total_steps, self.first_total_steps)
         found = self.train_step(examples, step)
         seconds = time.perf_counter() - started
         metrics = {"step": step, "epoch": epoch, **found, "learning_rate": self.rate, "step_seconds": seconds}
@@ -296,6 +328,14 @@ class Trainer(Passes, ABC):
             return str(getattr(self.model.config, "_name_or_path", "") or self.config.model)
         return str(Path(self.config.model).expanduser()) if self.config.model.startswith("~") else self.config.model
 
+    def _prepare_both(self, dataset: Any, validation_dataset: Any) -> tuple[Prepared, Prepared | None]:
+        data = self._prepare(dataset, self.training.max_steps * self.training.batch_size)
+        return data, self._prepare(validation_dataset, None) if validation_dataset is not None else None
+
+    def _planned_steps(self, data: Prepared) -> int:
+        per_epoch = -(-len(data.examples) // self.training.batch_size)
+        return min(self.training.max_steps, self.training.max_epochs * per_epoch)
+
     def _prepare(self, dataset: Any, needed: int | None) -> Prepared:
         return prepare(self.algorithm, dataset, self.tokenizer, self.training, self.settings, needed=needed)
 
@@ -344,6 +384,11 @@ class Trainer(Passes, ABC):
 
     def initial_policy(self) -> Policy:
         """Returns a frozen policy with the weights that training started from."""
+        if self._given_was_trained:
+            raise ValueError(
+                "the model that was given has been trained since the run began, and the run compares with the model as it was "
+                "then; load the model again, and give it to the same call"
+            )
         training = self.training.model_copy(update={"lora_rank": None})
         if self._start_model is not None:
             model = prepare_model(self._start_model, training, self.device)
@@ -385,15 +430,13 @@ class Trainer(Passes, ABC):
     # ------------------------------------------------------------------ words
 
     def _identity(self, data: Prepared, validation: Prepared | None) -> dict[str, Any]:
-        """Returns what makes two runs the same: the settings, the data and the model, not where they are written."""
-        training = self.training.model_dump(exclude=NOT_IDENTITY["training"])
+        """Returns what makes two runs the same: what decides the gradients, not how long, how often or where to."""
         return {
-            "model": self._model_name(),
+            "model": model_identity(self._model_name(), self.model),
+            "tokenizer": tokenizer_identity(self.tokenizer),
             "algorithm": self.algorithm,
-            **training,
-            **self.settings.model_dump(),
-            "data": data.fingerprint,
-            "validation_data": validation.fingerprint if validation is not None else None,
+            **settings_identity(self.training, self.settings),
+            "dataset": DIGEST + data.fingerprint,
         }
 
     def _header(self, data: Prepared) -> str:
@@ -429,13 +472,3 @@ def extent(examples: list[Any]) -> tuple[int, int]:
         largest = max(largest, *(int(max(ids)) for ids in (prompt, *own) if len(ids)))
         longest = max(longest, len(prompt) + max(map(len, own)))
     return largest, longest
-
-
-def default_output_dir(model_name: str, model: Any = None) -> Path:
-    """Returns ./outputs/{last component of the model's name}."""
-    name = (
-        str(getattr(getattr(model, "config", None), "_name_or_path", "") or "model")
-        if model is not None
-        else model_name
-    )
-    return Path("outputs") / (name.rstrip("/").split("/")[-1] or "model")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nemo_rl.api.keywords import LIVE_REWARD
 from nemo_rl.data.prepare import Prepared, PromptExample
+from nemo_rl.environments.arguments import RAW
 from nemo_rl.environments.runner import RewardCall, RewardOutcome, RewardRunner, preflight
 from nemo_rl.environments.signature import bind_rewards
 from nemo_rl.model.packing import PackedBatch, TokenSequence
@@ -57,6 +58,7 @@ class GRPOTrainer(Trainer):
         started = time.perf_counter()
         trained = self.train_on(rollouts, advantages, valid.flatten())
         seconds = {**rollouts.seconds, "train_seconds": time.perf_counter() - started}
+        self._say_hidden_tokens()
         self.samples = self._samples(rollouts, step)
         return {**trained, **self._reward_metrics(rollouts, rewards, valid, advantages), **seconds}
 
@@ -95,8 +97,8 @@ class GRPOTrainer(Trainer):
         responses: list[list[str]] = [[] for _ in examples]
 
         def score(i: int, completions: list[Completion]) -> None:
-            responses[i] = self.tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
-            futures[i] = self.runner.submit(self._calls(examples[i], responses[i], step))
+            responses[i], raw = self._decoded(completions)
+            futures[i] = self.runner.submit(self._calls(examples[i], responses[i], step, raw))
 
         groups = generate(
             self.policy,
@@ -111,14 +113,51 @@ class GRPOTrainer(Trainer):
         )
         return groups, responses, futures
 
-    def _calls(self, example: PromptExample, responses: list[str], step: int) -> list[RewardCall]:
+    def _decoded(self, completions: list[Completion]) -> tuple[list[str], list[str]]:
+        """The texts of completions: without special tokens, and with them but for what ends a completion."""
+        texts = self.tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
+        ends = {*self.end_ids, self.tokenizer.pad_token_id}
+        kept = []
+        for completion in completions:
+            ids = list(completion.ids)
+            while ids and ids[-1] in ends:
+                ids.pop()
+            kept.append(ids)
+        raw = self.tokenizer.batch_decode(kept, skip_special_tokens=False)
+        special = self._special_ids.difference(ends)
+        self._hidden_tokens |= {i for ids in kept for i in ids if i in special}
+        return texts, raw
+
+    def _calls(
+        self, example: PromptExample, responses: list[str], step: int, raw: list[str] | None = None
+    ) -> list[RewardCall]:
+        """`step` seeds the calls; 0 in an evaluation, which draws the same whenever it is."""
         row = example.row
         return [
             RewardCall(
-                row.prompt, response, row.messages, row.columns, (self.training.seed, step, example.index, sample)
+                row.prompt,
+                response,
+                row.messages,
+                row.columns,
+                (self.training.seed, step, example.index, sample),
+                raw[sample] if raw is not None else None,
+                self.making_step,
+                self.making_epoch,
             )
             for sample, response in enumerate(responses)
         ]
+
+    def _say_hidden_tokens(self) -> None:
+        """Once, where the model writes special tokens that no reward sees: a reward of the format would stay 0."""
+        hidden = set().union(*self.ranks.gather(lambda: self._hidden_tokens))
+        if not hidden or self._said_hidden or any(r.signature.takes.has(RAW) for r in self.runner.rewards.rewards):
+            return
+        self._said_hidden = True
+        shown = ", ".join(self.tokenizer.convert_ids_to_tokens(sorted(hidden))[:4])
+        self.display.note(
+            f"the model writes special tokens ({shown}), which `response` leaves out; a reward that names a parameter "
+            "response_raw gets the text with them"
+        )
 
     def rewards_of(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
         """Returns the rewards and which of them count, both (P, G). Dropped completions have reward 0 and do not count."""
@@ -214,14 +253,19 @@ class GRPOTrainer(Trainer):
         rewards = bind_rewards(reward_fn, weights, columns)
         self.rewards_identity = rewards.identity
         timeout, on_error = (spec.timeout_seconds, spec.on_error) if spec is not None else (60.0, "raise")
-        self.runner = RewardRunner(rewards, timeout_seconds=timeout, on_error=on_error)
+        workers = spec.workers if spec is not None else 1
+        self.runner = RewardRunner(rewards, timeout_seconds=timeout, on_error=on_error, workers=workers)
 
     def _identity(self, data: Prepared, validation: Prepared | None) -> dict[str, Any]:
-        return {**super()._identity(data, validation), "reward": self.rewards_identity}
+        on_error = self.runner.on_error
+        return {**super()._identity(data, validation), "reward": self.rewards_identity, "on_reward_error": on_error}
 
     def _start(self, data: Prepared, validation: Prepared | None) -> None:
         settings = self.settings
         self.end_ids = end_tokens(self.policy.causal, self.tokenizer)
+        self._special_ids = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        self._hidden_tokens: set[int] = set()
+        self._said_hidden = False
         self.sampling = Sampling(
             settings.num_generations_per_prompt,
             settings.max_new_tokens,
@@ -273,8 +317,11 @@ class GRPOTrainer(Trainer):
                 step=0,
                 poll=self.poll,
             )
-            responses = self.tokenizer.batch_decode([group[0].ids for group in groups], skip_special_tokens=True)
-            calls = [self._calls(example, [text], 0)[0] for example, text in zip(examples, responses, strict=True)]
+            texts, raws = self._decoded([group[0] for group in groups])
+            calls = [
+                self._calls(example, [text], 0, [raw])[0]
+                for example, text, raw in zip(examples, texts, raws, strict=True)
+            ]
             return [outcome.value for outcome in self.runner.score(calls)]
 
         examples = validation.examples

@@ -51,7 +51,7 @@ class Loop:
         """Those of the last step that is finished."""
         self.open = OpenStep(**state["open_step"]) if state.get("open_step") else None
         self.steps_per_epoch = -(-len(data.examples) // trainer.training.batch_size)
-        self.total_steps = min(trainer.training.max_steps, trainer.training.max_epochs * self.steps_per_epoch)
+        self.total_steps = trainer.total_steps
         self.metrics_log: MetricsLog | None = None
         if trainer.ranks.is_first:
             logged = trainer.current_step - 1 if self.open and not self.open.told else trainer.current_step

@@ -23,9 +23,13 @@ def warmup_steps(training: TrainingSpec, total_steps: int) -> int:
     return training.warmup_steps if training.warmup_steps is not None else min(50, total_steps // 20)
 
 
-def learning_rate(training: TrainingSpec, step: int, total_steps: int) -> float:
-    """Returns the learning rate of a step; steps count from 1. Linear warm-up, then the schedule of the specification."""
-    warmup = warmup_steps(training, total_steps)
+def learning_rate(training: TrainingSpec, step: int, total_steps: int, first_total_steps: int | None = None) -> float:
+    """Returns the learning rate of a step; steps count from 1. Linear warm-up, then the schedule of the specification.
+
+    Of a run that was lengthened, `first_total_steps` is the length that it began with: the warm-up stays as it was, and
+    a decay has, from the first step after that on, the rate of a run of `total_steps`.
+    """
+    warmup = warmup_steps(training, first_total_steps or total_steps)
     if step <= warmup:
         return training.learning_rate * step / warmup
     progress = (step - 1 - warmup) / max(total_steps - warmup, 1)

@@ -93,6 +93,8 @@ def observed(trainer: type[Trainer], report: Report, observer: Observer) -> type
     """The trainer class, with the phases of its run and its signs of life on record. It trains as before."""
 
     class Observed(trainer):  # type: ignore[misc,valid-type]
+        runs_inside = True  # all that a job writes lies below the folder with its name
+
         def _prepare(self, *args: Any, **kwargs: Any) -> Any:
             report.tell_ranks = self.ranks.announce_end
             with report.during(phases.PREPARING_DATA):

@@ -19,7 +19,7 @@ from nemo_rl.job import names
 from nemo_rl.job.names import ExitCode
 from nemo_rl.job.status import TerminationMessage
 from nemo_rl.run.checkpoint import find_checkpoints
-from nemo_rl.run.directory import RUN_FILE
+from nemo_rl.run.directory import unfinished_runs
 from nemo_rl.run.lease import Claim, Lease, guarded
 from nemo_rl.worker import ending, inputs, probe
 from nemo_rl.worker.digest import digest_argument
@@ -181,11 +181,8 @@ def _finished_before(job: Job, pod: Pod) -> TerminationMessage | None:
 
 def _step_to_go_on_from(output: Path, resume: str) -> int:
     """The step that the run will most likely go on from, told before torch is there: progress must not fall to 0."""
-    try:
-        unfinished = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))["status"] == "unfinished"
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
-    found = find_checkpoints(output) if unfinished and resume != "never" else []
+    unfinished = unfinished_runs(output, inside=True) if resume != "never" else []
+    found = find_checkpoints(unfinished[-1]) if unfinished else []
     return found[-1].step if found else 0
 
 

@@ -1,7 +1,8 @@
-"""The run directory: what goes on, what steps aside, and one run at a time."""
+"""The run directory: what goes on, what begins beside it, and one run at a time."""
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_rl.run.directory import RunBusyError, differences, open_run
+from nemo_rl.run.directory import RunBusyError, check_output_dir, default_output_dir, differences, open_run
 
 SETTINGS = {"model": "tiny", "training": {"learning_rate": 1e-6, "seed": 1}, "lora": None}
 OTHER = {"model": "tiny", "training": {"learning_rate": 2e-6, "seed": 1}, "beta": 0.1}
@@ -21,7 +22,7 @@ OTHER = {"model": "tiny", "training": {"learning_rate": 2e-6, "seed": 1}, "beta"
 
 def leave_run(directory: Path, settings: dict = SETTINGS, *, finished: bool = False, checkpoint: bool = False) -> None:
     """A run that was in `directory` before, with one line of metrics."""
-    with open_run(directory, settings, "auto") as run:
+    with open_run(directory, settings, "auto", total_steps=8) as run:
         (run.dir / "metrics.jsonl").write_text("before\n")
         if checkpoint:
             path = run.dir / "checkpoints" / "step-00000001"
@@ -46,12 +47,12 @@ def entries(directory: Path) -> list[str]:
         ({"checkpoint": True}, SETTINGS, "auto", "continues"),
         ({"checkpoint": True}, SETTINGS, "required", "continues"),
         ({}, SETTINGS, "required", "no complete checkpoint"),
-        ({"checkpoint": True}, SETTINGS, "never", "aside"),
-        ({"finished": True}, SETTINGS, "auto", "aside"),
-        ({"finished": True}, SETTINGS, "never", "aside"),
+        ({"checkpoint": True}, SETTINGS, "never", "beside"),
+        ({"finished": True}, SETTINGS, "auto", "beside"),
+        ({"finished": True}, SETTINGS, "never", "beside"),
         ({"finished": True, "checkpoint": True}, SETTINGS, "required", "finished"),
-        ({"checkpoint": True}, OTHER, "auto", "aside"),
-        ({"checkpoint": True}, OTHER, "never", "aside"),
+        ({"checkpoint": True}, OTHER, "auto", "beside"),
+        ({"checkpoint": True}, OTHER, "never", "beside"),
         ({"checkpoint": True}, OTHER, "required", "training.learning_rate was 1e-06, now 2e-06"),
     ],
 )
@@ -59,22 +60,69 @@ def test_what_happens_to_the_run_that_is_there(tmp_path, before, settings, resum
     directory = tmp_path / "out" / "model"
     if before is not None:
         leave_run(directory, **before)
-    if expected not in ("new", "continues", "aside"):
+    if expected not in ("new", "continues", "beside"):
         with pytest.raises(ValueError, match=expected):
-            open_run(directory, settings, resume)
+            open_run(directory, settings, resume, total_steps=8)
         assert before is None or (directory / "metrics.jsonl").read_text() == "before\n"
         return
-    with open_run(directory, settings, resume) as run:
+    with open_run(directory, settings, resume, total_steps=8) as run:
         assert run.resuming == (expected == "continues")
-        assert run.dir == directory
+        assert run.dir == (directory.with_name("model-2") if expected == "beside" else directory)
         assert (run.notice is None) == (expected == "new")
-        assert (directory / "metrics.jsonl").exists() == (expected == "continues")
-    aside = directory.with_name("model.old-1")
-    assert aside.exists() == (expected == "aside")
-    if expected == "aside":
-        assert (aside / "metrics.jsonl").read_text() == "before\n"
-        assert str(aside) in run.notice
+    if before is not None:
+        assert (directory / "metrics.jsonl").read_text() == "before\n"
+    if expected == "beside":
+        assert str(run.dir) in run.notice
         assert "\n" not in run.notice
+        assert not (run.dir / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("resume", ["auto", "required"])
+def test_a_finished_run_is_lengthened_where_it_is(tmp_path, resume):
+    leave_run(tmp_path / "run", finished=True, checkpoint=True)
+    with open_run(tmp_path / "run", SETTINGS, resume, total_steps=20) as run:
+        assert (run.dir, run.resuming, run.lengthened) == (tmp_path / "run", True, True)
+        assert (run.total_steps, run.first_total_steps) == (20, 8)
+        assert "had finished its 8 steps; it goes on to 20" in run.notice
+        run.finish(run.dir / "checkpoints" / "step-00000001")
+    with open_run(tmp_path / "run", SETTINGS, resume, total_steps=21) as run:
+        assert (run.first_total_steps, run.kept) == (8, ("step-00000001",))
+    with open_run(tmp_path / "run", SETTINGS, resume, total_steps=30) as run:  # unfinished, and longer than it was
+        assert not run.lengthened
+        assert "to 30 steps instead of 21" in run.notice
+
+
+def test_a_later_run_of_the_family_is_found_again(tmp_path):
+    leave_run(tmp_path / "run", OTHER)
+    leave_run(tmp_path / "run", checkpoint=True)
+    for resume in ("auto", "required"):
+        with open_run(tmp_path / "run", SETTINGS, resume, total_steps=8) as run:
+            assert (run.dir, run.resuming) == (tmp_path / "run-2", True)
+
+
+def test_a_folder_of_somebody_else_is_never_taken_for_one_beside(tmp_path):
+    leave_run(tmp_path / "run")
+    (tmp_path / "run-2").mkdir()
+    (tmp_path / "run-2" / "thesis.tex").write_text("mine")
+    (tmp_path / "run-3").write_text("a file")
+    with open_run(tmp_path / "run", OTHER, "auto") as run:
+        assert run.dir == tmp_path / "run-4"
+    assert entries(tmp_path / "run-2") == ["thesis.tex"]
+
+
+def test_runs_of_a_job_stay_within_its_folder(tmp_path):
+    leave_run(tmp_path / "job")
+    with open_run(tmp_path / "job", OTHER, "auto", inside=True) as run:
+        assert run.dir == tmp_path / "job" / "run-2"
+    with open_run(tmp_path / "job", OTHER, "auto", inside=True) as run:
+        assert (run.dir, run.resuming) == (tmp_path / "job" / "run-2", True)
+
+
+def test_the_moment_of_the_first_start_stays(tmp_path):
+    moment = datetime.datetime(2026, 2, 3, 23, 59, tzinfo=datetime.UTC)
+    open_run(tmp_path / "run", SETTINGS, "auto", started=moment).close()
+    with open_run(tmp_path / "run", SETTINGS, "auto", started=moment + datetime.timedelta(days=1)) as run:
+        assert run.started == moment
 
 
 def test_differences_name_every_field(tmp_path):
@@ -84,6 +132,46 @@ def test_differences_name_every_field(tmp_path):
     for phrase in ("beta was absent, now 0.1", "lora was null, now absent", "learning_rate was 1e-06, now 2e-06"):
         assert phrase in str(caught.value)
     assert "seed" not in str(caught.value)
+
+
+def test_a_digest_that_differs_is_said_without_its_figures():
+    assert differences({"dataset": "sha256:aa", "x": 1}, {"dataset": "sha256:bb", "x": 1}) == ["dataset has changed"]
+    assert differences({"r": {"f()": "sha256:aa"}}, {"r": {}}) == [
+        "r was absent, now {}",
+        "r.f() was there, now absent",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("", "is empty"), ("  ", "is empty"), ("notes.txt", "is a file, not a folder"), ("notes.txt/x/y", "is a file"),
+     ("dangling", "is a link to nothing")],
+)  # fmt: skip
+def test_an_output_dir_that_is_no_folder_is_refused(tmp_path, monkeypatch, given, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=f"output_dir=.*{said}"):
+        check_output_dir(given)
+    assert entries(tmp_path) == ["dangling", "notes.txt"]
+
+
+def test_an_output_dir_with_a_tilde_is_in_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert check_output_dir("~/out") == tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("outputs/tiny/checkpoints/step-00000010", "tiny"),
+        ("/a/tiny-2/checkpoints/best/", "tiny-2"),
+        ("./checkpoints/latest", "latest"),
+        ("org/model", "model"),
+    ],
+)
+def test_a_checkpoint_gives_its_runs_name(model, name):
+    assert default_output_dir(model) == Path("outputs") / name
 
 
 values = st.recursive(
@@ -100,30 +188,19 @@ def test_differences_are_empty_only_for_equal_settings(there, here):
     assert (differences(there, here) == []) == same
 
 
-def test_each_run_that_steps_aside_gets_its_own_number(tmp_path):
+def test_each_run_beside_gets_its_own_number(tmp_path):
     directory = tmp_path / "run"
     for number in range(4):
         with open_run(directory, {"n": number}, "never") as run:
             (run.dir / "mine.txt").write_text(str(number))
-    assert entries(tmp_path) == ["run", "run.old-1", "run.old-2", "run.old-3"]
-    assert [(tmp_path / f"run.old-{n}" / "mine.txt").read_text() for n in (1, 2, 3)] == ["0", "1", "2"]
+    assert entries(tmp_path) == ["run", "run-2", "run-3", "run-4"]
+    assert [(tmp_path / name / "mine.txt").read_text() for name in entries(tmp_path)] == ["0", "1", "2", "3"]
 
 
 def test_tuples_and_other_spellings_of_equal_settings_resume(tmp_path):
     open_run(tmp_path / "run", {"a": (1, 2), "b": {"x": 1, "y": 2}}, "auto").close()
     with open_run(tmp_path / "run", {"b": {"y": 2, "x": 1}, "a": [1, 2]}, "auto") as run:
         assert run.resuming
-
-
-def test_files_of_others_in_a_directory_that_was_there_stay(tmp_path):
-    (tmp_path / "notebook.ipynb").write_text("mine")
-    leave_run(tmp_path, finished=True)
-    with open_run(tmp_path, SETTINGS, "auto") as run:
-        assert not run.resuming
-    assert (tmp_path / "notebook.ipynb").read_text() == "mine"
-    aside = tmp_path.with_name(f"{tmp_path.name}.old-1")
-    assert entries(aside) == ["metrics.jsonl", "run.json"]
-    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', '{"format": 99, "status": "unfinished"}'])
@@ -135,7 +212,8 @@ def test_unreadable_record_is_another_run(tmp_path, content):
         open_run(directory, SETTINGS, "required")
     with open_run(directory, SETTINGS, "auto") as run:
         assert not run.resuming
-    assert (tmp_path / "run.old-1" / "metrics.jsonl").read_text() == "before\n"
+        assert run.dir == tmp_path / "run-2"
+    assert (directory / "metrics.jsonl").read_text() == "before\n"
 
 
 def test_foreign_files_alone_are_no_run(tmp_path):
@@ -153,12 +231,14 @@ def test_finish_is_recorded_and_lets_go(tmp_path):
     open_run(tmp_path / "run", SETTINGS, "auto").close()
 
 
-def test_second_run_of_this_process_is_refused(tmp_path):
+def test_two_calls_of_this_process_never_share_a_folder(tmp_path):
+    (tmp_path / "alias").symlink_to(tmp_path / "run")
     with open_run(tmp_path / "run", SETTINGS, "auto"):
-        (tmp_path / "alias").symlink_to(tmp_path / "run")
         for path in (tmp_path / "run", tmp_path / "alias"):
-            with pytest.raises(RunBusyError, match="another output_dir"):
-                open_run(path, OTHER, "never")
+            with pytest.raises(RunBusyError, match="being trained by another call"):
+                open_run(path, SETTINGS, "auto")
+        with open_run(tmp_path / "run", OTHER, "auto") as second, open_run(tmp_path / "alias", OTHER, "never") as third:
+            assert (second.dir, third.dir) == (tmp_path / "run-2", tmp_path / "run-3")
     open_run(tmp_path / "run", SETTINGS, "auto").close()
 
 
@@ -185,8 +265,8 @@ def test_run_of_another_process_is_refused_until_it_is_killed(tmp_path):
     )
     worker = int(holder.stdout.readline())
     try:
-        with pytest.raises(RunBusyError, match="another run"):
-            open_run(tmp_path / "run", {"model": "tiny"}, "never")
+        with pytest.raises(RunBusyError, match="another call"):
+            open_run(tmp_path / "run", {"model": "tiny"}, "auto")
         holder.kill()
         holder.wait()
         with open_run(tmp_path / "run", {"model": "tiny"}, "auto") as run:  # although its worker still lives
@@ -200,20 +280,16 @@ def test_run_of_another_process_is_refused_until_it_is_killed(tmp_path):
 RACER = """
 import sys
 from pathlib import Path
-from nemo_rl.run.directory import RunBusyError, open_run
+from nemo_rl.run.directory import open_run
 print("ready", flush=True)
 sys.stdin.readline()
-try:
-    run = open_run(Path(sys.argv[1]), {"n": int(sys.argv[2])}, "never")
-except RunBusyError:
-    print("busy", flush=True)
-else:
-    print(f"won {sys.argv[2]}", flush=True)
-    sys.stdin.readline()
+run = open_run(Path(sys.argv[1]), {"n": int(sys.argv[2])}, "never")
+print(run.dir.name, flush=True)
+sys.stdin.readline()
 """
 
 
-def test_one_of_several_processes_at_once_wins(tmp_path):
+def test_several_processes_at_once_each_get_a_folder_of_their_own(tmp_path):
     directory = tmp_path / "run"
     leave_run(directory, finished=True)
     racers = [
@@ -230,11 +306,10 @@ def test_one_of_several_processes_at_once_wins(tmp_path):
     for racer in racers:
         racer.stdin.write("\n")
         racer.stdin.flush()
-    answers = [racer.stdout.readline().split() for racer in racers]
-    winners = [answer[1] for answer in answers if answer[0] == "won"]
-    record = json.loads((directory / "run.json").read_text())
+    taken = [racer.stdout.readline().strip() for racer in racers]
     for racer in racers:
         racer.communicate("\n")
-    assert len(winners) == 1
-    assert record["settings"] == {"n": int(winners[0])}
-    assert (tmp_path / "run.old-1" / "metrics.jsonl").read_text() == "before\n"
+    assert sorted(taken) == ["run-2", "run-3", "run-4", "run-5"]
+    for number, name in enumerate(taken):
+        assert json.loads((tmp_path / name / "run.json").read_text())["settings"] == {"n": number}
+    assert (directory / "metrics.jsonl").read_text() == "before\n"

@@ -18,8 +18,8 @@ from nemo_rl.backends.kubernetes.tunnel import open_tunnel
 from nemo_rl.job import names
 from nemo_rl.job.reading import read_spec
 from nemo_rl.job.status import JobStatus
-from nemo_rl.run.checkpoint import TRAINER_STATE
-from nemo_rl.run.directory import COMPLETIONS_FILE, METRICS_FILE, RUN_FILE, open_run
+from nemo_rl.run.checkpoint import CHECKPOINTS, TRAINER_STATE
+from nemo_rl.run.directory import COMPLETIONS_FILE, METRICS_FILE, finished_run, open_run
 
 if TYPE_CHECKING:
     from nemo_rl.api.result import TrainResult
@@ -112,12 +112,17 @@ def collect(
 ) -> TrainResult:
     """The result of a job that succeeded: its best checkpoint and its records fetched into `output_dir`.
 
-    What another run left in that folder steps aside, as in a local run. Raises as `fetch.download`.
+    Where another run is in that folder they go beside it, as in a local run. Raises as `fetch.download`.
     """
     name, uid = job["metadata"]["name"], job["metadata"]["uid"]
     status = JobStatus.load(job.get("status"))
     settings = {"job": name, "namespace": cluster.namespace, "uid": uid}
-    run = None if _is_collected(output_dir, settings) else open_run(output_dir, settings, "auto")
+    run = None
+    if (collected := finished_run(output_dir, settings)) is not None:
+        output_dir = collected
+    else:
+        run = open_run(output_dir, settings, "auto")
+        output_dir = run.dir
     try:
         if run is not None and run.notice and "continuing" not in run.notice:
             say(run.notice)
@@ -131,20 +136,15 @@ def collect(
     return build_result(job, output_dir, checkpoint)
 
 
-def _is_collected(output_dir: Path, settings: dict[str, Any]) -> bool:
-    try:
-        record = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
-        return bool(record["status"] == "finished" and record["settings"] == settings)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def _fetch_all(
     client: FileClient, name: str, status: JobStatus, output_dir: Path, say: Callable[[str], None]
 ) -> Path | None:
     checkpoint = best_checkpoint(status, name)
     files: list[RemoteFile] = []
-    for path in (f"{name}/{METRICS_FILE}", f"{name}/{COMPLETIONS_FILE}"):
+    folder, parts = name, checkpoint.split("/") if checkpoint is not None else []
+    if CHECKPOINTS in parts:  # the job's folder, or that of the run within it
+        folder = "/".join(parts[: parts.index(CHECKPOINTS)])
+    for path in (f"{folder}/{METRICS_FILE}", f"{folder}/{COMPLETIONS_FILE}"):
         files += client.manifest(path)
     if checkpoint is not None:
         # The optimizer's state is larger than the model, and only a run on the cluster goes on from it.
@@ -155,8 +155,8 @@ def _fetch_all(
     size = sum(file.size for file in files)
     say(f"fetching {len(files)} files ({size / 1e6:.1f} MB) to {output_dir}")
     with TransferBar("download") as bar:
-        download(files, client, output_dir, name, bar)
-    return output_dir / relative_to(checkpoint, name) if checkpoint is not None else None
+        download(files, client, output_dir, folder, bar)
+    return output_dir / relative_to(checkpoint, folder) if checkpoint is not None else None
 
 
 def best_checkpoint(status: JobStatus, name: str) -> str | None:

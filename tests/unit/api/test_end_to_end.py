@@ -84,10 +84,11 @@ def test_a_live_model_is_trained_in_place(tiny_model: Path):
     assert not before.equal(model.get_input_embeddings().weight)
 
 
-def test_a_finished_run_steps_aside_for_the_next(tiny_model: Path):
-    _train(tiny_model, "sft")
-    _train(tiny_model, "sft")
-    assert Path("outputs/tiny.old-1/metrics.jsonl").is_file()
+def test_the_next_run_begins_beside_a_finished_one(tiny_model: Path):
+    first = _train(tiny_model, "sft")
+    second = _train(tiny_model, "sft")
+    assert [Path(r.output_dir).name for r in (first, second)] == ["tiny", "tiny-2"]
+    assert first.history == json.loads(json.dumps(first.history))
 
 
 def test_a_callback_ends_the_run(tiny_model: Path):

@@ -45,7 +45,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     assert len(metrics_of(tmp_path / "broken")) == 2
     assert launcher.run(second, tmp_path / "broken", **job) == [0] * second
     assert_same_run(tmp_path / "broken", tmp_path / "unbroken", 5)
-    assert not list(tmp_path.glob("*.old-*"))
+    assert not list(tmp_path.glob("broken-*"))
 
 
 def test_a_signal_to_one_rank_saves_and_ends_both(launcher: Launcher, tiny_model: str, tmp_path: Path) -> None:

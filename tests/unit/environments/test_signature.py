@@ -102,11 +102,12 @@ def test_kinds_are_told_apart(fn, batched, is_async):
     ("fn", "said"),
     [
         (lambda: 1.0, "takes 0 positional parameters"),
-        (lambda response: 1.0, "takes 1 positional parameters"),
-        (lambda response, answer: 1.0, "response in the wrong place"),
-        (lambda question, prompt: 1.0, "prompt in the wrong place"),
-        (lambda prompts, completions: 1.0, "@nemo_rl.batched_reward"),
-        (lambda completions, **columns: 1.0, "@nemo_rl.batched_reward"),
+        (lambda text: 1.0, "takes 1 positional parameters"),
+        (lambda question, prompt: 1.0, "'prompt' stands in the place of the response"),
+        (lambda question, answer: 1.0, "'answer' stands in the place of the response"),
+        (lambda prompt, reference: 1.0, "'reference' stands in the place of the response"),
+        (lambda prediction, gold: 1.0, "'prediction' stands in the place of the prompt"),
+        (lambda prompts, labels: 1.0, "'labels' stands in the place of the response"),
         (lambda prompt, response, answer, /: 1.0, "'answer' is positional-only"),
         (lambda prompt, response: (yield 1.0), "a generator"),
         (Scorer, "give Scorer(...)"),
@@ -158,7 +159,7 @@ def test_decorators_check_at_once_and_leave_the_function_as_it_is():
     assert (bound.name, bound.in_process) == ("quality", True)
     assert bind_rewards(reward_function(Scorer().method)).rewards[0].name == "method"
     with pytest.raises(TypeError, match="takes 1 positional"):
-        reward_function(lambda response: 1.0)
+        reward_function(lambda text: 1.0)
 
 
 def test_weights_by_list_and_by_name():
@@ -228,3 +229,115 @@ def test_the_identity_of_rewards_follows_their_code_and_weights_not_their_place(
     identities = [bind_rewards(make(text)).identity for text in (one, same, other)]
     assert identities[0] == identities[1] != identities[2]
     assert bind_rewards(make(one), [2.0]).identity != identities[0]
+
+
+# --- names of the data set and of other libraries
+
+ROW = {"answer": "4", "data_source": "gsm8k", "ground_truth": "5", "label": "L", "days": [1]}
+
+
+def called(fn, columns=tuple(ROW), **more):
+    """What a reward gets for one completion, or one batched call for two."""
+    signature = bind_rewards(fn, columns=columns).rewards[0].signature
+    signature.check_columns("the reward", columns)
+    calls = [RewardCall("p", r, None, {n: ROW[n] for n in columns if n in ROW}, **more) for r in ("r", "s")]
+    args, keywords = signature.batch_arguments(calls) if signature.batched else signature.arguments(calls[0])
+    return fn(*args, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("fn", "expected"),
+    [
+        (lambda completion, answer: (completion, answer), ("r", "4")),
+        (lambda answer, response: (answer, response), ("4", "r")),
+        (lambda response, answer: (response, answer), ("r", "4")),
+        (lambda response: response, "r"),
+        (lambda prompt, completion, label: (prompt, completion, label), ("p", "r", "L")),
+        (lambda label, prompt, completion: (label, prompt, completion), ("L", "p", "r")),
+        (
+            lambda data_source, solution_str, ground_truth, extra_info=None: (data_source, solution_str, ground_truth, extra_info),
+            ("gsm8k", "r", "5", None),
+        ),
+        (lambda prompts, completions, **kwargs: (prompts, completions, kwargs["answer"]), (["p"] * 2, ["r", "s"], ["4"] * 2)),
+        (lambda completions, ground_truth, **kwargs: (completions, ground_truth), (["r", "s"], ["5", "5"])),
+        (lambda queries, prompts, labels: (queries, prompts, labels), (["pr", "ps"], ["p", "p"], ["L", "L"])),
+    ],
+)  # fmt: skip
+def test_names_of_columns_and_of_other_libraries_get_what_they_say(fn, expected):
+    assert called(fn) == expected
+
+
+@pytest.mark.parametrize(
+    ("fn", "columns", "said"),
+    [
+        (lambda question, answer: 1.0, ["question", "answer"], "'question' stands in the place of the prompt"),
+        (lambda x, answer: 1.0, ["answer"], "is a column of the data set"),
+        (lambda text, label: 1.0, ["label"], "stands in the place of"),
+        (lambda prompt, completion: 1.0, ["completion"], "in other libraries what the model wrote"),
+        (lambda data_source, solution_str, ground_truth: 1.0, ["answer"], "'data_source', but the data set has no such"),
+        (lambda queries, prompts, labels: 1.0, ["answer"], "'labels', but the data set has no such column"),
+        (lambda response, reference: 1.0, ["answer"], "'reference', but the data set has no such column"),
+        (lambda completions, completion_ids: 1.0, ["answer"], "'completion_ids', but the data set has no such column"),
+    ],
+)
+def test_doubt_is_refused_rather_than_filled_with_something_else(fn, columns, said):
+    with pytest.raises(TypeError, match=said):
+        bind_rewards(fn, columns=columns)
+
+
+def test_verls_ground_truth_is_found_in_its_reward_model():
+    def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+        return ground_truth
+
+    row = {"data_source": "d", "reward_model": {"ground_truth": "7", "style": "rule"}}
+    signature = bind_rewards(compute_score, columns=row).rewards[0].signature
+    args, keywords = signature.arguments(RewardCall("p", "r", None, row))
+    assert compute_score(*args, **keywords) == "7"
+
+
+def test_trls_conversations_are_lists_of_messages():
+    def reward(prompts, completions, **kwargs):
+        return [completion[0]["content"] for completion in completions], prompts
+
+    messages = [{"role": "user", "content": "hi"}]
+    signature = bind_rewards(reward, columns=[]).rewards[0].signature
+    args, keywords = signature.batch_arguments([RewardCall("hi", "r", messages)])
+    assert reward(*args, **keywords) == (["r"], [messages])
+
+
+def test_step_epoch_and_special_tokens_come_when_they_are_asked_for():
+    def reward(prompt, response, step, epoch=9, response_raw=""):
+        return step, epoch, response_raw
+
+    assert called(reward, step=3, epoch=1, response_raw="<a>r</a>") == (3, 1, "<a>r</a>")
+    assert called(lambda prompt, response, answer, step: step, columns=("answer",), step=3) == 3
+
+
+def test_a_bound_argument_is_not_replaced_by_a_column():
+    assert called(functools.partial(lambda prompt, response, label: label, label="mine")) == "mine"
+
+
+def test_a_reward_changes_its_row_for_itself_alone():
+    def reward(prompt, response, days):
+        days.append(2)
+        return len(days)
+
+    assert [called(reward), called(reward), ROW["days"]] == [2, 2, [1]]
+
+
+def test_a_name_may_be_given_to_environments_and_decorators():
+    class Judge(Environment):
+        def score(self, prompt, response):
+            return 1.0
+
+    @reward_function("quality")
+    def first(prompt, response):
+        return 1.0
+
+    @batched_reward("all")
+    def second(prompts, responses):
+        return [1.0 for _ in prompts]
+
+    assert [r.name for r in bind_rewards([Judge(name="strict"), Judge(), first, second]).rewards] == [
+        *("strict", "Judge", "quality", "all")
+    ]

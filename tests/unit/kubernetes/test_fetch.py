@@ -118,13 +118,13 @@ def test_the_result_is_complete_without_the_optimizers_state(server: FileServer,
     assert [row["step"] for row in result.history] == [1, 2, 3]
 
 
-def test_fetching_again_keeps_the_folder_and_another_job_moves_it_aside(server: FileServer, tmp_path: Path) -> None:
+def test_fetching_again_keeps_the_folder_and_another_job_goes_beside_it(server: FileServer, tmp_path: Path) -> None:
     out = tmp_path / "out"
     collect(out, server.server_port)
     collect(out, server.server_port)
     assert [p.name for p in tmp_path.glob("out*")] == ["out"]
     collect(out, server.server_port, job(uid="u2"))
-    assert sorted(p.name for p in tmp_path.glob("out*")) == ["out", "out.old-1"]
+    assert sorted(p.name for p in tmp_path.glob("out*")) == ["out", "out-2"]
 
 
 def test_broken_connections_are_resumed_where_they_broke(server: FileServer, tmp_path: Path) -> None:

@@ -141,4 +141,4 @@ def test_killed_runs_equal_an_unbroken_one(algorithm: str, runs: Runs, tmp_path:
     assert runs.run(algorithm, output) == 0
     assert outcome(output) == expected
     assert -signal.SIGKILL in codes
-    assert not list(tmp_path.glob("*.old-*")), "a run that should have gone on was started anew"
+    assert not list(tmp_path.glob("broken*-2")), "a run that should have gone on was started anew"

@@ -169,8 +169,9 @@ def test_a_new_job_of_the_same_name_trains_anew_beside_the_old_run(engine: Engin
     assert Pod(tmp_path, engine, sft(tiny_model), uid="first").run() == ExitCode.DONE
     second = Pod(tmp_path, engine, sft(tiny_model), uid="second")
     assert second.run() == ExitCode.DONE
-    assert len(second.history()) == 4
-    assert (second.output.parent / "yes.old-1/metrics.jsonl").is_file()
+    assert second.word().checkpoint.best.startswith("yes/run-2/checkpoints/")
+    assert (second.output / "run-2" / "metrics.jsonl").read_text().count("\n") == 4
+    assert len(second.history()) == 4, "the first job's record is as it was"
 
 
 def test_sigterm_during_the_start_ends_at_once_and_says_so(engine: Engine, tmp_path: Path, tiny_model: Path):

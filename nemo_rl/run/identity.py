@@ -1,0 +1,103 @@
+"""What makes two runs the same: that which decides the sequence of gradients, and nothing else.
+
+Model, tokenizer, rows, algorithm and its settings, seed, batches, sampling, and the reward with all that it reaches. Not
+the length of the run, evaluation, what only takes memory or time, nor what is logged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+from nemo_rl.run.directory import DIGEST
+
+NOT_IDENTITY = frozenset(
+    {
+        *("max_steps", "max_epochs", "save_every", "keep_checkpoints", "eval_every", "resume"),
+        *("log_level", "tensorboard", "report_to", "logged_completions", "trust_remote_code"),
+        *("tokens_per_microbatch", "activation_checkpointing", "sharding", "memory", "offload"),
+        *("checkpoint_dtype", "kl_every"),
+    }
+)
+"""Settings of any section that a run goes on with although they differ."""
+
+_WEIGHTS = (".safetensors", ".bin", ".pt")
+_EDGE = 1 << 16
+_SAMPLES = 256
+
+_trained_here: weakref.WeakKeyDictionary[Any, tuple[dict[str, Any], str]] = weakref.WeakKeyDictionary()
+"""Live models that interrupted runs of this process have trained: their identity before, and their weights now."""
+
+
+def settings_identity(*sections: Any) -> dict[str, Any]:
+    """The settings of these sections of the specification that decide the gradients, by name."""
+    found: dict[str, Any] = {}
+    for section in sections:
+        found |= {name: value for name, value in section.model_dump().items() if name not in NOT_IDENTITY}
+    return found
+
+
+def model_identity(reference: str, model: Any = None) -> dict[str, Any]:
+    """A model by its content: of a folder its configuration and weights, of a live model these too, else its hub name.
+
+    Weights count by their sizes and a sample. A folder is the same model wherever it lies.
+    """
+    if model is not None:
+        now = live_weights(model)
+        before, after = _trained_here.get(model, ({}, None))
+        return before if after == now else {"class": type(model).__name__, "weights": now}
+    folder = Path(reference).expanduser()
+    if not folder.is_dir():
+        return {"name": reference}
+    config = folder / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    digest = hashlib.sha256()
+    for file in sorted(f for f in folder.iterdir() if f.suffix in _WEIGHTS and f.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with open(file, "rb") as stream:
+            for place in sorted({0, max(0, size // 2 - _EDGE // 2), max(0, size - _EDGE)}):
+                stream.seek(place)
+                digest.update(stream.read(_EDGE))
+    text = json.dumps(settings, sort_keys=True)
+    return {
+        "config": DIGEST + hashlib.sha256(text.encode()).hexdigest()[:24],
+        "weights": DIGEST + digest.hexdigest()[:24],
+    }
+
+
+def live_weights(model: Any) -> str:
+    """Digest of names, shapes and a sample of the weights of a model in memory."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _SAMPLES)][: 2 * _SAMPLES].double().cpu().numpy()
+        digest.update(f"{name} {tuple(parameter.shape)} ".encode())
+        digest.update(sample.tobytes())
+    return DIGEST + digest.hexdigest()[:24]
+
+
+def remember_trained(model: Any, before: dict[str, Any] | None) -> None:
+    """Notes that a run which is not finished has trained this model, so that the same call finds its run again."""
+    if before is None:
+        _trained_here.pop(model, None)
+    else:
+        _trained_here[model] = (before, live_weights(model))
+
+
+def was_trained(model: Any) -> bool:
+    """Whether an interrupted run of this process has trained the model, so that it is not the one of the run's start."""
+    return model in _trained_here and _trained_here[model][1] == live_weights(model)
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """Digest of what a tokenizer makes of rows: its vocabulary, special tokens and chat template."""
+    known = [
+        sorted(tokenizer.get_vocab().items()),
+        sorted((name, str(value)) for name, value in tokenizer.special_tokens_map.items()),
+        getattr(tokenizer, "chat_template", None),
+    ]
+    return DIGEST + hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()[:24]
