@@ -78,6 +78,8 @@ def ignored(run: Run) -> list[str]:
     for name, section in (("resources", ResourcesSpec), ("output", OutputSpec)):
         if name in found:
             given = getattr(spec, name).model_fields_set
+            if name == "resources" and spec.resources.gpus_per_node <= 1:
+                given = given - {"gpus_per_node"}  # 0 trains on the CPU here too, and 1 is what is used here
             at = found.index(name)
             found[at : at + 1] = [f"{name}.{field}" for field in section.model_fields if field in given]
     found += [

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nemo_rl.environments.environment import requires_one_of
+from nemo_rl.environments.math_symbols import same_mathematics
 from nemo_rl.environments.math_text import final_answer, same_answer
 
 ANSWER_COLUMNS = ("answer", "expected_answer", "ground_truth")
@@ -31,10 +32,16 @@ def math_answer(
 
     The final answer is the last \boxed{...}, else what follows the last "####", else the last number, else the whole
     response. Fractions, decimals, percent signs, thousands separators, currency, units and spacing do not matter: 1/2, 0.5, 50\% and \frac{1}{2} are equal.
-    A reference may itself be a worked solution; then its final answer counts.
+    With math-verify (the extra `math`), surds, expressions, sets and intervals are compared by what they are too; without
+    it what is no number is compared as text. A reference may itself be a worked solution; then its final answer counts.
     """
     found = final_answer(response) or response
-    return float(same_answer(found, _reference(answer, expected_answer, ground_truth)))
+    reference = _reference(answer, expected_answer, ground_truth)
+    if same_answer(found, reference):
+        return 1.0
+    if "\\boxed" in reference or "####" in reference:
+        reference = final_answer(reference) or reference
+    return float(same_mathematics(found, reference))
 
 
 def format_reward(pattern: str = THINK_PATTERN) -> Callable[[str, str], float]:

@@ -11,6 +11,7 @@ This module loads no torch until it saves or loads tensors, so a client can look
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -285,11 +286,55 @@ def write_checkpoint(
     except BaseException as error:
         if lease and isinstance(error, Exception) and not isinstance(error, LeaseLost) and not lease.held():
             raise lease.lost() from error
-        error.add_note(f"while saving the checkpoint of step {step} to {path}")
+        written = sum(file.stat().st_size for file in aside.rglob("*") if file.is_file()) if aside.is_dir() else 0
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
         if is_rank_zero():
             shutil.rmtree(aside, ignore_errors=True)
+        cause = no_room(error)
+        if cause is not None:
+            size = _bytes_of(model, optimizer)
+            raise OSError(
+                cause,
+                f"no room for the checkpoint of step {step} in {path.parent}: it takes about {_size(size)}, {_size(written)} "
+                f"could be written and {_size(free)} of the disk are free ({os.strerror(cause)}); free some, lower "
+                "keep_checkpoints, or give another output_dir",
+            ) from None
+        error.add_note(f"while saving the checkpoint of step {step} to {path}")
         raise
     return path
+
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def no_room(error: BaseException) -> int | None:
+    """The error number if a disk, a quota or a limit on files is at the root of an error, however libraries wrap it."""
+    pending, seen = [error], set()
+    while pending:
+        found = pending.pop()
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        if isinstance(found, OSError) and found.errno in _NO_ROOM:
+            return found.errno
+        for number in _NO_ROOM:  # safetensors and torch tell in words only
+            if f"os error {number})" in str(found) or os.strerror(number) in str(found):
+                return number
+        failures = getattr(found, "failures", None)  # of torch.distributed.checkpoint: by rank, with tracebacks
+        pending += [item[0] for item in failures.values()] if isinstance(failures, dict) else []
+        pending += [inner for inner in (found.__cause__, found.__context__) if inner is not None]
+    return None
+
+
+def _bytes_of(model: Any, optimizer: Any) -> int:
+    """What a checkpoint takes: all weights, and the two moments of each parameter that the optimizer has."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    moments = sum(8 * p.numel() for group in optimizer.param_groups for p in group["params"]) if optimizer else 0
+    return int(weights + moments)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def _seal(aside: Path, record: dict[str, Any]) -> None:

@@ -69,6 +69,20 @@ def model_identity(reference: str, model: Any = None) -> dict[str, Any]:
     }
 
 
+def refuse_adapter(reference: str) -> None:
+    """ValueError for the folder of a PEFT adapter, which holds no model of its own."""
+    folder = Path(reference).expanduser()
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        return
+    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    raise ValueError(
+        f"model {reference!r} is the folder of a PEFT adapter{f' of {base!r}' if base else ''}, not of a model; merge it first: "
+        f"peft.AutoPeftModelForCausalLM.from_pretrained({reference!r}).merge_and_unload().save_pretrained(FOLDER), save its "
+        "tokenizer beside it, and train FOLDER"
+    )
+
+
 def live_weights(model: Any) -> str:
     """Digest of names, shapes and a sample of the weights of a model in memory."""
     digest = hashlib.sha256()

@@ -55,6 +55,9 @@ class MetricsLog:
                            run_dir / METRICS_FILE, self._last_step, resume_step)  # fmt: skip
             self._last_step = resume_step
         self._completions, _ = _go_on(run_dir / COMPLETIONS_FILE, resume_step, lease)
+        self.has_start = any(record["step"] == 0 for record, _ in _intact_records(run_dir / METRICS_FILE)[:1])
+        """Whether step 0, the measurement before training, is there already."""
+        self._path = run_dir / METRICS_FILE
         self._board = _open_board(run_dir / TENSORBOARD_DIR, resume_step) if tensorboard else None
 
     def log(self, metrics: dict[str, Any]) -> None:
@@ -62,18 +65,30 @@ class MetricsLog:
         if self._lease is not None:
             self._lease.check()
         step = metrics["step"]
-        if step <= self._last_step:
+        if step <= self._last_step and (step > 0 or self.has_start):
             raise ValueError(
                 f"step {step} was logged already (the last one is {self._last_step}); each step is logged once"
             )
         values = {name: _plain(value) for name, value in metrics.items()}
         _append(self._metrics, [values])
         self._last_step = step
+        self.has_start = self.has_start or step == 0
         if self._board is not None:
             for name, value in values.items():
                 if name != "step" and isinstance(value, (int, float)):
                     self._board.add_scalar(name, value, step)
             self._board.flush()
+
+    def replace(self, metrics: dict[str, Any]) -> None:
+        """Write the last step anew: of a run that was stopped, the validation data is measured after its line was written."""
+        records = _intact_records(self._path)
+        if not records or records[-1][0]["step"] != metrics["step"]:
+            raise ValueError(f"step {metrics['step']} is not the last one of {self._path}")
+        end = records[-2][1] if len(records) > 1 else 0
+        self._metrics.flush()
+        os.ftruncate(self._metrics.fileno(), end)
+        self._last_step = metrics["step"] - 1
+        self.log(metrics)
 
     def log_completions(self, step: int, completions: list[dict[str, Any]]) -> None:
         """Append sample completions of a step, one line each, with the step as first field."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime
-import logging
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -25,7 +24,14 @@ from nemo_rl.model.policy import Policy
 from nemo_rl.model.sharding import ShardedModel
 from nemo_rl.run.checkpoint import Checkpoint, CheckpointStore
 from nemo_rl.run.directory import DIGEST, METRICS_FILE, Run, check_output_dir, default_output_dir, differences, open_run
-from nemo_rl.run.identity import model_identity, remember_trained, settings_identity, tokenizer_identity, was_trained
+from nemo_rl.run.identity import (
+    model_identity,
+    refuse_adapter,
+    remember_trained,
+    settings_identity,
+    tokenizer_identity,
+    was_trained,
+)
 from nemo_rl.run.lease import Claim, Lease
 from nemo_rl.run.metrics import read_history
 from nemo_rl.run.ranks import Ranks, join
@@ -37,9 +43,6 @@ from nemo_rl.trainers.passes import Passes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-log = logging.getLogger("nemo_rl")
-
 
 class Trainer(Passes, ABC):
     """Trains one model by one algorithm. `fit` runs it; attributes: model, tokenizer, config, current_step, output_dir.
@@ -136,6 +139,8 @@ class Trainer(Passes, ABC):
         self.callbacks = CallbackList(callbacks)
         dataset, own_validation = train_and_validation(dataset)
         validation_dataset = own_validation if validation_dataset is None else validation_dataset
+        if self.model is None:
+            refuse_adapter(self._model_name())
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer(self._model_name(), self.training.trust_remote_code)
         if isinstance(dataset, Iterator):
@@ -245,8 +250,11 @@ class Trainer(Passes, ABC):
         self._observe(metrics)
         return metrics
 
-    def measure(self, validation: Prepared) -> tuple[dict[str, Any], float]:
-        """Returns the metrics of the validation data, and the one number of them that is higher for better models."""
+    def measure(self, validation: Prepared) -> tuple[dict[str, Any], float | None]:
+        """Returns the metrics of the validation data, and the one number of them that is higher for better models.
+
+        None where nothing could be measured.
+        """
         started = time.perf_counter()
         metrics, metric = self.evaluate(validation)
         return {**metrics, "validation_seconds": time.perf_counter() - started}, metric
@@ -294,7 +302,7 @@ class Trainer(Passes, ABC):
         """Makes one optimizer step from these examples and returns its metrics."""
 
     @abstractmethod
-    def evaluate(self, validation: Prepared) -> tuple[dict[str, float], float]:
+    def evaluate(self, validation: Prepared) -> tuple[dict[str, float], float | None]:
         """Returns the metrics of the validation data, and the one number of them that is higher for better models."""
 
     def _bind(self, data: Prepared, validation: Prepared | None, reward_fn: Any, reward_weights: Any) -> None:
@@ -460,7 +468,8 @@ class Trainer(Passes, ABC):
                 f"epoch{'s' if epochs > 1 else ''} are {self.total_steps} steps, not max_steps={self.training.max_steps}; "
                 "raise max_epochs to train longer"
             )
-        log.debug("first example: %s", describe_example(self.tokenizer, data.examples[0]))
+        if self.training.log_level == "debug":
+            self.display.note(f"first example: {describe_example(self.tokenizer, data.examples[0])}")
 
 
 def extent(examples: list[Any]) -> tuple[int, int]:

@@ -229,6 +229,12 @@ def validate_callbacks(callbacks: Sequence[Any] | None) -> list[Any]:
             _check_hook(f"{where}: {_name(callback)}.{name}", callback, name)
         for found, meant in strays:
             warnings.warn(f"{where}: {_name(callback)}.{found} is never called; did you mean {meant}?", stacklevel=2)
+        if foreign := sorted(_foreign_hooks(callback).difference(found for found, _ in strays)):
+            warnings.warn(
+                f"{where}: {_name(callback)} has {', '.join(foreign)}, which {'is' if len(foreign) == 1 else 'are'} never "
+                f"called; the hooks are {', '.join(HOOKS)}. Metrics come with on_step_end(trainer, step, metrics)",
+                stacklevel=2,
+            )
     return list(callbacks)
 
 
@@ -259,6 +265,15 @@ def _misspelled(callback: Any) -> list[tuple[str, str]]:
         if close and callable(getattr(callback, name, None)):
             strays.append((name, close[0]))
     return strays
+
+
+def _foreign_hooks(callback: Any) -> set[str]:
+    """Methods that look like hooks, as other libraries have them (on_log, on_evaluate, on_train_batch_end)."""
+    return {
+        name
+        for name in dir(callback)
+        if name.startswith("on_") and name not in HOOKS and callable(getattr(callback, name, None))
+    }
 
 
 def _name(callback: Any) -> str:

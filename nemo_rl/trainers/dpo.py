@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import os
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nemo_rl.data.prepare import PairExample, Prepared
+from nemo_rl.data.prepare import PairExample, Prepared, batches
 from nemo_rl.model.packing import PackedBatch, TokenSequence
 from nemo_rl.model.policy import Policy
 from nemo_rl.objectives.losses import preference_loss
+from nemo_rl.run.lease import Lease, guarded
 from nemo_rl.trainers.base import Trainer
+
+
+REFERENCE_DIR = "reference"
+"""In the run's folder: the log-probabilities at the start, a file for each data set."""
+PAIRS_AT_ONCE = 256
+"""Pairs between two looks at the clock while they are computed."""
+PROGRESS_SECONDS = 15.0
 
 
 class DPOTrainer(Trainer):
     """Minimises the preference loss, the mean over the pairs of each optimizer batch.
 
-    The reference log-probabilities of all pairs that the run will see are computed once, before the first step, so that
-    no second model stays in memory.
+    The reference log-probabilities of the pairs that the run will see are computed once, before the first step, so that
+    no second model stays in memory. They are kept in the run's folder: a run that goes on computes only what is new.
     """
 
     algorithm = "dpo"
@@ -28,11 +40,49 @@ class DPOTrainer(Trainer):
         return True
 
     def _start(self, data: Prepared, validation: Prepared | None) -> None:
-        policy = self.policy if self.current_step == 0 else self.initial_policy()
-        self.reference = self._reference(policy, data.examples)
+        self._start_policy: Policy | None = None
+        self.reference = self._known_reference("training", data, self._numbers_to_come(data))
         if validation is not None:
-            self.validation_reference = self._reference(policy, validation.examples)
+            numbers = list(range(len(validation.examples)))
+            self.validation_reference = self._known_reference("validation", validation, numbers)
+        self._start_policy = None
         self.number_of = {id(example): i for i, example in enumerate(data.examples)}
+
+    def _numbers_to_come(self, data: Prepared) -> list[int]:
+        """The numbers of the pairs in the steps that are left."""
+        size, training = len(data.examples), self.training
+        per_epoch = -(-size // training.batch_size)
+        found: set[int] = set()
+        for epoch in range(self.current_step // per_epoch, -(-self.total_steps // per_epoch)):
+            plan = batches(size, training.batch_size, training.seed, training.shuffle, epoch)
+            for position, numbers in enumerate(plan):
+                if self.current_step <= epoch * per_epoch + position < self.total_steps:
+                    found.update(numbers)
+            if len(found) == size:
+                break
+        return sorted(found)
+
+    def _known_reference(self, what: str, data: Prepared, numbers: list[int]) -> Tensor:
+        """Returns (all pairs, 2), the summed log-probabilities of chosen and rejected at the start; NaN but for `numbers`."""
+        file = self.run_dir / REFERENCE_DIR / f"{data.fingerprint[:24]}.safetensors"
+        sums = self.ranks.first(lambda: _read_sums(file, len(data.examples)))
+        missing = [i for i in numbers if sums[i].isnan().any()]
+        said = time.monotonic()
+        for start in range(0, len(missing), PAIRS_AT_ONCE):
+            chunk = missing[start : start + PAIRS_AT_ONCE]
+            examples = [data.examples[i] for i in chunk]
+            sums[chunk] = self._reference(self._policy_of_the_start(), examples).cpu()
+            done = start + len(chunk)
+            if done == len(missing) or time.monotonic() - said > PROGRESS_SECONDS:
+                said = time.monotonic()
+                self.display.note(f"reference log-probabilities: {done:,} of {len(missing):,} {what} pairs")
+                self.ranks.first(lambda: _write_sums(file, sums, self.lease))
+        return sums.to(self.device)
+
+    def _policy_of_the_start(self) -> Policy:
+        if self._start_policy is None:
+            self._start_policy = self.policy if self.current_step == 0 else self.initial_policy()
+        return self._start_policy
 
     def _reference(self, policy: Policy, examples: list[PairExample]) -> Tensor:
         """Returns (pairs, 2): the summed log-probability of each chosen and rejected completion."""
@@ -80,13 +130,30 @@ class DPOTrainer(Trainer):
             rejected_lengths_P=lengths[:, 1],
         )
 
-    def evaluate(self, validation: Prepared) -> tuple[dict[str, float], float]:
+    def evaluate(self, validation: Prepared) -> tuple[dict[str, float], float | None]:
         sequences = _sequences(validation.examples)
         sums = self._reference(self.policy, validation.examples)
         loss, chosen, rejected = self._losses(sums, self.validation_reference, sequences)
         value = loss.mean().item()
         accuracy = (chosen > rejected).float().mean().item()
         return {"validation_loss": value, "validation_accuracy": accuracy}, -value
+
+
+def _read_sums(file: Path, count: int) -> Tensor:
+    """Returns (count, 2) float32, NaN where nothing is known."""
+    if file.is_file():
+        sums = load_file(file)["sums"]
+        if sums.shape == (count, 2):
+            return sums
+    return torch.full((count, 2), float("nan"))
+
+
+def _write_sums(file: Path, sums: Tensor, lease: Lease | None) -> None:
+    aside = lease.staging / file.name if lease else file.with_name(f".tmp-{file.name}")
+    with guarded(lease):
+        file.parent.mkdir(exist_ok=True)
+        save_file({"sums": sums}, aside)
+        os.replace(aside, file)
 
 
 def _sequences(examples: list[PairExample]) -> list[TokenSequence]:

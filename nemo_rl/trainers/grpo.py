@@ -17,7 +17,7 @@ from nemo_rl.data.prepare import Prepared, PromptExample
 from nemo_rl.environments.arguments import RAW
 from nemo_rl.environments.runner import RewardCall, RewardOutcome, RewardRunner, preflight
 from nemo_rl.environments.signature import bind_rewards
-from nemo_rl.model.packing import PackedBatch, TokenSequence
+from nemo_rl.model.packing import PackedBatch, TokenSequence, pack
 from nemo_rl.model.policy import Policy
 from nemo_rl.objectives.advantages import group_advantages
 from nemo_rl.objectives.losses import clipped_policy_loss, kl_estimate, kl_loss, token_weights
@@ -181,6 +181,7 @@ class GRPOTrainer(Trainer):
         live = [i for i, keep in enumerate(counted) if keep and (settings.beta > 0 or advantages[i] != 0)]
         sequences = [self._sequence(rollouts, i) for i in live]
         totals = {"kl": 0.0, "clipped": 0.0}
+        before = self._old_logprobs(sequences) if settings.num_iterations > 1 and sequences else []
         device = self.device
         advantage_of, weight_of = advantages[live].to(device), torch.tensor(weights, device=device)[live]
 
@@ -189,8 +190,7 @@ class GRPOTrainer(Trainer):
             logprobs = self.policy.logprobs(batch, settings.temperature)
             old = logprobs.detach()
             if settings.num_iterations > 1:
-                drawn = [completions[live[indices[i]]].logprobs for i in batch.order]
-                old = torch.tensor([value for values in drawn for value in values], device=device)
+                old = torch.cat([before[indices[i]] for i in batch.order]).to(device)
             loss, ratio, clipped = clipped_policy_loss(
                 logprobs,
                 old,
@@ -211,13 +211,35 @@ class GRPOTrainer(Trainer):
             loss = self.accumulate(sequences, loss_fn, may_stop=iteration == 0)
             grad_norm = self._optimizer.step(self.rate)
         totals = self.ranks.sum(totals)
-        trained_tokens = max(sum(sequence.num_targets for sequence in sequences), 1) * settings.num_iterations
-        return {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "kl": totals["kl"] / trained_tokens,
-            "clip_fraction": totals["clipped"] / trained_tokens,
-        }
+        trained_tokens = sum(sequence.num_targets for sequence in sequences) * settings.num_iterations
+        found = {"loss": loss, "grad_norm": grad_norm}
+        if trained_tokens and settings.beta > 0:
+            found["kl"] = totals["kl"] / trained_tokens
+        if trained_tokens:
+            found["clip_fraction"] = totals["clipped"] / trained_tokens
+        return found
+
+    @torch.no_grad()
+    def _old_logprobs(self, sequences: list[TokenSequence]) -> dict[int, Tensor]:
+        """The log-probabilities before the first of several updates, as the training pass computes them, of this rank's share.
+
+        Those of the rollout are computed by other kernels: their rounding alone would count as a change of the policy.
+        """
+        share = self._shares(sequences)[self.ranks.rank]
+
+        def compute() -> dict[int, Tensor]:
+            found: dict[int, Tensor] = {}
+            for plan in self.microbatches([sequences[i] for i in share]):
+                self.poll()
+                indices = [share[i] for i in plan]
+                batch = pack([sequences[i] for i in indices], self.device)
+                values = self.policy.logprobs(batch, self.settings.temperature).detach()
+                sizes = [sequences[indices[i]].num_targets for i in batch.order]
+                for i, part in zip(batch.order, values.split(sizes), strict=True):
+                    found[indices[i]] = part.clone()
+            return found
+
+        return self.ranks.together(compute)
 
     def _sequence(self, rollouts: Rollouts, i: int) -> TokenSequence:
         group = i // self.settings.num_generations_per_prompt
@@ -304,10 +326,10 @@ class GRPOTrainer(Trainer):
         if hasattr(self, "runner"):
             self.runner.close()
 
-    def evaluate(self, validation: Prepared) -> tuple[dict[str, float], float]:
+    def evaluate(self, validation: Prepared) -> tuple[dict[str, float], float | None]:
         sampling = Sampling(1, self.settings.max_new_tokens, greedy=True)
 
-        def score(examples: list[PromptExample]) -> list[float | None]:
+        def score(examples: list[PromptExample]) -> list[RewardOutcome]:
             groups = generate(
                 self.policy,
                 [example.ids for example in examples],
@@ -322,17 +344,21 @@ class GRPOTrainer(Trainer):
                 self._calls(example, [text], 0, [raw])[0]
                 for example, text, raw in zip(examples, texts, raws, strict=True)
             ]
-            return [outcome.value for outcome in self.runner.score(calls)]
+            return self.runner.score(calls)
 
         examples = validation.examples
         scored = self.ranks.map(examples, [len(example.ids) for example in examples], score)
-        values = [value for value in scored if value is not None]
-        reward = sum(values) / max(len(values), 1)
-        return {"validation_reward": reward}, reward
+        values = [outcome.value for outcome in scored if outcome.value is not None]
+        metrics: dict[str, float] = {"validation_reward_errors": sum(outcome.error is not None for outcome in scored)}
+        if not values:
+            return metrics, None
+        metrics["validation_reward"] = sum(values) / len(values)
+        return metrics, metrics["validation_reward"]
 
     def _observe(self, metrics: dict[str, Any]) -> None:
-        self.reward_sum += metrics["reward"]
-        self.reward_steps += 1
+        if "reward" in metrics:
+            self.reward_sum += metrics["reward"]
+            self.reward_steps += 1
 
     def take_checkpoint_metric(self) -> float | None:
         """Returns the mean reward since the checkpoint before."""
@@ -352,15 +378,19 @@ class GRPOTrainer(Trainer):
         means = (rewards * valid).sum(-1) / counts.clamp(min=1)
         variances = ((rewards - means[:, None]).square() * valid).sum(-1) / (counts - 1).clamp(min=1)
         lengths = [len(c.ids) for c in rollouts.completions]
-        metrics: dict[str, Any] = {
+        scored = counts > 0
+        measured = {
             "reward": ((rewards * valid).sum() / valid.sum().clamp(min=1)).item(),
-            "reward_std": variances.sqrt().mean().item(),
+            "reward_std": (variances.sqrt() * scored).sum().item() / max(int(scored.sum()), 1),
+            "flat_group_fraction": (advantages.view(rewards.shape) == 0).all(-1).float().mean().item(),
+        }
+        metrics: dict[str, Any] = {
+            **(measured if valid.any() else {}),  # of no reward there is no mean
             **_mean_parts(rollouts.outcomes),
             "reward_errors": sum(outcome.error is not None for outcome in rollouts.outcomes),
             "entropy": -sum(sum(c.logprobs) for c in rollouts.completions) / max(sum(lengths), 1),
             "completion_length": sum(lengths) / len(lengths),
             "truncated_fraction": sum(not c.finished for c in rollouts.completions) / len(lengths),
-            "flat_group_fraction": (advantages.view(rewards.shape) == 0).all(-1).float().mean().item(),
             "tokens": sum(lengths) + sum(len(prompt.ids) for prompt in rollouts.prompts),
         }
         metrics |= {f"environment/{name}": value for name, value in self.runner.metrics().items() if "/" not in name}

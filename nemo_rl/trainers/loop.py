@@ -25,6 +25,8 @@ class OpenStep:
     samples: list[dict[str, Any]]
     metric: float | None = None
     """What checkpoints are compared by, once the validation data has been scored; higher is better."""
+    measured: bool = False
+    """Whether the validation data has been scored."""
     told: bool = False
     """Whether its line is written and callbacks have seen it. What may be left is the measurement of a stopped run."""
 
@@ -57,6 +59,9 @@ class Loop:
             logged = trainer.current_step - 1 if self.open and not self.open.told else trainer.current_step
             board = trainer.training.tensorboard
             self.metrics_log = MetricsLog(trainer.run_dir, resume_step=logged, tensorboard=board, lease=trainer.lease)
+        self._has_start = bool(self.metrics_log and self.metrics_log.has_start)
+        if trainer.ranks.size > 1:
+            self._has_start = trainer.ranks.first(lambda: self._has_start)
         self._order: list[list[int]] = []
         self._unsaved = False
         self._settled_callbacks: Any = None
@@ -68,6 +73,7 @@ class Loop:
     def run(self) -> None:
         """Returns after the last step, or after the one in which a callback asked to stop. Raises Interrupted."""
         trainer = self.trainer
+        self._measure_the_start()
         while True:
             if self.open is None:
                 if trainer.current_step >= self.total_steps or trainer.should_stop:
@@ -100,7 +106,10 @@ class Loop:
                 self._measure(opened)
             self._tell(opened)
         if scheduled or trainer.should_stop:
-            self._measure(opened)
+            if self.validation is not None and not opened.measured:  # a callback stopped the run after its line was written
+                self._measure(opened)
+                if self.metrics_log is not None:
+                    self.metrics_log.replace(opened.metrics)
             if self.metrics_log is not None:
                 self.metrics_log.sync()
             own_metric = trainer.take_checkpoint_metric()
@@ -108,9 +117,19 @@ class Loop:
         self.metrics, self.open = opened.metrics, None
         self._settled_callbacks = copy.deepcopy(trainer.callbacks.state_dict())
 
+    def _measure_the_start(self) -> None:
+        """Scores the validation data before the first step, as step 0: what training began from."""
+        if self.validation is None or self.trainer.current_step > 0 or self._has_start:
+            return
+        found, _ = self.trainer.measure(self.validation)
+        if self.metrics_log is not None:
+            self.metrics_log.log({"step": 0, "epoch": 0, **found})
+        self.trainer.display.note(f"before the first step: {_as_words(found)}")
+
     def _measure(self, opened: OpenStep) -> None:
-        if self.validation is not None and opened.metric is None:
+        if self.validation is not None and not opened.measured:
             found, opened.metric = self.trainer.measure(self.validation)
+            opened.measured = True
             opened.metrics |= found
 
     def _tell(self, opened: OpenStep) -> None:
@@ -155,6 +174,10 @@ class Loop:
         if interrupted.signal == "SIGINT":
             return KeyboardInterrupt(message)
         return TrainingInterrupted(message, path, trainer.current_step)
+
+
+def _as_words(found: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in found.items() if not name.endswith("_seconds"))
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, Any]:

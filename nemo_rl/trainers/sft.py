@@ -28,7 +28,7 @@ class SFTTrainer(Trainer):
         tokens = sum(len(sequence.ids) for sequence in sequences)
         return {"loss": loss, "grad_norm": grad_norm, "trained_tokens": num_trained, "tokens": tokens}
 
-    def evaluate(self, validation: Prepared) -> tuple[dict[str, float], float]:
+    def evaluate(self, validation: Prepared) -> tuple[dict[str, float], float | None]:
         sequences = [_sequence(example) for example in validation.examples]
         num_trained = sum(sequence.num_targets for sequence in sequences)
         loss = -self.sum_logprobs(self.policy, sequences).sum().item() / num_trained
