@@ -27,14 +27,57 @@ _LISTS = {"prompts", "responses", "completions", "queries"}
 _LABELS = ("label", "labels")
 
 _OF_THE_MODEL = frozenset(
-    "completion output outputs generation generated prediction predicted pred candidate reply model_output answer solution "
-    "result text".split()
+    [
+        "completion",
+        "output",
+        "outputs",
+        "generation",
+        "generated",
+        "prediction",
+        "predicted",
+        "pred",
+        "candidate",
+        "reply",
+        "model_output",
+        "answer",
+        "solution",
+        "result",
+        "text",
+    ]
 )
 _OF_THE_DATA = frozenset(
-    "reference references label labels ground_truth gold golden target targets expected expected_answer correct truth answers "
-    "data_source extra_info row item sample example meta metadata info columns kwargs tokenizer model config".split()
+    [
+        "reference",
+        "references",
+        "label",
+        "labels",
+        "ground_truth",
+        "gold",
+        "golden",
+        "target",
+        "targets",
+        "expected",
+        "expected_answer",
+        "correct",
+        "truth",
+        "answers",
+        "data_source",
+        "extra_info",
+        "row",
+        "item",
+        "sample",
+        "example",
+        "meta",
+        "metadata",
+        "info",
+        "columns",
+        "kwargs",
+        "tokenizer",
+        "model",
+        "config",
+    ]
 )
-_OF_THE_PROMPT = frozenset("question query instruction problem input user".split())
+_OF_THE_PROMPT = frozenset(["question", "query", "instruction", "problem", "input", "user"])
 _DOUBTFUL = (_OF_THE_MODEL | _OF_THE_DATA, _OF_THE_DATA | _OF_THE_PROMPT | {"answer", "solution", "prompt"})
 """Names that cannot be the prompt by their place, and names that cannot be the response by their place."""
 
@@ -92,7 +135,9 @@ def read_arguments(
     if spread and not any(a.role == RESPONSE for a in given):
         given = [Argument("prompt", PROMPT, positional=True), Argument("response", RESPONSE, positional=True), *given]
     if not any(a.role in (RESPONSE, RAW, QUERY) for a in given):
-        raise TypeError(f"{found}, which takes no response: {_shown(a.name for a in given)} are columns of the data set; {FORMS}")
+        raise TypeError(
+            f"{found}, which takes no response: {_shown(a.name for a in given)} are columns of the data set; {FORMS}"
+        )
     return Arguments(tuple(given), any(p.kind is p.VAR_KEYWORD for p in parameters), batched)
 
 
@@ -143,7 +188,12 @@ def _by_place(
         if role == (PROMPT, RESPONSE)[place]:
             continue
         known = role is not None
-        if known and parameter.kind is parameter.POSITIONAL_ONLY and role == COLUMN and not _is_doubtful(parameter, place):
+        if (
+            known
+            and parameter.kind is parameter.POSITIONAL_ONLY
+            and role == COLUMN
+            and not _is_doubtful(parameter, place)
+        ):
             known = False
         if known or _is_doubtful(parameter, place):
             what = "a column of the data set" if role == COLUMN else f"the name of {_meaning(parameter.name)}"

@@ -354,6 +354,4 @@ def cut_down(index: int, call: Any, signature: RewardSignature) -> WorkerCall:
         columns["messages"] = call.columns["messages"]
     messages = call.messages if keeps_messages else None
     raw = call.response_raw if signature.takes.has(RAW) else None
-    return WorkerCall(
-        index, call.prompt, call.response, messages, columns, tuple(call.key), raw, call.step, call.epoch
-    )
+    return WorkerCall(index, call.prompt, call.response, messages, columns, tuple(call.key), raw, call.step, call.epoch)

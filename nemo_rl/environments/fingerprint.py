@@ -467,7 +467,11 @@ def _canonical(node: Any, field: str = "", without: tuple[str, ...] = ()) -> Any
         value = getattr(node, name, None)
         if value is None and not isinstance(node, ast.Constant):
             continue
-        if value == [] or name in without or name in ("ctx", "kind", "type_comment", "returns", "annotation", "type_params"):
+        if (
+            value == []
+            or name in without
+            or name in ("ctx", "kind", "type_comment", "returns", "annotation", "type_params")
+        ):
             continue
         found.append((name, _canonical(value, name)))
     return found

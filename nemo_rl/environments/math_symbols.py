@@ -31,7 +31,9 @@ def same_mathematics(found: str, reference: str) -> bool:
 
 
 def _read(text: str) -> list[Any]:
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it sets no alarm, which a thread could not have
+    logging.getLogger("math_verify").setLevel(
+        logging.ERROR
+    )  # it warns that it sets no alarm, which a thread could not have
     from math_verify import parse
 
     written = text if text.strip().startswith(("$", "\\(", "\\[")) else f"${text}$"

@@ -29,7 +29,6 @@ from nemo_rl.environments.arguments import (
 from nemo_rl.environments.environment import Environment, RewardMark, mark_of
 
 
-
 class Scored(Protocol):
     """What a signature reads of a call; `RewardCall` is one."""
 

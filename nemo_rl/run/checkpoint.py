@@ -109,9 +109,7 @@ def _step_directories(root: Path) -> list[Path]:
 class CheckpointStore:
     """Writes and prunes the checkpoints of one run. Only the process that holds the run makes one."""
 
-    def __init__(
-        self, run_dir: Path, keep: int, *, always: Collection[str] = (), lease: Lease | None = None
-    ) -> None:
+    def __init__(self, run_dir: Path, keep: int, *, always: Collection[str] = (), lease: Lease | None = None) -> None:
         """Keep the `keep` newest checkpoints, the best one besides, and those whose names are in `always`. With a lease,
         all is written and moved by it."""
         if keep < 1:

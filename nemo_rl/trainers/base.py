@@ -44,6 +44,7 @@ from nemo_rl.trainers.passes import Passes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
 class Trainer(Passes, ABC):
     """Trains one model by one algorithm. `fit` runs it; attributes: model, tokenizer, config, current_step, output_dir.
 

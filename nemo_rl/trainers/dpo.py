@@ -18,7 +18,6 @@ from nemo_rl.objectives.losses import preference_loss
 from nemo_rl.run.lease import Lease, guarded
 from nemo_rl.trainers.base import Trainer
 
-
 REFERENCE_DIR = "reference"
 """In the run's folder: the log-probabilities at the start, a file for each data set."""
 PAIRS_AT_ONCE = 256

@@ -106,7 +106,9 @@ class Loop:
                 self._measure(opened)
             self._tell(opened)
         if scheduled or trainer.should_stop:
-            if self.validation is not None and not opened.measured:  # a callback stopped the run after its line was written
+            if (
+                self.validation is not None and not opened.measured
+            ):  # a callback stopped the run after its line was written
                 self._measure(opened)
                 if self.metrics_log is not None:
                     self.metrics_log.replace(opened.metrics)

@@ -274,7 +274,11 @@ def test_names_of_columns_and_of_other_libraries_get_what_they_say(fn, expected)
         (lambda x, answer: 1.0, ["answer"], "is a column of the data set"),
         (lambda text, label: 1.0, ["label"], "stands in the place of"),
         (lambda prompt, completion: 1.0, ["completion"], "in other libraries what the model wrote"),
-        (lambda data_source, solution_str, ground_truth: 1.0, ["answer"], "'data_source', but the data set has no such"),
+        (
+            lambda data_source, solution_str, ground_truth: 1.0,
+            ["answer"],
+            "'data_source', but the data set has no such",
+        ),
         (lambda queries, prompts, labels: 1.0, ["answer"], "'labels', but the data set has no such column"),
         (lambda response, reference: 1.0, ["answer"], "'reference', but the data set has no such column"),
         (lambda completions, completion_ids: 1.0, ["answer"], "'completion_ids', but the data set has no such column"),
