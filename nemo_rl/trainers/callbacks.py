@@ -17,6 +17,15 @@ logger = logging.getLogger(__name__)
 
 HOOKS = ("on_train_begin", "on_epoch_begin", "on_step_begin", "on_step_end", "on_epoch_end", "on_train_end")
 
+FOREIGN_HOOKS = frozenset(
+    "on_init_end on_log on_evaluate on_predict on_save on_substep_end on_prediction_step on_pre_optimizer_step "
+    "on_optimizer_step on_push_begin on_fit_start on_fit_end on_train_start on_train_epoch_start on_train_epoch_end "
+    "on_train_batch_start on_train_batch_begin on_train_batch_end on_batch_begin on_batch_end on_validation_start "
+    "on_validation_end on_validation_epoch_end on_validation_batch_end on_test_begin on_test_end on_before_backward "
+    "on_after_backward on_save_checkpoint on_load_checkpoint on_exception".split()
+)
+"""Hooks that callbacks of transformers, Lightning and Keras have and ours do not."""
+
 
 class Callback:
     """Base of callbacks; override what you need. Steps count from 1, epochs from 0.
@@ -268,12 +277,8 @@ def _misspelled(callback: Any) -> list[tuple[str, str]]:
 
 
 def _foreign_hooks(callback: Any) -> set[str]:
-    """Methods that look like hooks, as other libraries have them (on_log, on_evaluate, on_train_batch_end)."""
-    return {
-        name
-        for name in dir(callback)
-        if name.startswith("on_") and name not in HOOKS and callable(getattr(callback, name, None))
-    }
+    """Methods with the names of hooks of other libraries, which its author expects to be called."""
+    return {name for name in FOREIGN_HOOKS if callable(getattr(callback, name, None))}
 
 
 def _name(callback: Any) -> str:
