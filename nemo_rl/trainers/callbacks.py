@@ -18,11 +18,39 @@ logger = logging.getLogger(__name__)
 HOOKS = ("on_train_begin", "on_epoch_begin", "on_step_begin", "on_step_end", "on_epoch_end", "on_train_end")
 
 FOREIGN_HOOKS = frozenset(
-    "on_init_end on_log on_evaluate on_predict on_save on_substep_end on_prediction_step on_pre_optimizer_step "
-    "on_optimizer_step on_push_begin on_fit_start on_fit_end on_train_start on_train_epoch_start on_train_epoch_end "
-    "on_train_batch_start on_train_batch_begin on_train_batch_end on_batch_begin on_batch_end on_validation_start "
-    "on_validation_end on_validation_epoch_end on_validation_batch_end on_test_begin on_test_end on_before_backward "
-    "on_after_backward on_save_checkpoint on_load_checkpoint on_exception".split()
+    [
+        "on_init_end",
+        "on_log",
+        "on_evaluate",
+        "on_predict",
+        "on_save",
+        "on_substep_end",
+        "on_prediction_step",
+        "on_pre_optimizer_step",
+        "on_optimizer_step",
+        "on_push_begin",
+        "on_fit_start",
+        "on_fit_end",
+        "on_train_start",
+        "on_train_epoch_start",
+        "on_train_epoch_end",
+        "on_train_batch_start",
+        "on_train_batch_begin",
+        "on_train_batch_end",
+        "on_batch_begin",
+        "on_batch_end",
+        "on_validation_start",
+        "on_validation_end",
+        "on_validation_epoch_end",
+        "on_validation_batch_end",
+        "on_test_begin",
+        "on_test_end",
+        "on_before_backward",
+        "on_after_backward",
+        "on_save_checkpoint",
+        "on_load_checkpoint",
+        "on_exception",
+    ]
 )
 """Hooks that callbacks of transformers, Lightning and Keras have and ours do not."""
 

@@ -35,11 +35,22 @@ def train(model: str, rows: Any, output: Path, **more: Any) -> Any:
 
 def test_validation_is_measured_before_the_first_step_and_after_an_early_stop(tiny_model, tmp_path):
     result = train(
-        tiny_model, TEXTS, tmp_path / "run", algorithm="sft", max_steps=6, callbacks=[StopAt(3)], validation_dataset=TEXTS[:4]
+        tiny_model,
+        TEXTS,
+        tmp_path / "run",
+        algorithm="sft",
+        max_steps=6,
+        callbacks=[StopAt(3)],
+        validation_dataset=TEXTS[:4],
     )
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert lines == result.history
-    assert [(line["step"], "validation_loss" in line) for line in lines] == [(0, True), (1, False), (2, False), (3, True)]
+    assert [(line["step"], "validation_loss" in line) for line in lines] == [
+        (0, True),
+        (1, False),
+        (2, False),
+        (3, True),
+    ]
     assert lines[-1]["validation_loss"] == result.metrics["validation_loss"]
     assert "loss" in lines[-1]
 
@@ -108,7 +119,9 @@ def test_the_first_example_is_shown_at_the_level_debug(tiny_model, tmp_path, cap
 
 
 def test_a_reward_is_not_ignored_without_a_word(tiny_model, tmp_path):
-    trainer = nemo_rl.SFTTrainer.from_pretrained(tiny_model, max_steps=1, output_dir=tmp_path / "run", log_level="error")
+    trainer = nemo_rl.SFTTrainer.from_pretrained(
+        tiny_model, max_steps=1, output_dir=tmp_path / "run", log_level="error"
+    )
     with pytest.warns(UserWarning, match="sft uses no reward"):
         trainer.fit(TEXTS, lambda prompt, response: 1.0)
 
