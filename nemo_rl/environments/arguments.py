@@ -119,7 +119,8 @@ def read_arguments(
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in bound]
     batched = batched or any(p.name in _LISTS and p.name not in (columns or ()) for p in named)
     spread = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    roles = [_role(p, batched, columns, found) for p in named]
+    sure = any(p.name in (_OWN_BATCHED if batched else _OWN) and "response" in p.name for p in named)
+    roles = [_role(p, batched, columns, found, sure) for p in named]
     _by_place(named, roles, batched, columns, spread, found)
     given = []
     for parameter, role in zip(named, roles, strict=True):
@@ -141,14 +142,17 @@ def read_arguments(
     return Arguments(tuple(given), any(p.kind is p.VAR_KEYWORD for p in parameters), batched)
 
 
-def _role(parameter: inspect.Parameter, batched: bool, columns: Collection[str] | None, found: str) -> str | None:
+def _role(
+    parameter: inspect.Parameter, batched: bool, columns: Collection[str] | None, found: str, sure: bool
+) -> str | None:
+    """`sure` says that another parameter is called response, so that a column of another name is a column."""
     name = parameter.name
     own = _OWN_BATCHED if batched else _OWN
     if name in own:
         return own[name]
     rival = _RIVAL_BATCHED if batched else _RIVAL
     if columns is not None and name in columns:
-        if rival.get(name) == RESPONSE:
+        if rival.get(name) == RESPONSE and not sure:
             raise TypeError(
                 f"{found}: {name!r} is a column of the data set, and in other libraries what the model wrote; call the "
                 f"parameter {'responses' if batched else 'response'} for the latter, or rename the column"

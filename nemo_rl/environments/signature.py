@@ -63,7 +63,9 @@ class RewardSignature:
     @property
     def messages(self) -> bool:
         """Whether the conversation is needed: asked for, or the form in which TRL gives prompts and completions."""
-        return self.takes.has(MESSAGES) or any(argument.name == "completions" for argument in self.takes.given)
+        return self.takes.has(MESSAGES) or any(
+            argument.name == "completions" and argument.role == RESPONSE for argument in self.takes.given
+        )
 
     @classmethod
     def of(cls, fn: Any, columns: Collection[str] | None = None) -> RewardSignature:

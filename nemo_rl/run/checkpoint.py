@@ -291,12 +291,14 @@ def write_checkpoint(
         cause = no_room(error)
         if cause is not None:
             size = _bytes_of(model, optimizer)
-            raise OSError(
+            full = OSError(
                 cause,
                 f"no room for the checkpoint of step {step} in {path.parent}: it takes about {_size(size)}, {_size(written)} "
                 f"could be written and {_size(free)} of the disk are free ({os.strerror(cause)}); free some, lower "
                 "keep_checkpoints, or give another output_dir",
-            ) from None
+            )
+            full.add_note(f"while saving the checkpoint of step {step} to {path}")
+            raise full from None
         error.add_note(f"while saving the checkpoint of step {step} to {path}")
         raise
     return path
