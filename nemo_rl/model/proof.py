@@ -111,7 +111,8 @@ def _fault(policy: Policy, probe: Probe, path: str) -> str | None:
 
 def _errors(policy: Policy, probe: Probe, path: str, seed: int) -> tuple[Tensor, float]:
     """Returns the error of each log-probability, and the relative error of the gradient (0 where nothing is trained)."""
-    with exact(policy.causal):
+    # a caller may have switched gradients off
+    with exact(policy.causal), torch.inference_mode(False), torch.enable_grad():
         sequences = probe.sequences(probe.longest, seed)
         with torch.no_grad():
             truth = torch.cat([_trained(policy, s) for s in sequences])
