@@ -50,6 +50,12 @@ JOB_DIGEST_OPTION = "--job-sha256"
 """Argument of the trainer's program: SHA-256 of the frozen job that the operator made; no other content is run."""
 JOB_DIGEST_VARIABLE = "NEMO_RL_JOB_SHA256"
 """The same for the file server, as an environment variable: one of an earlier version knows no such argument."""
+TOKEN_KEY = "token"
+TOKEN_DIR = "/var/run/nemo-rl/run"
+TOKEN_FILE = f"{TOKEN_DIR}/{TOKEN_KEY}"
+"""The job's random secret, by which its ranks know each other; from a Secret of the job that the operator makes."""
+TOKEN_VARIABLE = "NEMO_RL_TOKEN_FILE"
+"""Another file with the secret, for ranks outside of a pod."""
 BUNDLE_DIR = "/var/run/nemo-rl/bundles"
 OUTPUT_DIR = "/output"
 CACHE_DIR = "/cache"
@@ -101,6 +107,9 @@ INFO_CONFIG_MAP = "nemo-rl-info"
 """There, for every user to read: `version`, `trainerImage` and `trainerPython` of the installation."""
 
 
+_UID_CHARACTERS = 8
+
+
 class ExitCode(IntEnum):
     """What a trainer process says by its exit code (see the failure table in docs)."""
 
@@ -130,6 +139,11 @@ def files_pod(job: str) -> str:
 
 def frozen_job(job: str) -> str:
     return f"{job}-job"
+
+
+def run_secret(job: str, uid: str) -> str:
+    """Of this very job: the operator may not read Secrets, so it could not tell one of an earlier job of the name."""
+    return f"{job}-run-{uid[:_UID_CHARACTERS]}"
 
 
 def bundle_part(index: int) -> str:

@@ -379,8 +379,8 @@ def _fsync(path: Path) -> None:
 def load_into(checkpoint: Checkpoint, model: Any, optimizer: Any = None) -> None:
     """Bring back weights and, where an optimizer is given, its state: in place and exactly.
 
-    Raises ValueError when they are not of the model or the optimizer that was saved. The index of the optimizer's
-    tensors is a pickle: resume only from checkpoints you trust.
+    Raises ValueError when they are not of the model or the optimizer that was saved, and for files that hold anything
+    but tensors: nothing in them is run.
     """
     from nemo_rl.run.checkpoint_tensors import load_model, load_optimizer
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
+from nemo_rl.run import unpickle
 from nemo_rl.run.checkpoint import is_distributed, is_rank_zero
 
 ADAPTER = "adapter"
@@ -51,7 +53,7 @@ def load_model(path: Path, model: Any) -> None:
     if missing or not expected.keys() >= weights.keys():
         # The architecture is saved under other names than its modules have (fused experts, for example).
         with _quiet_transformers():
-            weights = type(model).from_pretrained(path, dtype=model.dtype).state_dict()
+            weights = type(model).from_pretrained(path, dtype=model.dtype, use_safetensors=True).state_dict()
         missing = sorted(expected.keys() - weights.keys())
     if missing or any(name not in expected or expected[name].shape != weights[name].shape for name in weights):
         raise ValueError(
@@ -224,13 +226,14 @@ def load_optimizer(path: Path, groups: list[dict[str, Any]], optimizer: Any) -> 
         )
     parameters = _parameters(optimizer)
     tensors: dict[str, Any] = {}
-    for key, about in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items():
+    reader = SafeReader(path)
+    for key, about in reader.read_metadata().state_dict_metadata.items():
         place, _, name = key.partition(".")
         if name:
             parameter, group = parameters[int(place)]
             tensors[key] = _empty_state(f"{path}: {name} of parameter {place}", about, parameter, group)
     with _one_process_is_no_surprise():
-        dcp.load(tensors, checkpoint_id=path, no_dist=not is_distributed())
+        dcp.load(tensors, storage_reader=reader, no_dist=not is_distributed())
     optimizer.state.clear()
     for key, tensor in tensors.items():
         place, _, name = key.partition(".")
@@ -239,6 +242,30 @@ def load_optimizer(path: Path, groups: list[dict[str, Any]], optimizer: Any) -> 
         for name, value in stored.items():
             if name != "count":
                 group[name] = tuple(value) if isinstance(value, list) else value
+
+
+class SafeReader(dcp.FileSystemReader):
+    """Reads a checkpoint of torch.distributed.checkpoint without running what its files say.
+
+    ForbiddenPickle for an index that is more than one; ValueError for one that leads out of the folder. Tensors are read
+    by torch.load(weights_only=True).
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        with open(path, "rb") as stream:
+            found = unpickle.load(stream, str(path))
+        if not isinstance(found, Metadata):
+            raise ValueError(f"{path} holds a {type(found).__name__}; expected the index of a checkpoint")
+        for info in (found.storage_data or {}).values():
+            name = PurePosixPath(info.relative_path)
+            if name.is_absolute() or ".." in name.parts:
+                raise ValueError(f"{path} names {info.relative_path!r}, which is not in its folder")
+            if info.transform_descriptors:
+                raise ValueError(f"{path} asks for {info.transform_descriptors}; expected plain tensors")
+        found.storage_meta = found.storage_meta or StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
 
 
 @contextlib.contextmanager

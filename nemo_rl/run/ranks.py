@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import os
-import pickle
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_rl.errors import TrainingInterrupted
+from nemo_rl.run import unpickle, wire
 from nemo_rl.run.signals import Interrupted
 
 T = TypeVar("T")
@@ -42,6 +43,7 @@ CHECK_SECONDS = 0.5
 ALIVE_SECONDS = 5.0
 """How often a rank that works gives those that wait a sign of life."""
 
+_CHALLENGE_BYTES = 32
 RETRY_SECONDS = 5.0
 """How long one try to reach the first rank may take: between two tries, signals are seen."""
 
@@ -63,7 +65,8 @@ class _Outcome:
     value: Any = None
     signal: str | None = None
     error: str | None = None
-    pickled: bytes | None = None
+    exception: BaseException | None = None
+    """The error itself, for the other ranks to raise; they get its text alone where its type is not one that travels."""
     asked: bool = False
 
 
@@ -79,8 +82,10 @@ class Ranks:
     ranks that ended elsewhere (RankFailed).
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, store: Any = None) -> None:
-        self.rank, self.size, self._store = rank, size, store
+    def __init__(self, rank: int = 0, size: int = 1, store: Any = None, key: bytes = b"") -> None:
+        """`store` holds what ranks tell each other beside the exchanges, `key` proves that a message is of this group."""
+        self.rank, self.size, self._store, self._key = rank, size, store, key
+        self._exchanges = count()
         self.requested: Callable[[], str | None] = lambda: None
         run = next(_runs)
         self._asked = f"nemo_rl/asked/{run}"
@@ -100,12 +105,13 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, work: Callable[[], T]) -> list[T]:
-        """Returns what `work` returned on each rank, by rank. Values travel pickled."""
+        """Returns what `work` returned on each rank, by rank. Values travel as `nemo_rl.run.wire` writes them."""
         if self.size == 1:
             return [work()]
         failure: BaseException | None = None
         try:
             outcome = _Outcome(value=work())
+            content = _encoded(outcome)
         except RankFailed:  # that rank will not come to the exchange
             raise
         except _Asked:
@@ -113,11 +119,13 @@ class Ranks:
         except Interrupted as interrupted:
             outcome = _Outcome(signal=interrupted.signal)
         except BaseException as error:
-            failure, outcome = error, _Outcome(error=_text_of(error), pickled=_pickled(error))
+            failure, outcome = error, _Outcome(error=_text_of(error), exception=error)
         try:
             if outcome.signal or outcome.error:
                 self._ask(outcome.signal or "")
-            outcomes = self._exchange(outcome)
+            if outcome.signal or outcome.error or outcome.asked:
+                content = _encoded(outcome)
+            outcomes = self._exchange(outcome, content)
         except RankFailed:
             if failure is not None:
                 raise failure
@@ -130,19 +138,25 @@ class Ranks:
                 raise _error_of(rank, other)
         if self._agreed:
             signals = [other.signal for other in outcomes if other.signal]
-            raise Interrupted(signals[0] if signals else self._store.get(self._asked).decode())
+            raise Interrupted(signals[0] if signals else self._store.get(self._asked))
         return [other.value for other in outcomes]
 
-    def _exchange(self, outcome: _Outcome) -> list[_Outcome]:
-        """Returns the outcomes of all ranks."""
-        data = torch.frombuffer(bytearray(pickle.dumps(outcome)), dtype=torch.uint8)
+    def _exchange(self, outcome: _Outcome, content: bytes) -> list[_Outcome]:
+        """Returns the outcomes of all ranks; `content` is this one's in the form in which it travels."""
+        number = next(self._exchanges)
+        place = f"exchange {number} by rank "
+        data = torch.frombuffer(bytearray(wire.sign(self._key, f"{place}{self.rank}", content)), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.long) for _ in range(self.size)]
         self._wait(lambda: dist.all_gather(sizes, torch.tensor([len(data)]), async_op=True))
         longest = max(int(size) for size in sizes)
         parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
         padded = torch.cat([data, data.new_zeros(longest - len(data))])
         self._wait(lambda: dist.all_gather(parts, padded, async_op=True))
-        return [pickle.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+        outcomes = []
+        for rank, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+            content = wire.verify(self._key, f"{place}{rank}", part[: int(size)].numpy().tobytes())
+            outcomes.append(outcome if rank == self.rank else _decoded(content))
+        return outcomes
 
     def _wait(self, begin: Callable[[], Any]) -> None:
         """Waits for a collective in Python, where signals are seen, and not for ranks that will never come."""
@@ -275,7 +289,7 @@ class Ranks:
         """What is known of the rank that ended the run."""
         try:
             if self._store.check([self._left]):
-                return f"another rank ended this run, {self._store.get(self._left).decode()}"
+                return f"another rank ended this run, {self._store.get(self._left)}"
         except (RuntimeError, dist.DistError):  # the rank that kept the store is gone
             return f"another rank ended this run: rank 0 of {self.size} cannot be reached; see its log"
         text = re.sub(r"^\[\S*\] ", "", " ".join(str(error).split())).split(". ")[0]  # without gloo's advice
@@ -295,30 +309,65 @@ def join(device: torch.device, seconds: float = JOIN_SECONDS) -> Ranks:
         _connect(device, int(os.environ["RANK"]), size, seconds)
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return Ranks()
-    return Ranks(dist.get_rank(), dist.get_world_size(), dist.distributed_c10d._get_default_store())
+    return Ranks(dist.get_rank(), dist.get_world_size(), _group["store"], _group["key"])
+
+
+_group: dict[str, Any] = {}
+"""Of this process's group, which is made once: the store and the key that its ranks agreed on."""
+
+
+class SignedStore:
+    """What ranks tell each other through a store that anybody who reaches its port can write to.
+
+    Values that no rank of this job wrote are as if they were not there.
+    """
+
+    def __init__(self, store: Any, key: bytes) -> None:
+        self._store, self._key = store, key
+
+    def set(self, name: str, value: str) -> None:
+        self._store.set(name, wire.sign(self._key, name, value.encode()).hex())
+
+    def check(self, names: list[str]) -> bool:
+        """Whether all of them are there."""
+        return all(self._store.check([name]) and self._read(name) is not None for name in names)
+
+    def get(self, name: str) -> str:
+        """The value, which must be there."""
+        return self._read(name) or ""
+
+    def _read(self, name: str) -> str | None:
+        try:
+            return wire.verify(self._key, name, bytes.fromhex(self._store.get(name).decode())).decode()
+        except (ValueError, wire.ForgedMessage):
+            return None
 
 
 def _connect(device: torch.device, rank: int, size: int, seconds: float) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    token = wire.read_token()
     deadline = time.monotonic() + seconds
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     store = _reach_store(rank, deadline)
-    came = store.add("nemo_rl/joined", 1) if store is not None else 0
-    if came == size:
-        store.set("nemo_rl/complete", "")
-    while store is None or not store.check(["nemo_rl/complete"]):
+    signed = SignedStore(store, token)
+    joined = [f"nemo_rl/joined/{other}" for other in range(size)]
+    if store is not None:
+        signed.set(joined[rank], "")
+    while store is None or not signed.check(joined):
         if store is None or time.monotonic() > deadline:
-            found = f"{store.add('nemo_rl/joined', 0)} of {size} ranks" if store is not None else "no connection"
+            came = sum(signed.check([name]) for name in joined) if store is not None else 0
+            found = f"{came} of {size} ranks" if store is not None else "no connection"
             raise RuntimeError(
                 f"rank {rank} waited {seconds:.0f} s at {where} and found {found}; expected all {size}: see whether all "
                 "pods or processes started, and whether this one can reach that address"
             )
         time.sleep(0.05)
     store.set_timeout(timedelta(seconds=KERNEL_SECONDS))
+    unpickle.guard_collectives()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=store,
+        store=dist.PrefixStore(wire.secret(token, "the name of the group"), store),
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=KERNEL_SECONDS),
@@ -326,6 +375,24 @@ def _connect(device: torch.device, rank: int, size: int, seconds: float) -> None
     gloo = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
     gloo._set_default_timeout(timedelta(seconds=COLLECTIVE_SECONDS))
     atexit.register(_disconnect)
+    _group.update(store=signed, key=_agree(token, rank, size))
+
+
+def _agree(token: bytes, rank: int, size: int) -> bytes:
+    """The key of this group: each rank proves that it has the job's secret, by an answer to what the others just drew.
+
+    ForgedMessage where one does not: somebody else took its place.
+    """
+    mine = torch.tensor(list(os.urandom(_CHALLENGE_BYTES)), dtype=torch.uint8)
+    drawn = [torch.zeros_like(mine) for _ in range(size)]
+    dist.all_gather(drawn, mine)
+    key = wire.derived(token, b"".join(bytes(part.tolist()) for part in drawn))
+    proof = torch.tensor(list(wire.sign(key, f"rank {rank}", b"")), dtype=torch.uint8)
+    proofs = [torch.zeros_like(proof) for _ in range(size)]
+    dist.all_gather(proofs, proof)
+    for other, part in enumerate(proofs):
+        wire.verify(key, f"rank {other}", bytes(part.tolist()))
+    return key
 
 
 def _reach_store(rank: int, deadline: float) -> Any:
@@ -372,22 +439,18 @@ def _text_of(error: BaseException) -> str:
     return " ".join(f"{text} {' '.join(f'({note})' for note in getattr(error, '__notes__', []))}".split())
 
 
-def _pickled(error: BaseException) -> bytes | None:
-    """The error for the other ranks to raise, so that all end alike; None for one that cannot travel."""
-    try:
-        found = pickle.dumps(error)
-        pickle.loads(found)
-    except Exception:
-        return None
-    return found
+def _encoded(outcome: _Outcome) -> bytes:
+    fields = {field.name: getattr(outcome, field.name) for field in dataclasses.fields(outcome)}
+    return wire.dumps(fields)
+
+
+def _decoded(content: bytes) -> _Outcome:
+    return _Outcome(**wire.loads(content))
 
 
 def _error_of(rank: int, outcome: _Outcome) -> BaseException:
-    error: BaseException = RankFailed(f"another rank ended this run, rank {rank}: {outcome.error}")
-    if outcome.pickled is not None:
-        try:
-            error = pickle.loads(outcome.pickled)
-        except Exception:
-            return error
-        error.add_note(f"on rank {rank}, which ended this run")
+    error = outcome.exception
+    if error is None:
+        return RankFailed(f"another rank ended this run, rank {rank}: {outcome.error}")
+    error.add_note(f"on rank {rank}, which ended this run")
     return error

@@ -83,6 +83,22 @@ def output_claim(resource: Resource, spec: RLTrainingJobSpec) -> Object | None:
     }
 
 
+def run_secret(resource: Resource, spec: RLTrainingJobSpec) -> Object | None:
+    """The Secret by which the pods of a job of several nodes know each other; whoever makes it draws the token.
+
+    It is written once and never read back: the operator may create Secrets, and nothing else.
+    """
+    if spec.resources.nodes == 1:
+        return None
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": _meta(resource, names.run_secret(resource.name, resource.uid)),
+        "type": "Opaque",
+        "immutable": True,
+    }
+
+
 def service(resource: Resource, spec: RLTrainingJobSpec) -> Object | None:
     """Headless Service that gives the pods of a multi-node job their host names; None for one node."""
     if spec.resources.nodes == 1:
@@ -445,6 +461,9 @@ def _volumes(resource: Resource, spec: RLTrainingJobSpec) -> tuple[list[Object],
             False,
         ),
     ]
+    if spec.resources.nodes > 1:
+        secret = {"secretName": names.run_secret(resource.name, resource.uid), "defaultMode": 0o440}
+        found.append(({"name": "run", "secret": secret}, names.TOKEN_DIR, True))
     for number, bundle in enumerate(spec.bundles):
         parts = [
             {"configMap": {"name": part, "items": [{"key": names.BUNDLE_KEY, "path": names.bundle_part(index)}]}}

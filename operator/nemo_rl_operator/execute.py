@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -20,6 +21,9 @@ from nemo_rl_operator.runtime.cache import Cache
 from nemo_rl_operator.runtime.client import Api, ApiError, Object
 
 log = logging.getLogger(__name__)
+
+
+TOKEN_BYTES = 32
 
 
 class NamespaceGoneError(Exception):
@@ -96,8 +100,12 @@ class Executor:
     async def _create(self, resource: Resource, action: Create, there: dict[Kind, Object]) -> Blocked | None:
         """Make it. What is there already and says the same goes into `there`."""
         try:
-            made = await self._api.create(action.kind, resource.namespace, action.body)
+            made = await self._api.create(action.kind, resource.namespace, _with_token(action))
         except ApiError as error:
+            if error.status == 409 and action.kind is Kind.SECRET:
+                return (
+                    None  # made before; its name has the job's uid, and what is in it is not for the operator to read
+                )
             if error.status == 409:
                 return await self._existing(resource, action, there)
             return _refusal(error, action)
@@ -176,6 +184,13 @@ class Executor:
             self._cache.remove("pod", key, action.name, action.uid)
         elif action.kind is Kind.WORKLOAD:
             self._cache.remove("workload", key, action.name, action.uid)
+
+
+def _with_token(action: Create) -> Object:
+    """The object as it is made: a Secret with a token that nobody else knows."""
+    if action.kind is not Kind.SECRET:
+        return action.body
+    return {**action.body, "stringData": {names.TOKEN_KEY: secrets.token_hex(TOKEN_BYTES)}}
 
 
 def _pinned(action: Create, there: dict[Kind, Object]) -> Create:

@@ -520,3 +520,120 @@ def test_killed_save_leaves_a_complete_checkpoint_or_none(tmp_path):
     assert set(outcomes["replace"]) == {3}  # a checkpoint that is being replaced is never lost
     assert len(set(outcomes["timed"])) > 1
     assert find_checkpoints(tmp_path / "new")
+
+
+# --- what somebody else wrote
+
+
+class Evil:
+    """A pickle that opens a file when it is read."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return (eval, (f"open({str(self.marker)!r}, 'w').write('ran')",))
+
+
+def saved_with_optimizer(folder: Path):
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    optimizer.step()
+    write_checkpoint(folder, 1, model=model, tokenizer=None, optimizer=optimizer, state={})
+    return model, optimizer
+
+
+def forge(folder: Path, name: str, content: bytes) -> None:
+    """Puts content in the place of a file, in such a way that the checkpoint looks complete."""
+    (folder / name).write_bytes(content)
+    record = json.loads((folder / "state.json").read_text())
+    record["files"][name] = len(content)
+    (folder / "state.json").write_text(json.dumps(record))
+
+
+def test_a_forged_index_of_the_optimizer_runs_nothing(tmp_path: Path):
+    import pickle
+
+    model, optimizer = saved_with_optimizer(tmp_path / "c")
+    forge(tmp_path / "c", "trainer_state/.metadata", pickle.dumps(Evil(tmp_path / "ran")))
+    with pytest.raises(ValueError, match=r"\.metadata names builtins\.eval, which no index of tensors needs"):
+        load_into(read_checkpoint(tmp_path / "c"), model, optimizer)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("os", "system"),
+        ("torch", "load"),
+        ("torch.serialization", "load"),
+        ("builtins", "getattr"),
+        ("torch.distributed.checkpoint.filesystem", "pickle.loads"),
+        ("torch.distributed.checkpoint.filesystem", "os.system"),
+        ("nemo_rl.run.wire", "read_token"),
+        ("codecs", "encode"),
+        ("importlib", "import_module"),
+    ],
+)
+def test_a_forged_index_can_name_no_function(module: str, name: str):
+    import io
+
+    from nemo_rl.run import unpickle
+
+    with pytest.raises(ValueError, match="which no index of tensors needs"):
+        unpickle.load(io.BytesIO(b"c" + f"{module}\n{name}\n".encode() + b"."), "it")
+    short = lambda text: b"\x8c" + bytes([len(text)]) + text.encode()  # noqa: E731
+    with pytest.raises(ValueError, match="which no index of tensors needs"):
+        unpickle.load(io.BytesIO(b"\x80\x04" + short(module) + short(name) + b"\x93."), "it")
+
+
+def test_a_forged_index_cannot_lead_out_of_its_folder(tmp_path: Path):
+    import pickle
+
+    model, optimizer = saved_with_optimizer(tmp_path / "c")
+    path = tmp_path / "c" / "trainer_state" / ".metadata"
+    index = pickle.loads(path.read_bytes())
+    for info in index.storage_data.values():
+        info.relative_path = "../../other"
+    forge(tmp_path / "c", "trainer_state/.metadata", pickle.dumps(index))
+    with pytest.raises(ValueError, match="which is not in its folder"):
+        load_into(read_checkpoint(tmp_path / "c"), model, optimizer)
+
+
+def test_forged_tensors_of_the_optimizer_run_nothing(tmp_path: Path):
+    import pickle
+
+    model, optimizer = saved_with_optimizer(tmp_path / "c")
+    (tensors,) = (tmp_path / "c" / "trainer_state").glob("*.distcp")
+    name = f"trainer_state/{tensors.name}"
+    forge(tmp_path / "c", name, pickle.dumps(Evil(tmp_path / "ran")) + b" " * tensors.stat().st_size)
+    with pytest.raises(Exception):  # noqa: B017, PT011  # torch's own, of whatever type
+        load_into(read_checkpoint(tmp_path / "c"), model, optimizer)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_forged_weights_run_nothing(tmp_path: Path):
+    model, optimizer = saved_with_optimizer(tmp_path / "c")
+    (tmp_path / "c" / "model.safetensors").unlink()
+    torch.save(Evil(tmp_path / "ran"), tmp_path / "c" / "pytorch_model.bin")
+    record = json.loads((tmp_path / "c" / "state.json").read_text())
+    del record["files"]["model.safetensors"]
+    (tmp_path / "c" / "state.json").write_text(json.dumps(record))
+    with pytest.raises((OSError, ValueError)):
+        load_into(read_checkpoint(tmp_path / "c"), model, optimizer)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_torch_pickles_itself_is_read_the_same(tmp_path: Path):
+    import pickle
+
+    from nemo_rl.run import unpickle
+
+    saved_with_optimizer(tmp_path / "c")
+    path = tmp_path / "c" / "trainer_state" / ".metadata"
+    with open(path, "rb") as stream:
+        found = unpickle.load(stream, "it")
+    expected = pickle.loads(path.read_bytes())
+    assert found.state_dict_metadata == expected.state_dict_metadata
+    assert found.storage_data == expected.storage_data

@@ -66,7 +66,7 @@ capabilities: {drop: [ALL]}
   verbs: [get, list, watch]
 {{- end -}}
 
-{{/* What the operator calls, and no more: no Secrets, no pods/exec, nothing of its own but Jobs, pods and what they need. */}}
+{{/* What the operator calls, and no more: it reads no Secrets, has no pods/exec, and makes but Jobs, pods and what they need. */}}
 {{- define "nemo-rl.rules" -}}
 - apiGroups: [nemo-rl.io]
   resources: [rltrainingjobs]
@@ -83,6 +83,9 @@ capabilities: {drop: [ALL]}
 - apiGroups: [""]
   resources: [configmaps, persistentvolumeclaims, services]
   verbs: [get, create]
+- apiGroups: [""]
+  resources: [secrets]
+  verbs: [create] # a random token for each job of several nodes, never read back
 - apiGroups: [""]
   resources: [events]
   verbs: [list, create]

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from nemo_rl.api.result import TrainResult
 
 
-def attach(name: str, *, namespace: str | None = None) -> Job:
+def attach(name: str, *, namespace: str | None = None, trust_remote_code: bool = False) -> Job:
     """The job of that name. JobNotFound where there is none, ClusterError where the cluster cannot be used."""
     cluster = connect(namespace)
-    return Job(cluster, _read(cluster, name))
+    return Job(cluster, _read(cluster, name), trust_remote_code=trust_remote_code)
 
 
 def jobs(*, namespace: str | None = None) -> list[Job]:
@@ -78,7 +78,10 @@ class Job:
         *,
         output_dir: Path | None = None,
         origins: dict[str, str] | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
+        """`trust_remote_code` is the caller's word for this machine: the job's own may be somebody else's."""
+        self._trust_remote_code = trust_remote_code
         self._cluster = cluster
         self._resource = resource
         self._origins = origins or {}
@@ -101,10 +104,7 @@ class Job:
 
     def status(self) -> JobStatus:
         """The status now. JobNotFound where the job is gone."""
-        found = _read(self._cluster, self.name)
-        if found["metadata"]["uid"] != self._resource["metadata"]["uid"]:
-            raise JobNotFound(f"job {self.namespace}/{self.name} was deleted, and another has its name now")
-        self._resource = found
+        self._see(_read(self._cluster, self.name))
         return self.last_status
 
     def logs(self, follow: bool = False) -> Iterator[str]:
@@ -143,7 +143,7 @@ class Job:
         with Follower(self._cluster, self.name, with_log=False) as follower:
             for kind, what in follower.events(timeout):
                 if kind == "job":
-                    self._resource = what
+                    self._see(what)
                     if is_over(what):
                         break
         return self.last_status
@@ -184,7 +184,12 @@ class Job:
         """The result of a job that succeeded, as it was last seen, fetched to `output_dir`. DownloadError as `result`."""
         say = (lambda text: None) if quiet else self._say
         result = collect(
-            self._cluster, self._resource, self.output_dir, lambda name: file_server(self._cluster, name), say
+            self._cluster,
+            self._resource,
+            self.output_dir,
+            lambda name: file_server(self._cluster, name),
+            say,
+            trust_remote_code=self._trust_remote_code,
         )
         self._mark_collected()
         return result
@@ -244,6 +249,9 @@ class Job:
             print(f"nemo-rl: {text}", flush=True)
 
     def _see(self, resource: Object) -> None:
+        """Takes in news of this very job; JobNotFound for those of another that has its name now."""
+        if resource["metadata"]["uid"] != self._resource["metadata"]["uid"]:
+            raise JobNotFound(f"job {self.namespace}/{self.name} was deleted, and another has its name now")
         self._resource = resource
 
     def _come_back(self) -> str:

@@ -108,9 +108,17 @@ def _unserved(cluster: Cluster, job: str) -> str:
 
 
 def collect(
-    cluster: Cluster, job: dict[str, Any], output_dir: Path, open_files: Opener, say: Callable[[str], None]
+    cluster: Cluster,
+    job: dict[str, Any],
+    output_dir: Path,
+    open_files: Opener,
+    say: Callable[[str], None],
+    *,
+    trust_remote_code: bool = False,
 ) -> TrainResult:
     """The result of a job that succeeded: its best checkpoint and its records fetched into `output_dir`.
+
+    `trust_remote_code` is the caller's: whether the result's trainer may run code that was fetched with the checkpoint.
 
     Where another run is in that folder they go beside it, as in a local run. Raises as `fetch.download`.
     """
@@ -133,7 +141,7 @@ def collect(
     finally:
         if run is not None:
             run.close()
-    return build_result(job, output_dir, checkpoint)
+    return build_result(job, output_dir, checkpoint, trust_remote_code)
 
 
 def _fetch_all(
@@ -168,7 +176,9 @@ def best_checkpoint(status: JobStatus, name: str) -> str | None:
     return path
 
 
-def build_result(job: dict[str, Any], output_dir: Path, checkpoint: Path | None) -> TrainResult:
+def build_result(
+    job: dict[str, Any], output_dir: Path, checkpoint: Path | None, trust_remote_code: bool = False
+) -> TrainResult:
     from nemo_rl.api.result import TrainResult
     from nemo_rl.run.metrics import read_history
 
@@ -180,7 +190,9 @@ def build_result(job: dict[str, Any], output_dir: Path, checkpoint: Path | None)
         checkpoint_path=checkpoint,
         total_steps=status.result.total_steps if status.result else 0,
         output_dir=output_dir,
-        load_trainer=None if checkpoint is None else lambda: _load_trainer(job, output_dir, checkpoint),
+        load_trainer=None
+        if checkpoint is None
+        else lambda: _load_trainer(job, output_dir, checkpoint, trust_remote_code),
     )
 
 
@@ -191,13 +203,13 @@ def _number(text: str) -> Any:
         return text
 
 
-def _load_trainer(job: dict[str, Any], output_dir: Path, checkpoint: Path) -> Any:
+def _load_trainer(job: dict[str, Any], output_dir: Path, checkpoint: Path, trust: bool) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from nemo_rl.api.algorithms import get_algorithm
 
     spec = read_spec(job["spec"]).spec
-    trust = spec.training.trust_remote_code
+    spec.training.trust_remote_code = trust  # of this machine its user says it, not the job
     trainer = get_algorithm(spec.algorithm)(
         spec,
         output_dir=output_dir,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from nemo_rl.backends import Run
 from nemo_rl.backends.kubernetes.connect import (
@@ -27,9 +29,11 @@ from nemo_rl.backends.kubernetes.progress import TransferBar
 from nemo_rl.backends.kubernetes.trial import try_reward
 from nemo_rl.job import names
 from nemo_rl.job.manifest import Manifest
+from nemo_rl.job.reading import read_spec
 
 _FINISHED = ("Succeeded", "Failed")
 _OWNER_TRIES = 5
+_KINDS = "x-kubernetes-group-version-kind"
 
 
 def start(run: Run) -> Job:
@@ -49,7 +53,13 @@ def start(run: Run) -> Job:
         name, phase = existing["metadata"]["name"], existing.get("status", {}).get("phase", "Pending")
         say(f"found this very job as {cluster.namespace}/{name} ({phase}); following it instead of starting another")
         upload(cluster, contents, existing, say)
-    job = Job(cluster, existing, output_dir=run.output_dir, origins=contents.origins)
+    job = Job(
+        cluster,
+        existing,
+        output_dir=run.output_dir,
+        origins=contents.origins,
+        trust_remote_code=run.spec.training.trust_remote_code,
+    )
     say(f"job {job.name} in namespace {job.namespace}; come back with nemo_rl.attach({job.name!r})")
     return job
 
@@ -92,7 +102,7 @@ def submit(cluster: Cluster, contents: Contents, run: Run, say: Callable[[str], 
         query={"fieldManager": FIELD_MANAGER, "force": "false"},
         content_type=APPLY,
     )
-    if created["metadata"].get("labels", {}).get(LABEL_DIGEST) != digest:
+    if not same_content(cluster, created, digest):
         raise ClusterError(f"job {cluster.namespace}/{name} exists with other content; give another name")
     try:
         upload(cluster, contents, created, say)
@@ -190,15 +200,15 @@ def _find(cluster: Cluster, contents: Contents, name: str | None) -> Object | No
             if error.code == 404:
                 return None
             raise
-        if _is_same(found, digest):
+        if _is_open(found) and same_content(cluster, found, digest):
             return found
         phase = found.get("status", {}).get("phase", "Pending")
-        why = "of this content has ended" if _digest(found) == digest else "with other content exists"
+        why = "of this content has ended" if same_content(cluster, found, digest) else "with other content exists"
         raise ClusterError(
             f"a job {cluster.namespace}/{name} {why} ({phase}); give another name, attach to it with "
             f"nemo_rl.attach({name!r}), or delete it: nemo-rl rm {name}"
         )
-    same = [job for job in _same(cluster, digest) if _is_same(job, digest)]
+    same = [job for job in _same(cluster, digest) if _is_open(job) and same_content(cluster, job, digest)]
     return max(same, key=lambda job: str(job["metadata"]["creationTimestamp"])) if same else None
 
 
@@ -207,12 +217,49 @@ def _same(cluster: Cluster, digest: str) -> list[Object]:
     return list(cluster.request("GET", job_path(cluster.namespace), query=query)["items"])
 
 
-def _digest(job: Object) -> str | None:
-    return (job["metadata"].get("labels") or {}).get(LABEL_DIGEST)
+def same_content(cluster: Cluster, job: Object, digest: str) -> bool:
+    """Whether a job computes what this digest stands for. Its label only helps to find it: anybody can write one.
+
+    A field that this version does not know counts, unless it has the default that the cluster's definition gives it.
+    """
+    try:
+        found = read_spec(job["spec"])
+    except ValidationError:
+        return False
+    if spec_digest(found.spec) != digest:
+        return False
+    return not found.unknown or _are_defaults(cluster, job, found.unknown)
 
 
-def _is_same(job: Object, digest: str) -> bool:
-    if _digest(job) != digest or job["metadata"].get("deletionTimestamp") or job["spec"].get("suspend"):
+def _are_defaults(cluster: Cluster, job: Object, paths: Iterable[str]) -> bool:
+    """Whether the fields at these paths, like "spec.training.fp8", were filled in by the API server."""
+    try:
+        schemas = cluster.request("GET", f"/openapi/v3/apis/{names.API_VERSION}")["components"]["schemas"]
+    except ClusterError:
+        return False
+    mine = (s for s in schemas.values() if any(k.get("kind") == names.KIND for k in s.get(_KINDS, ())))
+    schema: Object = next(mine, {})
+    return all(_is_default(job, schema, path.split(".")) for path in paths)
+
+
+def _is_default(value: Any, schema: Object, path: list[str]) -> bool:
+    for part in path:
+        value = value[int(part)] if isinstance(value, list) else value[part]
+        schema = schema.get("items" if part.isdigit() else "properties", {})
+        schema = schema if part.isdigit() else schema.get(part, {})
+    return _has_default(value, schema)
+
+
+def _has_default(value: Any, schema: Object) -> bool:
+    """A section has its defaults where all that is in it does."""
+    if isinstance(value, dict) and "properties" in schema:
+        return all(_has_default(below, schema["properties"].get(name, {})) for name, below in value.items())
+    return "default" in schema and bool(schema["default"] == value)
+
+
+def _is_open(job: Object) -> bool:
+    """Whether a job goes on, or has a result that nobody fetched."""
+    if job["metadata"].get("deletionTimestamp") or job["spec"].get("suspend"):
         return False
     phase = job.get("status", {}).get("phase")
     collected = ANNOTATION_COLLECTED in (job["metadata"].get("annotations") or {})

@@ -61,6 +61,9 @@ def test_no_rule_of_the_operator_reaches_secrets_or_runs_commands(values: Any):
     rules = [rule for role in roles for rule in role["rules"]]
     assert rules
     for rule in rules:
+        if rule["resources"] == ["secrets"]:
+            assert rule["verbs"] == ["create"], "a token is written once, and never read back"
+            continue
         assert not {"secrets", "pods/exec", "pods/attach", "pods/portforward", "*"} & set(rule["resources"]), rule
         assert not {"*", "escalate", "bind", "impersonate"} & set(rule["verbs"]), rule
         assert "*" not in rule["apiGroups"]

@@ -65,6 +65,19 @@ async def test_a_name_that_somebody_else_has_is_a_conflict(action: Create, kind:
     assert f"{name} exists and does not belong to this job" in blocked.message
 
 
+async def test_each_job_of_several_nodes_has_a_token_of_its_own_that_nobody_reads() -> None:
+    body = build.run_secret(RESOURCE, make.parsed(resources={"nodes": 2}))
+    assert body is not None and "data" not in body and "stringData" not in body
+    drawn = set()
+    for _ in range(2):
+        api = FakeApi()
+        await run(api, Create(Kind.SECRET, body))
+        await run(api, Create(Kind.SECRET, body))
+        assert [verb for verb, _, _ in api.calls] == ["POST", "POST"], "it is never read"
+        drawn.add(api.objects[Kind.SECRET, "x-run-uid-x"]["stringData"]["token"])
+    assert len(drawn) == 2 and all(len(token) == 64 for token in drawn)
+
+
 async def test_nothing_is_started_when_something_it_needs_is_blocked() -> None:
     api = FakeApi()
     api.put(Kind.CONFIG_MAP, foreign(Kind.CONFIG_MAP, "x-job"))
