@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from typing import Any
 
 import pytest
 
-from cluster.api import Object
+from cluster.api import Object, eventually
 from cluster.manifests import result
 from cluster.operator_process import Operator
 from cluster.scene import Scene
@@ -75,8 +76,6 @@ def test_a_frozen_job_that_is_swapped_between_attempts_starts_no_pod(scene: Scen
 
 
 def test_the_digest_of_the_frozen_job_is_in_the_arguments_of_the_pods(scene: Scene, operator: Operator):
-    import hashlib
-
     scene.submit()
     scene.phase("Starting")
     content = scene.api.get("configmaps", scene.namespace, "x-job")["data"]["job.json"]
@@ -106,7 +105,15 @@ def test_a_forged_job_in_the_place_of_the_next_attempt_is_said_and_not_followed(
     scene.message("Job x-2 exists with other content", "containers")
     assert scene.status()["attempt"] == 1
     scene.api.delete("jobs", scene.namespace, "x-2")
+    eventually(lambda: images_of(scene, "x-2") - {"evil:1"}, "a pod of the operator's Job")
     scene.succeed(attempt=2)
+
+
+def images_of(scene: Scene, job: str) -> set[str]:
+    """Of the pods of a Job: their images, once none of them is on its way out."""
+    pods = [p for p in scene.api.list("pods", scene.namespace) if p["metadata"]["name"].startswith(f"{job}-")]
+    images = {p["spec"]["containers"][0]["image"] for p in pods}
+    return images if len(images) == 1 else set()
 
 
 @pytest.mark.parametrize("number", ["9" * 30, "2", "1000"])
