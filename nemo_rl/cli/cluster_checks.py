@@ -24,7 +24,6 @@ _RIGHTS = (
     ("watch", names.PLURAL, names.GROUP, "", "follow jobs"),
     ("delete", names.PLURAL, names.GROUP, "", "delete jobs"),
     ("create", "configmaps", "", "", "ship code and data"),
-    ("patch", "configmaps", "", "", "share shipped data between jobs"),
     ("list", "pods", "", "", "find the pods of a job"),
     ("get", "pods", "", "log", "read logs"),
     ("get", "pods", "", "portforward", "fetch results"),

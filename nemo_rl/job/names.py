@@ -85,6 +85,8 @@ BUNDLE_KEY = "part"
 
 IMAGE_VARIABLE = "NEMO_RL_TRAINER_IMAGE"
 """Environment variable of the operator with the trainer image of jobs that name none."""
+NETWORK_VARIABLE = "NEMO_RL_OPERATOR_NETWORK"
+"""Environment variable of the operator: what else reaches and is reached by the pods of a job; empty: no NetworkPolicy."""
 WORKER_MODULE = "nemo_rl.worker"
 LAUNCH_MODULE = "nemo_rl.worker.launch"
 PROBE_MODULE = "nemo_rl.worker.probe"
@@ -144,6 +146,10 @@ def frozen_job(job: str) -> str:
 def run_secret(job: str, uid: str) -> str:
     """Of this very job: the operator may not read Secrets, so it could not tell one of an earlier job of the name."""
     return f"{job}-run-{uid[:_UID_CHARACTERS]}"
+
+
+def network_policy(job: str, uid: str) -> str:
+    return f"{job}-net-{uid[:_UID_CHARACTERS]}"
 
 
 def bundle_part(index: int) -> str:

@@ -41,6 +41,7 @@ class Options:
 
     namespaces: Sequence[str] = ()
     image: str = ""
+    network: str = ""
     workers: int = 16
     health_port: int = 8080
     metrics_port: int = 9090
@@ -66,6 +67,7 @@ class Operator:
             self._progress,
             self._health,
             image=options.image,
+            network=options.network,
             busy=self._busy,
         )
         self._resync = Resync(

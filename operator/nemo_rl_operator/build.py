@@ -83,6 +83,29 @@ def output_claim(resource: Resource, spec: RLTrainingJobSpec) -> Object | None:
     }
 
 
+def network_policy(resource: Resource, network: str) -> Object | None:
+    """Who reaches the pods of this job, and what they reach: each other, and what the installation adds.
+
+    `network` is that addition: JSON of the rules "ingress" and "egress" as in the core API; empty for no policy at all.
+    Its name has the job's uid, so that it needs not be told from one of an earlier job.
+    """
+    if not network:
+        return None
+    added = json.loads(network)
+    peers = [{"podSelector": {"matchLabels": {names.LABEL_JOB_UID: resource.uid}}}]
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": _meta(resource, names.network_policy(resource.name, resource.uid)),
+        "spec": {
+            "podSelector": {"matchLabels": {names.LABEL_JOB_UID: resource.uid}},
+            "policyTypes": ["Ingress", "Egress"],
+            "ingress": [{"from": peers}, *added.get("ingress", ())],
+            "egress": [{"to": peers}, *added.get("egress", ())],
+        },
+    }
+
+
 def run_secret(resource: Resource, spec: RLTrainingJobSpec) -> Object | None:
     """The Secret by which the pods of a job of several nodes know each other; whoever makes it draws the token.
 

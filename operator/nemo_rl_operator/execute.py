@@ -102,9 +102,9 @@ class Executor:
         try:
             made = await self._api.create(action.kind, resource.namespace, _with_token(action))
         except ApiError as error:
-            if error.status == 409 and action.kind is Kind.SECRET:
+            if error.status == 409 and action.kind in (Kind.SECRET, Kind.NETWORK_POLICY):
                 return (
-                    None  # made before; its name has the job's uid, and what is in it is not for the operator to read
+                    None  # made before: the name has the job's uid. What is in a Secret is not for the operator to read
                 )
             if error.status == 409:
                 return await self._existing(resource, action, there)

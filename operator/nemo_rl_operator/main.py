@@ -66,6 +66,16 @@ def _commands() -> None:
     """Keeps `run` a command of its own."""
 
 
+def _rules(text: str) -> str:
+    try:
+        found = json.loads(text) if text else {}
+    except ValueError as error:
+        raise typer.BadParameter(f"found no JSON ({error})") from None
+    if not isinstance(found, dict) or not all(isinstance(found.get(name, []), list) for name in ("ingress", "egress")):
+        raise typer.BadParameter(f"found {text[:100]}; expected an object with the lists ingress and egress")
+    return text
+
+
 @app.command()
 def run(
     namespace: Annotated[
@@ -73,6 +83,14 @@ def run(
         typer.Option(envvar="NEMO_RL_OPERATOR_NAMESPACES", help="Watch only this namespace; repeatable."),
     ] = None,
     image: Annotated[str, typer.Option(envvar=names.IMAGE_VARIABLE, help="Trainer image of jobs that name none.")] = "",
+    network: Annotated[
+        str,
+        typer.Option(
+            envvar=names.NETWORK_VARIABLE,
+            callback=_rules,
+            help="JSON with the rules ingress and egress of a NetworkPolicy for each job, beside its own pods; empty: none.",
+        ),
+    ] = "",
     workers: Annotated[
         int, typer.Option(envvar="NEMO_RL_OPERATOR_WORKERS", min=1, max=256, help="Jobs reconciled at once.")
     ] = 16,
@@ -104,6 +122,7 @@ def run(
     options = Options(
         namespaces=namespace or (),
         image=image,
+        network=network,
         workers=workers,
         health_port=health_port,
         metrics_port=metrics_port,

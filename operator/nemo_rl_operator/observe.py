@@ -231,6 +231,8 @@ class Snapshot:
     """Why the progress has not been readable for a while; empty where it is, or may be soon."""
     image: str = ""
     """Trainer image of jobs that name none."""
+    network: str = ""
+    """What may reach the pods of a job beside each other, as JSON; empty: the operator makes no NetworkPolicy."""
     begun: int = 0
     """Number of the attempt that was made just now, and that the status does not tell of yet."""
     verified: int = 0
@@ -561,6 +563,7 @@ def observe(
     progress: Progress | None = None,
     image: str = "",
     *,
+    network: str = "",
     begun: int = 0,
     expected: Callable[[Resource, RLTrainingJobSpec, int, str], str] | None = None,
     workload: WorkloadView | None = None,
@@ -604,6 +607,7 @@ def observe(
         files=next((p for p in own if not p.attempt), None),
         progress=progress,
         image=image,
+        network=network,
         begun=begun,
         workload=workload if workload and workload.owner == found.uid else None,
     )

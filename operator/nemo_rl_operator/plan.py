@@ -26,6 +26,7 @@ class Kind(Enum):
     JOB = ("apis/batch/v1", "jobs")
     POD = ("api/v1", "pods")
     CONFIG_MAP = ("api/v1", "configmaps")
+    NETWORK_POLICY = ("apis/networking.k8s.io/v1", "networkpolicies")
     SECRET = ("api/v1", "secrets")
     CLAIM = ("api/v1", "persistentvolumeclaims")
     SERVICE = ("api/v1", "services")

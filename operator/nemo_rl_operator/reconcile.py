@@ -48,11 +48,12 @@ class Reconciler:
         witness: Witness,
         *,
         image: str,
+        network: str = "",
         busy: Callable[[], bool],
         clock: Callable[[], datetime] = timestamps.now,
     ) -> None:
         self._api, self._cache, self._progress = api, cache, progress
-        self._image, self._busy, self._clock = image, busy, clock
+        self._image, self._network, self._busy, self._clock = image, network, busy, clock
         self._executor = Executor(api, cache, clock)
         self._writer = StatusWriter(api, cache, events, witness, busy=busy, clock=clock)
         self._warning_events = WarningEvents(api)
@@ -134,6 +135,7 @@ class Reconciler:
             entry.known_pods,
             self._progress.newest(key),
             self._image,
+            network=self._network,
             begun=self._writer.begun(key, found.uid),
             expected=build.attempt_content,
             workload=entry.workload,

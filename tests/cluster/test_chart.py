@@ -46,6 +46,20 @@ COMBINATIONS: dict[str, Object] = {
     },
     "images of two registries": {"admissionPolicy": {"allowedImages": ["ghcr.io/acme/", "registry.example.com/"]}},
     "policy of Secrets alone": {"admissionPolicy": {"denyLatest": False}},
+    "policy that allows what it may": {
+        "admissionPolicy": {
+            "allowedServiceAccounts": ["trainer"],
+            "allowedClaims": ["*"],
+            "allowedPriorityClasses": ["training-*"],
+            "allowedTolerations": ["nvidia.com/*"],
+            "allowedLabels": ["*"],
+            "allowedAnnotations": ["example.com/note"],
+            "allowedNodeSelectors": ["gpu"],
+            "allowedSchedulers": ["kai-scheduler"],
+            "deniedEnvironment": [],
+            "antiAffinityToOtherNamespaces": True,
+        }
+    },
     "policy of images alone": {
         "admissionPolicy": {"denyLatest": False, "secretsMustBeReadable": False, "allowedImages": ["a/"]}
     },
@@ -54,7 +68,7 @@ COMBINATIONS: dict[str, Object] = {
         "networkPolicy": {
             "metricsFrom": [{"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}],
             "trainers": {
-                "namespaces": ["NAMESPACE"],
+                "dns": [{"ipBlock": {"cidr": "169.254.20.10/32"}}],
                 "publicHttps": False,
                 "extraEgress": [{"to": [{"ipBlock": {"cidr": "10.1.0.0/16"}}], "ports": [{"port": 3128}]}],
             },
@@ -190,7 +204,7 @@ def test_the_notes_name_what_is_there(scene: Scene, cluster: Cluster):
     assert notes.count("\n     kubectl ") == 3
     assert f"kubectl -n {scene.namespace} rollout status deployment/rl" in notes
     assert "--clusterrole=nemo-rl-edit" in notes
-    assert "No NetworkPolicy guards trainer pods yet" in notes
+    assert "NetworkPolicy" not in notes, "each job has one by default"
     assert "was not installed (crds.enabled=false)" in notes
 
 

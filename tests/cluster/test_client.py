@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import nemo_rl
+from cluster import manifests
 from cluster.api import eventually
 from cluster.manifests import failure, result
 from cluster.operator_process import Operator
@@ -140,24 +141,44 @@ def test_a_call_becomes_a_job_that_owns_its_bundles(scene: Scene, namespace: str
     scene.phase("Running", name=job.name)
 
 
-def test_a_second_job_of_the_same_data_uploads_nothing_and_shares_it(scene: Scene, namespace: str) -> None:
+def test_each_job_has_its_own_code_and_data_and_the_same_call_uploads_nothing(
+    scene: Scene, namespace: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who submits may make ConfigMaps only, and neither changes nor deletes any."""
     first = submit(namespace, name="first")
     before = config_maps(scene)
     second = submit(namespace, name="second", max_steps=4)
-    after = config_maps(scene)
-    assert {n: o["metadata"]["uid"] for n, o in before.items()} == {n: o["metadata"]["uid"] for n, o in after.items()}
-    owners = {first.resource["metadata"]["uid"], second.resource["metadata"]["uid"]}
-    assert all({o["uid"] for o in one["metadata"]["ownerReferences"]} == owners for one in after.values())
+    owners = {n: [o["uid"] for o in one["metadata"]["ownerReferences"]] for n, one in config_maps(scene).items()}
+    for job in (first, second):
+        mine = {n for bundle in job.resource["spec"]["bundles"] for n in bundle["configMaps"]}
+        assert mine and all(n.startswith(f"{job.name}-b-") for n in mine)
+        assert all(owners[n] == [job.resource["metadata"]["uid"]] for n in mine)
+    capsys.readouterr()
+    assert submit(namespace, name="first").resource["metadata"]["uid"] == first.resource["metadata"]["uid"]
+    assert "nothing was uploaded" in capsys.readouterr().out
     first.delete()
     scene.gone(names.PLURAL, "first")
-    eventually(
-        lambda: all(
-            [o["uid"] for o in one["metadata"]["ownerReferences"]] == [second.resource["metadata"]["uid"]]
-            for one in config_maps(scene).values()
-        ),
-        "the deleted owner is taken off",
-    )
-    assert set(config_maps(scene)) == set(before)
+    eventually(lambda: not set(before) & set(config_maps(scene)), "its ConfigMaps go with a job")
+    assert len(config_maps(scene)) == len(before)
+
+
+def test_a_job_of_the_name_of_one_just_deleted_waits_for_its_leftovers(scene: Scene, namespace: str) -> None:
+    first = submit(namespace, name="again")
+    first.delete()
+    scene.gone(names.PLURAL, "again")
+    second = submit(namespace, name="again")
+    for one in config_maps(scene).values():
+        assert [o["uid"] for o in one["metadata"]["ownerReferences"]] == [second.resource["metadata"]["uid"]]
+
+
+def test_a_strangers_job_with_the_label_of_my_call_is_not_followed(scene: Scene, namespace: str) -> None:
+    mine = submit(namespace)
+    labels = mine.resource["metadata"]["labels"]
+    mine.delete()
+    scene.gone(names.PLURAL, mine.name)
+    theirs = manifests.job("theirs", "sft", job_labels=labels, training={"trustRemoteCode": True})
+    scene.api.create(names.PLURAL, namespace, theirs)
+    assert submit(namespace).name != "theirs"
 
 
 def test_the_same_call_finds_its_live_job(scene: Scene, namespace: str, capsys: pytest.CaptureFixture[str]) -> None:

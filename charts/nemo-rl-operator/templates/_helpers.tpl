@@ -83,6 +83,9 @@ capabilities: {drop: [ALL]}
 - apiGroups: [""]
   resources: [configmaps, persistentvolumeclaims, services]
   verbs: [get, create]
+- apiGroups: [networking.k8s.io]
+  resources: [networkpolicies]
+  verbs: [create] # one for each job
 - apiGroups: [""]
   resources: [secrets]
   verbs: [create] # a random token for each job of several nodes, never read back
@@ -103,4 +106,40 @@ capabilities: {drop: [ALL]}
 {{- define "nemo-rl.testLabels" -}}
 labels: {{- include "nemo-rl.labels" . | nindent 2 }}
   app.kubernetes.io/component: test
+{{- end -}}
+
+{{/* CEL: whether `var` is one of `names`, where an entry that ends in * stands for all that begin so. */}}
+{{- define "nemo-rl.oneOf" -}}
+{{- $var := .var -}}
+{{- $checks := list -}}
+{{- range .names -}}
+{{- if hasSuffix "*" . -}}
+{{- $checks = append $checks (printf "%s.startsWith('%s')" $var (trimSuffix "*" .)) -}}
+{{- else -}}
+{{- $checks = append $checks (printf "%s == '%s'" $var .) -}}
+{{- end -}}
+{{- end -}}
+({{ default (list "false") $checks | join " || " }})
+{{- end -}}
+
+{{/* What a refusal says of a list of names. */}}
+{{- define "nemo-rl.allowed" -}}
+this cluster allows {{ if .names }}{{ join ", " .names }}{{ else }}none{{ end }} (admissionPolicy.{{ .value }} of the chart)
+{{- end -}}
+
+{{/* What reaches the pods of a job beside each other, and where they may connect to: the operator makes a policy for each job. */}}
+{{- define "nemo-rl.network" -}}
+{{- $operator := dict "podSelector" (dict "matchLabels" (include "nemo-rl.selector" . | fromYaml)) "namespaceSelector" (dict "matchLabels" (dict "kubernetes.io/metadata.name" .Release.Namespace)) -}}
+{{- $progress := list (dict "port" 8080 "protocol" "TCP") -}}
+{{- $dns := list (dict "port" 53 "protocol" "UDP") (dict "port" 53 "protocol" "TCP") -}}
+{{- with .Values.networkPolicy -}}
+{{- $ingress := list (dict "ports" $progress "from" (concat (list $operator) .metricsFrom)) -}}
+{{- $egress := list (dict "ports" $dns "to" .trainers.dns) -}}
+{{- if .trainers.publicHttps -}}
+{{- $closed := list "10.0.0.0/8" "172.16.0.0/12" "192.168.0.0/16" "100.64.0.0/10" "169.254.0.0/16" "127.0.0.0/8" -}}
+{{- $public := list (dict "ipBlock" (dict "cidr" "0.0.0.0/0" "except" $closed)) (dict "ipBlock" (dict "cidr" "2000::/3")) -}}
+{{- $egress = append $egress (dict "ports" (list (dict "port" 443 "protocol" "TCP")) "to" $public) -}}
+{{- end -}}
+{{- toJson (dict "ingress" $ingress "egress" (concat $egress .trainers.extraEgress)) -}}
+{{- end -}}
 {{- end -}}

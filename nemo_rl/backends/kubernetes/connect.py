@@ -21,7 +21,6 @@ Object = dict[str, Any]
 
 JSON = "application/json"
 MERGE = "application/merge-patch+json"
-JSON_PATCH = "application/json-patch+json"
 APPLY = "application/apply-patch+yaml"
 FIELD_MANAGER = "nemo-rl"
 REQUEST_SECONDS = 30.0

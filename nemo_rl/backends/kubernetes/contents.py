@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,15 @@ class Contents:
     reward: Capture | None = None
     rows: list[Mapping[str, Any]] = field(default_factory=list)
     origins: dict[str, str] = field(default_factory=dict)
+
+    def for_job(self, name: str) -> Contents:
+        """The same with ConfigMaps of this job's own: who submits may make ConfigMaps, and need not change others'."""
+        archives = {bundle: replace(archive, prefix=f"{name}-b") for bundle, archive in self.archives.items()}
+        spec = self.spec.model_copy(deep=True)
+        for bundle in spec.bundles:
+            if bundle.name in archives:
+                bundle.config_maps = archives[bundle.name].config_map_names
+        return replace(self, spec=spec, archives=archives)
 
     def config_maps(self) -> list[dict[str, Any]]:
         return unique_config_maps(self.archives.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,7 +13,6 @@ from nemo_rl.backends import Run
 from nemo_rl.backends.kubernetes.connect import (
     APPLY,
     FIELD_MANAGER,
-    JSON_PATCH,
     Cluster,
     Object,
     connect,
@@ -32,7 +32,8 @@ from nemo_rl.job.manifest import Manifest
 from nemo_rl.job.reading import read_spec
 
 _FINISHED = ("Succeeded", "Failed")
-_OWNER_TRIES = 5
+_CLEARING_SECONDS, _CLEARING_PAUSE = 30.0, 0.5
+"""So long for the ConfigMaps of a deleted job of the same name to go."""
 _KINDS = "x-kubernetes-group-version-kind"
 
 
@@ -52,7 +53,7 @@ def start(run: Run) -> Job:
     else:
         name, phase = existing["metadata"]["name"], existing.get("status", {}).get("phase", "Pending")
         say(f"found this very job as {cluster.namespace}/{name} ({phase}); following it instead of starting another")
-        upload(cluster, contents, existing, say)
+        upload(cluster, contents.for_job(name), existing, say)
     job = Job(
         cluster,
         existing,
@@ -67,7 +68,9 @@ def start(run: Run) -> Job:
 def dry_run(run: Run) -> str:
     """The resource and its ConfigMaps as YAML documents; asks no cluster."""
     contents = gather(run)
-    manifest = build(contents, run, run.name or job_name(contents.spec, _model_name(run)), run.namespace)
+    name = run.name or job_name(contents.spec, _model_name(run))
+    contents = contents.for_job(name)
+    manifest = build(contents, run, name, run.namespace)
     documents = [manifest.to_yaml()]
     for config_map in contents.config_maps():
         if run.namespace:
@@ -93,6 +96,7 @@ def submit(cluster: Cluster, contents: Contents, run: Run, say: Callable[[str], 
     if name is None:
         taken = {job["metadata"]["name"] for job in _same(cluster, digest)}
         name = job_name(contents.spec, _model_name(run), taken)
+    contents = contents.for_job(name)
     body = build(contents, run, name, cluster.namespace).to_dict()
     # Without force: fields that somebody else has set under this name are a conflict, not ours to change.
     created: Object = cluster.request(
@@ -114,7 +118,7 @@ def submit(cluster: Cluster, contents: Contents, run: Run, say: Callable[[str], 
 
 
 def upload(cluster: Cluster, contents: Contents, job: Object, say: Callable[[str], None]) -> int:
-    """Makes the ConfigMaps that are not there yet and shares those that are; the bytes that were uploaded."""
+    """Makes the ConfigMaps that are not there yet; the bytes that were uploaded."""
     owner = {
         "apiVersion": names.API_VERSION,
         "kind": names.KIND,
@@ -143,48 +147,35 @@ def upload(cluster: Cluster, contents: Contents, job: Object, say: Callable[[str
 
 
 def _place(cluster: Cluster, manifest: Object, owner: Object) -> bool:
-    """Whether the ConfigMap had to be made. One that is there gets a further owner; equal names hold equal bytes."""
+    """Whether the ConfigMap had to be made. It belongs to the job from the beginning, and is never changed."""
     name = manifest["metadata"]["name"]
     path = core_path(cluster.namespace, "configmaps", name)
-    for _ in range(_OWNER_TRIES):
+    body = {**manifest, "metadata": {**manifest["metadata"], "ownerReferences": [owner]}}
+    limit = time.monotonic() + _CLEARING_SECONDS
+    while True:
+        try:
+            cluster.request("POST", core_path(cluster.namespace, "configmaps"), body)
+            return True
+        except ApiError as error:
+            if error.code != 409:
+                raise
         try:
             found: Object = cluster.request("GET", path)
         except ApiError as error:
             if error.code != 404:
                 raise
-            metadata = {**manifest["metadata"], "ownerReferences": [owner]}
-            try:
-                cluster.request("POST", core_path(cluster.namespace, "configmaps"), {**manifest, "metadata": metadata})
-                return True
-            except ApiError as refused:
-                if refused.code != 409:
-                    raise
-                continue  # another client was faster
-        if found.get("binaryData") != manifest["binaryData"]:
-            raise ClusterError(
-                f"ConfigMap {cluster.namespace}/{name} exists with other content; delete it: kubectl -n "
-                f"{cluster.namespace} delete configmap {name}"
-            )
+            continue  # it went just now
         owners = found["metadata"].get("ownerReferences") or []
-        if found["metadata"].get("deletionTimestamp") is None and any(o["uid"] == owner["uid"] for o in owners):
+        ours = any(o["uid"] == owner["uid"] for o in owners) and not found["metadata"].get("deletionTimestamp")
+        if ours and found.get("binaryData") == manifest["binaryData"]:
             return False
-        try:
-            _add_owner(cluster, path, found, [*owners, owner])
-            return False
-        except ApiError as error:
-            if error.code not in (404, 409, 422):
-                raise
-    raise ClusterError(f"ConfigMap {cluster.namespace}/{name} keeps changing; submit again")
-
-
-def _add_owner(cluster: Cluster, path: str, found: Object, owners: list[Object]) -> None:
-    """Fails with 409 or 422 where the object changed since it was read, so that no owner of others is lost."""
-    patch = [
-        {"op": "test", "path": "/metadata/uid", "value": found["metadata"]["uid"]},
-        {"op": "test", "path": "/metadata/resourceVersion", "value": found["metadata"]["resourceVersion"]},
-        {"op": "add", "path": "/metadata/ownerReferences", "value": owners},
-    ]
-    cluster.request("PATCH", path, patch, content_type=JSON_PATCH)
+        # That of an earlier job of this name goes with it, soon.
+        if ours or not owners or time.monotonic() > limit:
+            raise ClusterError(
+                f"ConfigMap {cluster.namespace}/{name} exists with other content or another owner; have it deleted "
+                f"(kubectl -n {cluster.namespace} delete configmap {name}), or give the job another name"
+            )
+        time.sleep(_CLEARING_PAUSE)
 
 
 def _find(cluster: Cluster, contents: Contents, name: str | None) -> Object | None:

@@ -85,6 +85,7 @@ def start(plan: Plan) -> bool:
     made = (
         (Kind.CONFIG_MAP, build.frozen_job(resource, spec)),
         (Kind.CLAIM, build.output_claim(resource, spec)),
+        (Kind.NETWORK_POLICY, build.network_policy(resource, plan.snapshot.network)),
         (Kind.SECRET, build.run_secret(resource, spec)),
         (Kind.SERVICE, build.service(resource, spec)),
         (Kind.JOB, build.attempt_job(resource, spec, number, plan.snapshot.image, *_admission(plan))),

@@ -58,7 +58,7 @@ def bundles(desk: Desk) -> dict[str, Object]:
     return {one["metadata"]["name"]: one for one in found}
 
 
-def test_a_long_list_and_a_model_of_ten_megabytes_travel_and_a_second_submit_uploads_nothing(
+def test_a_long_list_and_a_model_of_ten_megabytes_travel_and_the_same_call_uploads_nothing(
     desk: Desk, large: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = word_problems()
@@ -72,6 +72,9 @@ def test_a_long_list_and_a_model_of_ten_megabytes_travel_and_a_second_submit_upl
     assert 10_000_000 < sum(len(one["binaryData"][names.BUNDLE_KEY]) for one in before.values()) < 30_000_000
 
     job: Any = nemo_rl.train(large, rows, max_steps=2, wait=False, **keywords)
+    assert "uploaded" in capsys.readouterr().out, "each job has its own"
+    before = bundles(desk)
+    nemo_rl.train(large, rows, max_steps=2, wait=False, **keywords)
     assert "nothing was uploaded" in capsys.readouterr().out
     after = bundles(desk)
     assert {n: o["metadata"]["uid"] for n, o in after.items()} == {n: o["metadata"]["uid"] for n, o in before.items()}

@@ -127,13 +127,15 @@ def test_two_releases_share_no_name():
 
 
 def test_policies_select_what_the_operator_really_labels():
-    values = {"networkPolicy": {"trainers": {"namespaces": ["a"]}}, "metrics": {"podMonitor": {"enabled": True}}}
+    values = {"metrics": {"podMonitor": {"enabled": True}}}
     objects = render(values)
     policies = {p["metadata"]["name"]: p for p in of_kind(objects, "NetworkPolicy")}
-    assert policies["rl-trainers"]["spec"]["podSelector"]["matchLabels"] == {
-        names.LABEL_COMPONENT: names.COMPONENT_TRAINER
-    }
-    assert policies["rl-files"]["spec"]["podSelector"]["matchLabels"] == {names.LABEL_COMPONENT: names.COMPONENT_FILES}
+    (deployment,) = of_kind(objects, "Deployment")
+    environment = {e["name"]: e.get("value") for e in deployment["spec"]["template"]["spec"]["containers"][0]["env"]}
+    network = json.loads(environment[names.NETWORK_VARIABLE])
+    assert [rule["ports"] for rule in network["ingress"]] == [[{"port": names.TRAINER_PORT, "protocol": "TCP"}]]
+    (peer,) = network["ingress"][0]["from"]
+    assert peer["podSelector"]["matchLabels"].items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
     to_trainers = policies["rl"]["spec"]["egress"][-1]
     assert to_trainers["ports"] == [{"port": names.TRAINER_PORT}]
     monitor = of_kind(objects, "PodMonitor")[0]["spec"]

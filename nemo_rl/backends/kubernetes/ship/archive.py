@@ -31,6 +31,8 @@ class Archive:
 
     data: bytes
     sha256: str
+    prefix: str = "b"
+    """Beginning of the names of its ConfigMaps: those of a job begin with the job's name, and belong to it alone."""
 
     @property
     def parts(self) -> list[bytes]:
@@ -40,8 +42,8 @@ class Archive:
 
     @property
     def config_map_names(self) -> list[str]:
-        """b-<first 12 digits of the sha256>-<index>: the same content has the same names."""
-        return [f"b-{self.sha256[:12]}-{i}" for i in range(len(self.parts))]
+        """<prefix>-<first 12 digits of the sha256>-<index>: the same content has the same names."""
+        return [f"{self.prefix}-{self.sha256[:12]}-{i}" for i in range(len(self.parts))]
 
     def spec(self, name: str, python: str | None = None) -> BundleSpec:
         """The entry of spec.bundles; `python` where the archive holds pickles."""
