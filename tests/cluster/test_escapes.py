@@ -117,6 +117,10 @@ def test_nothing_of_others_can_be_named_in_a_job(scene: Scene, release: list[Obj
         if words not in answer or "created" in answer:
             got[what] = answer
     assert not got, json.dumps(got, indent=1)
+    mount = ("--verb=create", "--resource=persistentvolumeclaims/mount", "--resource-name=corpora")
+    scene.kubectl("create", "role", "mount", *mount)
+    scene.kubectl("create", "rolebinding", "mount", "--role=mount", f"--user={USER}")
+    eventually(lambda: "created" in submit({"model": "pvc://corpora/m"}), "a claim that he may mount")
     for spec in ({}, {"labels": {"team": "a"}}, {"tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}]}):
         assert "created" in submit(spec), submit(spec)
 
