@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from nemo_rl.data.conversations import is_missing, to_messages, to_tools
 from nemo_rl.data.rows import Message, Row
 from nemo_rl.errors import DatasetError
 
 # A reward receives these by position or meaning (the prompt, the sampled response, the conversation), so a column of
 # the same name cannot be passed beside them.
 RESERVED = frozenset({"prompt", "prompts", "response", "responses", "messages"})
-
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-}
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
@@ -32,9 +20,14 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
     A column that is null everywhere is none: Arrow tables invent such columns when rows of several shapes are merged.
     """
     seen: dict[str, None] = {}
-    for row in rows:
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise DatasetError(
+                f"found {type(row).__name__} ({_short(row)}) as row {index}; expected a mapping of column to value such "
+                'as {"prompt": "2+2=", "answer": "4"}; wrap each row in a dict'
+            )
         for column, value in row.items():
-            if value is not None and column not in seen:
+            if column not in seen and not is_missing(value):
                 seen[column] = None
     return list(seen)
 
@@ -51,13 +44,13 @@ def check_kinds(rows: Sequence[Row], column: str, *allowed: str) -> None:
     first: tuple[int, str] | None = None
     for index, row in enumerate(rows):
         value = row.get(column)
-        if value is None:
+        if is_missing(value):
             continue
         found = kind(value)
         if found not in allowed:
             raise DatasetError(
                 f"found {found} ({_short(value)}) in column {column!r} of row {index}; expected "
-                f"{' or '.join(_KIND_WORDS[k] for k in allowed)}; convert the column, for example with str()"
+                f"{' or '.join(_KIND_WORDS[k] for k in allowed)}; {_cure(value, allowed)}"
             )
         if first is None:
             first = (index, found)
@@ -66,6 +59,20 @@ def check_kinds(rows: Sequence[Row], column: str, *allowed: str) -> None:
                 f"column {column!r} mixes types: {_KIND_WORDS[first[1]]} in row {first[0]}, {_KIND_WORDS[found]} in "
                 f"row {index}; expected one kind throughout; convert the rows to one shape"
             )
+
+
+def _cure(value: Any, allowed: Sequence[str]) -> str:
+    if isinstance(value, (bool, int, float)) and "text" in allowed:
+        return "convert the column, for example with str()"
+    if isinstance(value, bytes) and "text" in allowed:
+        return 'decode the column, for example with .decode("utf-8")'
+    if isinstance(value, str):
+        return 'give each cell as [{"role": "user", "content": "Hello"}, ...]'
+    if isinstance(value, (list, tuple, Mapping)) and "text" in allowed:
+        return (
+            "put the one text that is meant into the column, or name it as one that may hold messages: prompt, messages"
+        )
+    return "convert the column, or leave out the rows without a value"
 
 
 _KIND_WORDS = {"text": "text", "messages": "a list of messages"}
@@ -85,57 +92,20 @@ def text_or_messages(row: Row, index: int, column: str) -> str | list[Message] |
     return text(row, column)
 
 
-def to_messages(value: Sequence[Any], where: str) -> list[Message]:
-    """Messages as {"role", "content", ...}, from either that form or ShareGPT's {"from", "value"}.
-
-    Content given as a list of text parts is joined; null fields are left out. The input is not changed.
-    Raises `DatasetError` for anything that is not a message, and for content that is not text.
-    """
-    messages = []
-    for position, message in enumerate(value):
-        at = f"message {position} in {where}"
-        if not isinstance(message, dict):
+def template_arguments(row: Row, index: int) -> dict[str, Any]:
+    """What a row tells the chat template beside its messages: `tools`, and the column `chat_template_kwargs`."""
+    found: dict[str, Any] = {}
+    if "chat_template_kwargs" in row and not is_missing(row["chat_template_kwargs"]):
+        given = row["chat_template_kwargs"]
+        if not isinstance(given, Mapping):
             raise DatasetError(
-                f"found {type(message).__name__} ({_short(message)}) as {at}; expected a mapping such as "
-                '{"role": "user", "content": "Hello"}; wrap each turn in such a mapping'
+                f"found {type(given).__name__} ({_short(given)}) as chat_template_kwargs of row {index}; expected a mapping "
+                'such as {"enable_thinking": False}; write it so'
             )
-        messages.append(_message(message, at))
-    return messages
-
-
-def _message(message: Message, at: str) -> Message:
-    if "from" in message and "role" not in message:
-        role = _SHAREGPT_ROLES.get(str(message["from"]).lower())
-        if role is None:
-            raise DatasetError(
-                f"found from={message['from']!r} in {at}; expected one of {', '.join(_SHAREGPT_ROLES)}; rename the role"
-            )
-        message = {"role": role, "content": message.get("value")}
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or not role:
-        raise DatasetError(
-            f"found no role in {at} (its fields: {', '.join(map(str, message)) or 'none'}); expected "
-            '{"role": "user", "content": "Hello"} or {"from": "human", "value": "Hello"}; add the role'
-        )
-    if isinstance(content, (list, tuple)):
-        content = _joined_parts(content, at)
-    if content is None and (message.get("tool_calls") or role == "assistant"):
-        content = ""
-    if not isinstance(content, str):
-        raise DatasetError(f"found {kind(content)} as the content of {at}; expected text; convert it to a string")
-    extras = {k: v for k, v in message.items() if v is not None and k not in ("role", "content")}
-    return {"role": role, "content": content, **extras}
-
-
-def _joined_parts(parts: Iterable[Any], at: str) -> str:
-    texts = []
-    for part in parts:
-        content = part.get("text") if isinstance(part, dict) else part
-        if not isinstance(content, str):
-            found = part.get("type", "an unknown part") if isinstance(part, dict) else type(part).__name__
-            raise DatasetError(f"found {found} in the content of {at}; expected text only; remove such parts")
-        texts.append(content)
-    return "".join(texts)
+        found |= {name: value for name, value in given.items() if value is not None}
+    if "tools" in row and (tools := to_tools(row["tools"], f"tools of row {index}")):
+        found["tools"] = tools
+    return found
 
 
 def last_user_turn(messages: Sequence[Message]) -> str | None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from nemo_rl.data import helpsteer, openmath
 from nemo_rl.data.columns import (
@@ -17,9 +17,12 @@ from nemo_rl.data.columns import (
     kind,
     last_user_turn,
     reward_columns,
+    template_arguments,
     text,
     text_or_messages,
 )
+from nemo_rl.data.context import CONTEXT_COLUMNS, earlier_turns, read_rows
+from nemo_rl.data.conversations import is_empty, is_trained
 from nemo_rl.data.rows import Message, PreferenceRow, PromptRow, Report, Row, TextRow
 from nemo_rl.data.shapes import unknown_shape
 from nemo_rl.errors import DatasetError
@@ -35,10 +38,13 @@ ANSWERS = ("answer", "solution", "output", "response")
 
 @dataclass(frozen=True)
 class Format:
-    """A shape: the columns by which it is known, and what each algorithm makes of it (None: nothing)."""
+    """A shape: the columns by which it is known, those that are trained on, and what each algorithm makes of it (None:
+    nothing).
+    """
 
     name: str
     matches: Callable[[frozenset[str]], bool]
+    reads: Callable[[Sequence[str]], set[str]]
     prompts: Converter[PromptRow] | None = None
     texts: Converter[TextRow] | None = None
     preferences: Converter[PreferenceRow] | None = None
@@ -64,13 +70,16 @@ def _convert(
 ) -> tuple[list[T], Report]:
     columns = columns_of(rows)
     known = frozenset(columns)
+    rows = read_rows(rows, columns, rewarded=algorithm == "grpo")
     for shape in FORMATS:
         converter = converter_of(shape)
         if converter is None or not shape.matches(known):
             continue
         dropped: Counter[str] = Counter()
         converted = converter(rows, columns, dropped)
-        report = Report(shape.name, len(rows), len(converted), {k: n for k, n in dropped.items() if n})
+        # Of prompts the other columns are the reward's to read.
+        unused = () if algorithm == "grpo" else tuple(c for c in columns if c not in shape.reads(columns))
+        report = Report(shape.name, len(rows), len(converted), {k: n for k, n in dropped.items() if n}, unused=unused)
         if not converted:
             raise no_rows_left(report)
         return converted, report
@@ -108,16 +117,18 @@ def _message_prompts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) 
         answer = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else None
         if "completion" not in columns:
             visible["completion"] = answer
-        _add_conversation(found, messages, visible, dropped)
+        _add_conversation(found, messages, visible, template_arguments(row, index), dropped)
     if all(row.columns.get("completion") is None for row in found):
-        found = [
-            PromptRow(r.prompt, r.messages, {k: v for k, v in r.columns.items() if k != "completion"}) for r in found
-        ]
+        found = [replace(r, columns={k: v for k, v in r.columns.items() if k != "completion"}) for r in found]
     return found
 
 
 def _add_conversation(
-    found: list[PromptRow], messages: list[Message], columns: dict[str, object], dropped: Counter[str]
+    found: list[PromptRow],
+    messages: list[Message],
+    columns: dict[str, Any],
+    arguments: dict[str, Any],
+    dropped: Counter[str],
 ) -> None:
     question = last_user_turn(messages)
     if question is None:
@@ -125,7 +136,7 @@ def _add_conversation(
     elif messages[-1]["role"] == "assistant":
         dropped["ending with an assistant turn in the prompt"] += 1
     else:
-        found.append(PromptRow(question, messages, columns))
+        found.append(PromptRow(question, messages, columns, template_arguments=arguments))
 
 
 def _message_texts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[TextRow]:
@@ -135,11 +146,20 @@ def _message_texts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) ->
     for index, row in enumerate(rows):
         messages = text_or_messages(row, index, column) or []
         assert isinstance(messages, list)
-        if any(m["role"] == "assistant" for m in messages):
-            found.append(TextRow(messages=messages))
+        if reason := _untrainable(messages):
+            dropped[reason] += 1
         else:
-            dropped["without an assistant turn"] += 1
+            found.append(TextRow(messages=messages, template_arguments=template_arguments(row, index)))
     return found
+
+
+def _untrainable(messages: Sequence[Message]) -> str | None:
+    """Why nothing can be learnt from these messages, or only that an answer may be empty; None where something can."""
+    if not any(m["role"] == "assistant" for m in messages):
+        return "without an assistant turn"
+    if not any(map(is_trained, messages)):
+        return "with assistant turns of weight 0 only"
+    return "with an empty assistant turn" if any(is_trained(m) and is_empty(m) for m in messages) else None
 
 
 # --- prompts, alone or with a completion
@@ -154,9 +174,9 @@ def _prompts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[
         if prompt is None:
             dropped["without a prompt"] += 1
         elif isinstance(prompt, str):
-            found.append(PromptRow(prompt, columns=visible))
+            found.append(PromptRow(prompt, columns=visible, template_arguments=template_arguments(row, index)))
         else:
-            _add_conversation(found, prompt, visible, dropped)
+            _add_conversation(found, prompt, visible, template_arguments(row, index), dropped)
     return found
 
 
@@ -173,10 +193,10 @@ def _completions(completion: str) -> Converter[TextRow]:
                 dropped["without a prompt"] += 1
             elif answer is None:
                 dropped[f"without a {completion}"] += 1
-            elif isinstance(answer, list) and not any(m["role"] == "assistant" for m in answer):
-                dropped["without an assistant turn"] += 1
+            elif isinstance(answer, list) and (reason := _untrainable(answer)):
+                dropped[reason] += 1
             else:
-                found.append(TextRow(prompt, answer))
+                found.append(TextRow(prompt, answer, template_arguments=template_arguments(row, index)))
         return found
 
     return convert
@@ -211,7 +231,7 @@ def _pairs(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[tu
             dropped["in a tie (chosen equals rejected)"] += 1
         elif isinstance(chosen, str) and isinstance(rejected, str):
             pair = PreferenceRow(prompt, chosen, rejected) if prompt else _split_strings(chosen, rejected)
-            _keep(found, pair, row, "without a beginning that both answers share", dropped)
+            _keep(found, pair, row, index, "without a beginning that both answers share", dropped)
         else:
             assert isinstance(chosen, list)
             assert isinstance(rejected, list)
@@ -219,17 +239,24 @@ def _pairs(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[tu
                 dropped["without a beginning that both answers share"] += 1
                 continue
             pair = _split_conversations(prompt, chosen, rejected)
-            _keep(found, pair, row, "whose answers are not one assistant turn each", dropped)
+            _keep(found, pair, row, index, "whose answers are not one assistant turn each", dropped)
     return found
 
 
 def _keep(
-    found: list[tuple[PreferenceRow, Row]], pair: PreferenceRow | None, row: Row, otherwise: str, dropped: Counter[str]
+    found: list[tuple[PreferenceRow, Row]],
+    pair: PreferenceRow | None,
+    row: Row,
+    index: int,
+    otherwise: str,
+    dropped: Counter[str],
 ) -> None:
     if pair is None:
         dropped[otherwise] += 1
+    elif any(isinstance(answer, list) and is_empty(answer[0]) for answer in (pair.chosen, pair.rejected)):
+        dropped["without a chosen or a rejected answer"] += 1
     else:
-        found.append((pair, row))
+        found.append((replace(pair, template_arguments=template_arguments(row, index)), row))
 
 
 def _split_strings(chosen: str, rejected: str) -> PreferenceRow | None:
@@ -270,7 +297,7 @@ def _chosen_texts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> 
     found = []
     for pair, _ in _pairs(rows, columns, dropped):
         if pair.templated:
-            found.append(TextRow(pair.prompt, pair.chosen))
+            found.append(TextRow(pair.prompt, pair.chosen, template_arguments=pair.template_arguments))
         else:
             found.append(TextRow(text=f"{pair.prompt}{pair.chosen}"))
     return found
@@ -280,10 +307,13 @@ def _preference_prompts(rows: Rows, columns: Sequence[str], dropped: Counter[str
     found: list[PromptRow] = []
     for pair, row in _pairs(rows, columns, dropped):
         visible = reward_columns(row, columns)
+        arguments = pair.template_arguments
         if isinstance(pair.prompt, str):
-            found.append(PromptRow(pair.prompt, columns=visible, templated=pair.templated))
+            found.append(
+                PromptRow(pair.prompt, columns=visible, templated=pair.templated, template_arguments=arguments)
+            )
         else:
-            _add_conversation(found, pair.prompt, visible, dropped)
+            _add_conversation(found, pair.prompt, visible, arguments, dropped)
     return found
 
 
@@ -307,13 +337,15 @@ def _check_question(rows: Rows, columns: Sequence[str]) -> None:
 
 def _question_prompts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[PromptRow]:
     _check_question(rows, columns)
-    found = []
-    for row in rows:
-        question = _question(row, columns)
+    found: list[PromptRow] = []
+    for index, row in enumerate(rows):
+        question, arguments = _question(row, columns), template_arguments(row, index)
         if question is None:
             dropped["without a question"] += 1
-        else:
-            found.append(PromptRow(question, columns=reward_columns(row, columns)))
+            continue
+        visible, before = reward_columns(row, columns), earlier_turns(row, index)
+        messages = [*before, {"role": "user", "content": question}] if before else None
+        found.append(PromptRow(question, messages, visible, template_arguments=arguments))
     return found
 
 
@@ -324,7 +356,7 @@ def _answer_texts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> 
     _check_question(rows, columns)
     check_kinds(rows, answer_column, "text")
     found = []
-    for row in rows:
+    for index, row in enumerate(rows):
         question, answer = _question(row, columns), text(row, answer_column)
         if question is None:
             dropped["without a question"] += 1
@@ -333,7 +365,9 @@ def _answer_texts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> 
                 f"without an {answer_column}" if answer_column in ("answer", "output") else f"without a {answer_column}"
             ] += 1
         else:
-            found.append(TextRow(question, answer))
+            before = earlier_turns(row, index)
+            prompt = [*before, {"role": "user", "content": question}] if before else question
+            found.append(TextRow(prompt, answer, template_arguments=template_arguments(row, index)))
     return found
 
 
@@ -348,14 +382,54 @@ def _has(*columns: str) -> Callable[[frozenset[str]], bool]:
     return lambda known: known.issuperset(columns)
 
 
+def _reads(*names: str) -> Callable[[Sequence[str]], set[str]]:
+    """What a shape of these columns reads; those around a conversation too."""
+    return lambda columns: {*names, *CONTEXT_COLUMNS}
+
+
+def _reads_question(columns: Sequence[str]) -> set[str]:
+    questions = [column for column in QUESTIONS if column in columns]
+    both = {"instruction", "input"} if {"instruction", "input"} <= set(questions) else set(questions[:1])
+    if "prompt" in columns:
+        both = {"prompt"}
+    return {*both, *[column for column in ANSWERS if column in columns][:1], *CONTEXT_COLUMNS}
+
+
 FORMATS: tuple[Format, ...] = (
-    Format("messages", lambda known: bool(known & {"messages", "conversations"}), _message_prompts, _message_texts),
-    Format("prompt + chosen + rejected", _has("prompt", "chosen", "rejected"), _prompts, _chosen_texts, _preferences),
-    Format("chosen + rejected", _has("chosen", "rejected"), _preference_prompts, _chosen_texts, _preferences),
-    Format("prompt + completion", _has("prompt", "completion"), _prompts, _completions("completion")),
+    Format(
+        "messages",
+        lambda known: bool(known & {"messages", "conversations"}),
+        lambda columns: {_conversation_column(columns), *CONTEXT_COLUMNS},
+        _message_prompts,
+        _message_texts,
+    ),
+    Format(
+        "prompt + chosen + rejected",
+        _has("prompt", "chosen", "rejected"),
+        _reads("prompt", "chosen", "rejected"),
+        _prompts,
+        _chosen_texts,
+        _preferences,
+    ),
+    Format(
+        "chosen + rejected",
+        _has("chosen", "rejected"),
+        _reads("chosen", "rejected"),
+        _preference_prompts,
+        _chosen_texts,
+        _preferences,
+    ),
+    Format(
+        "prompt + completion",
+        _has("prompt", "completion"),
+        _reads("prompt", "completion"),
+        _prompts,
+        _completions("completion"),
+    ),
     Format(
         "HelpSteer2",
         _has(*helpsteer.SCORED_COLUMNS),
+        lambda columns: set(helpsteer.SCORED_COLUMNS),
         helpsteer.prompts,
         helpsteer.scored_texts,
         helpsteer.scored_preferences,
@@ -363,18 +437,26 @@ FORMATS: tuple[Format, ...] = (
     Format(
         "HelpSteer2 preference",
         _has(*helpsteer.PREFERENCE_COLUMNS),
+        lambda columns: {"split", *helpsteer.PREFERENCE_COLUMNS},
         helpsteer.preference_prompts,
         helpsteer.preference_texts,
         helpsteer.preferences,
     ),
-    Format("OpenMathInstruct-2", _has(*openmath.COLUMNS), openmath.prompts, openmath.texts),
-    Format("prompt", _has("prompt"), _prompts),
-    Format("question", lambda known: bool(known & set(QUESTIONS)), _question_prompts),
+    Format(
+        "OpenMathInstruct-2",
+        _has(*openmath.COLUMNS),
+        lambda columns: set(openmath.COLUMNS),
+        openmath.prompts,
+        openmath.texts,
+    ),
+    Format("prompt", _has("prompt"), _reads("prompt"), _prompts),
+    Format("question", lambda known: bool(known & set(QUESTIONS)), _reads_question, _question_prompts),
     Format(
         "question + answer",
         lambda known: bool(known & {"prompt", *QUESTIONS}) and bool(known & set(ANSWERS)),
+        _reads_question,
         None,
         _answer_texts,
     ),
-    Format("text", _has("text"), None, _plain_texts),
+    Format("text", _has("text"), lambda columns: {"text"}, None, _plain_texts),
 )

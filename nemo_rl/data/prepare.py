@@ -16,6 +16,7 @@ from nemo_rl.data.formats import no_rows_left, to_preference_rows, to_prompt_row
 from nemo_rl.data.loading import open_rows
 from nemo_rl.data.rows import PromptRow, Report, Row
 from nemo_rl.data.segments import opening_ids
+from nemo_rl.data.templates import Template, with_template
 from nemo_rl.errors import DatasetError
 from nemo_rl.job.spec import DPOSpec, GRPOSpec, SFTSpec, TrainingSpec
 
@@ -85,8 +86,11 @@ def prepare(
     rows = stream.read(needed)
     if not rows:
         raise stream.empty()
+    tokenizer = with_template(tokenizer, training.chat_template)
     while True:
-        examples, report = _examples(algorithm, rows, tokenizer, training, settings)
+        template = Template(tokenizer, training.chat_template_kwargs)
+        examples, report = _examples(algorithm, rows, template, training, settings)
+        report = replace(report, notes=dict(template.notes))
         if needed is None or len(examples) >= needed:
             break
         # Some rows were left out, so read as many again and a few more.
@@ -138,21 +142,21 @@ def describe_example(tokenizer: Any, example: Example) -> str:
 
 
 def _examples(
-    algorithm: str, rows: Sequence[Row], tokenizer: Any, training: TrainingSpec, settings: Settings
+    algorithm: str, rows: Sequence[Row], template: Template, training: TrainingSpec, settings: Settings
 ) -> tuple[list[Any], Report]:
     if isinstance(settings, GRPOSpec) and algorithm == "grpo":
-        return _prompt_examples(rows, tokenizer, training, settings)
+        return _prompt_examples(rows, template, training, settings)
     if isinstance(settings, SFTSpec) and algorithm == "sft":
-        return _text_examples(rows, tokenizer, training, settings)
+        return _text_examples(rows, template, training, settings)
     if isinstance(settings, DPOSpec) and algorithm == "dpo":
-        return _pair_examples(rows, tokenizer, training)
+        return _pair_examples(rows, template, training)
     raise ValueError(
         f"found algorithm {algorithm!r} with {type(settings).__name__}; expected grpo, sft or dpo with its own section"
     )
 
 
 def _prompt_examples(
-    rows: Sequence[Row], tokenizer: Any, training: TrainingSpec, settings: GRPOSpec
+    rows: Sequence[Row], template: Template, training: TrainingSpec, settings: GRPOSpec
 ) -> tuple[list[PromptExample], Report]:
     room = training.max_sequence_length - settings.max_new_tokens
     if room < 1:
@@ -163,8 +167,8 @@ def _prompt_examples(
             "max_sequence_length or lower max_new_tokens"
         )
     prompts, report = to_prompt_rows(rows)
-    encoded = list(zip(encode_prompts(tokenizer, prompts), prompts, strict=True))
-    opening = opening_ids(tokenizer)
+    encoded = list(zip(encode_prompts(template.tokenizer, prompts, template), prompts, strict=True))
+    opening = opening_ids(template.tokenizer)
 
     def without_beginning(item: tuple[list[int], PromptRow]) -> tuple[list[int], PromptRow]:
         ids, row = item
@@ -186,10 +190,12 @@ def _prompt_examples(
 
 
 def _text_examples(
-    rows: Sequence[Row], tokenizer: Any, training: TrainingSpec, settings: SFTSpec
+    rows: Sequence[Row], template: Template, training: TrainingSpec, settings: SFTSpec
 ) -> tuple[list[TextExample], Report]:
     texts, report = to_text_rows(rows)
-    encoded = [TextExample(ids, mask) for ids, mask in encode_texts(tokenizer, texts, settings.train_on_prompt)]
+    found, counts = encode_texts(template.tokenizer, texts, settings.train_on_prompt, template)
+    encoded = [TextExample(ids, mask) for ids, mask in found]
+    report = replace(report, split=len(found) - len(counts))
     room = training.max_sequence_length
     return _fit(
         encoded,
@@ -204,9 +210,9 @@ def _text_examples(
     )
 
 
-def _pair_examples(rows: Sequence[Row], tokenizer: Any, training: TrainingSpec) -> tuple[list[PairExample], Report]:
+def _pair_examples(rows: Sequence[Row], template: Template, training: TrainingSpec) -> tuple[list[PairExample], Report]:
     pairs, report = to_preference_rows(rows)
-    encoded = [PairExample(*ids) for ids in encode_pairs(tokenizer, pairs)]
+    encoded = [PairExample(*ids) for ids in encode_pairs(template.tokenizer, pairs, template)]
     room = training.max_sequence_length
 
     def without_end(pair: PairExample) -> PairExample:

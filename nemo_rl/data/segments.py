@@ -18,11 +18,14 @@ Encoded = tuple[list[int], list[bool]]
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of text. `closes` puts the tokenizer's EOS after it, unless the text ends with that token."""
+    """A stretch of text. `closes` puts an end token after it, unless the text ends with that token: `end`, or the
+    tokenizer's EOS.
+    """
 
     text: str
     trained: bool
     closes: bool = False
+    end: int | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ def encode_passages(tokenizer: Any, passages: Sequence[Passage]) -> list[Encoded
     The first token is never trained, for nothing precedes it. Raises `DatasetError` if an EOS is needed and the
     tokenizer has none.
     """
-    if any(segment.closes for passage in passages for segment in passage.segments):
+    if any(segment.closes and segment.end is None for passage in passages for segment in passage.segments):
         eos_of(tokenizer)
     encode = _encode_apart if _joins_cleanly(tokenizer) or not tokenizer.is_fast else _encode_jointly
     encoded = encode(tokenizer, passages)
@@ -100,8 +103,8 @@ def _encode_apart(tokenizer: Any, passages: Sequence[Passage]) -> list[Encoded]:
         mask: list[bool] = []
         for segment in passage.segments:
             part = list(tokens[segment.text])
-            if segment.closes and (not part or part[-1] != tokenizer.eos_token_id):
-                part.append(eos_of(tokenizer))
+            if segment.closes:
+                _close(tokenizer, segment, part)
             ids += part
             mask += [segment.trained] * len(part)
         encoded.append((ids, mask))
@@ -120,13 +123,19 @@ def _encode_jointly(tokenizer: Any, passages: Sequence[Passage]) -> list[Encoded
         mask: list[bool] = []
         for run in _runs(passage):
             part_ids, part_mask = _cut(tokenizer, run, *next(tokens))
-            if run and run[-1].closes and (not part_ids or part_ids[-1] != tokenizer.eos_token_id):
-                part_ids.append(eos_of(tokenizer))
-                part_mask.append(run[-1].trained)
+            if run and run[-1].closes:
+                _close(tokenizer, run[-1], part_ids)
+                part_mask += [run[-1].trained] * (len(part_ids) - len(part_mask))
             ids += part_ids
             mask += part_mask
         encoded.append((ids, mask))
     return encoded
+
+
+def _close(tokenizer: Any, segment: Segment, ids: list[int]) -> None:
+    end = eos_of(tokenizer) if segment.end is None else segment.end
+    if not ids or ids[-1] not in (end, tokenizer.eos_token_id):
+        ids.append(end)
 
 
 def _runs(passage: Passage) -> list[list[Segment]]:

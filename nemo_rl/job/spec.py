@@ -212,6 +212,10 @@ class TrainingSpec(Section):
         BeforeValidator(lambda v: v.lower() if isinstance(v, str) else v),
     ] = "info"
     """Least severe level that is printed. Default info."""
+    chat_template: Annotated[str, Field(min_length=1, max_length=names.MAX_INLINE_SOURCE)] | None = None
+    """Jinja text of a chat template, in place of the tokenizer's own; saved with the checkpoints. Default the tokenizer's."""
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=64)] = {}
+    """Values that the chat template asks for by name, for example enable_thinking. Default none."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint. Default false."""
 
@@ -247,6 +251,10 @@ class GRPOSpec(Section):
     """Weight of the KL divergence to the reference model; 0 loads no reference. Default 0."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of that divergence (Schulman). Default k3."""
+    stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=32)] = []
+    """Texts that end a completion, which keeps them; the name of a token is that token. Default none but the model's end tokens."""
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=32)] = []
+    """Ids of further tokens that end a completion. Default none but the model's end tokens."""
     mask_truncated_completions: bool = False
     """Leave completions that ran into max_new_tokens out of the loss. Default false."""
 

@@ -57,13 +57,21 @@ def limit_threads(hidden_size: int) -> None:
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
-    """Returns the tokenizer of a hub name or directory. Raises ValueError if there is none."""
+    """Returns the tokenizer of a hub name or directory. Raises ValueError if there is none, or one that knows no text."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(_not_loadable("tokenizer", name, error)) from error
+    if not tokenizer("Two and two are 4.", add_special_tokens=False)["input_ids"]:
+        # transformers makes an empty tokenizer for a model's folder that has none
+        raise ValueError(
+            f"found no tokenizer in {name!r} (its text becomes no tokens); expected tokenizer.json or the like beside the "
+            f"model; save it there with AutoTokenizer.from_pretrained(BASE_MODEL).save_pretrained({name!r}), or give it as "
+            "tokenizer=..."
+        )
+    return tokenizer
 
 
 def load_model(name: str, training: TrainingSpec, device: torch.device) -> nn.Module:

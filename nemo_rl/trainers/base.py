@@ -16,9 +16,11 @@ from nemo_rl.api.result import TrainResult
 from nemo_rl.data.clock import set_clock, writes_the_time
 from nemo_rl.data.module import train_and_validation
 from nemo_rl.data.prepare import Prepared, describe_example, prepare
+from nemo_rl.data.templates import end_tokens_of, with_template
 from nemo_rl.display.terminal import NullDisplay, make_display
 from nemo_rl.job.spec import Algorithm, RLTrainingJobSpec
 from nemo_rl.model.limits import check_positions, check_tokens
+from nemo_rl.model.ends import known_ends, teach_ends
 from nemo_rl.model.load import choose_device, limit_threads, load_model, load_tokenizer, prepare_model
 from nemo_rl.model.policy import Policy
 from nemo_rl.model.sharding import ShardedModel
@@ -144,6 +146,7 @@ class Trainer(Passes, ABC):
             refuse_adapter(self._model_name())
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer(self._model_name(), self.training.trust_remote_code)
+        self.tokenizer = with_template(self.tokenizer, self.training.chat_template)
         if isinstance(dataset, Iterator):
             dataset = list(dataset)
         self._started = datetime.datetime.now().astimezone()
@@ -357,6 +360,7 @@ class Trainer(Passes, ABC):
             self.model = prepare_model(self.model, self.training, self.device)
         if checkpoint is not None:
             store.load_model_weights(checkpoint, self.model)
+        teach_ends(self.model, self._further_ends())
         limit_threads(getattr(self.model.config.get_text_config(), "hidden_size", 1024))
         self.policy = Policy(
             self.model,
@@ -380,6 +384,10 @@ class Trainer(Passes, ABC):
                 largest, longest = extent(data.examples)
                 check_tokens(self.policy.causal, largest, self.tokenizer)
                 check_positions(self.policy.causal, longest + added, "prompts and completions" if added else "rows")
+
+    def _further_ends(self) -> list[int]:
+        """Returns the tokens that end a completion beside those that the model knows."""
+        return end_tokens_of(self.tokenizer, self.training.chat_template_kwargs)
 
     def _shard(self, resuming: bool) -> None:
         """Shards the model over the ranks; `resuming`: it has the weights of a checkpoint."""
@@ -462,6 +470,8 @@ class Trainer(Passes, ABC):
         if checkpoint is not None:
             self.display.note(f"going on after step {checkpoint.step} from {checkpoint.path}")
         self.display.note(str(data.report))
+        if ends := known_ends(getattr(self.policy.causal, "generation_config", None)):
+            self.display.note(f"end tokens: {', '.join(map(str, self.tokenizer.convert_ids_to_tokens(ends)))}")
         if self.total_steps < self.training.max_steps / 2:
             epochs = self.training.max_epochs
             self.display.note(

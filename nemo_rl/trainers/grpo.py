@@ -23,6 +23,8 @@ from nemo_rl.objectives.advantages import group_advantages
 from nemo_rl.objectives.losses import clipped_policy_loss, kl_estimate, kl_loss, token_weights
 from nemo_rl.rollout.in_process.engine import Completion, Sampling, end_tokens, generate
 from nemo_rl.rollout.in_process.proof import prove_rollouts
+from nemo_rl.rollout.responses import opening_tag
+from nemo_rl.rollout.stops import Stops
 from nemo_rl.trainers.base import Trainer
 
 PREFLIGHT_ROWS = 4
@@ -97,7 +99,7 @@ class GRPOTrainer(Trainer):
         responses: list[list[str]] = [[] for _ in examples]
 
         def score(i: int, completions: list[Completion]) -> None:
-            responses[i], raw = self._decoded(completions)
+            responses[i], raw = self._decoded(examples[i], completions)
             futures[i] = self.runner.submit(self._calls(examples[i], responses[i], step, raw))
 
         groups = generate(
@@ -113,10 +115,13 @@ class GRPOTrainer(Trainer):
         )
         return groups, responses, futures
 
-    def _decoded(self, completions: list[Completion]) -> tuple[list[str], list[str]]:
-        """The texts of completions: without special tokens, and with them but for what ends a completion."""
+    def _decoded(self, example: PromptExample, completions: list[Completion]) -> tuple[list[str], list[str]]:
+        """The texts of completions of one prompt: without special tokens, and with them but for what ends a completion.
+        Each begins with the tag by which the prompt has opened the thinking.
+        """
         texts = self.tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
-        ends = {*self.end_ids, self.tokenizer.pad_token_id}
+        # what the user asked to stop at is part of the answer
+        ends = {*self.end_ids, self.tokenizer.pad_token_id} - set(self._stop_tokens())
         kept = []
         for completion in completions:
             ids = list(completion.ids)
@@ -126,7 +131,15 @@ class GRPOTrainer(Trainer):
         raw = self.tokenizer.batch_decode(kept, skip_special_tokens=False)
         special = self._special_ids.difference(ends)
         self._hidden_tokens |= {i for ids in kept for i in ids if i in special}
-        return texts, raw
+        opened = opening_tag(self.tokenizer, example.ids)
+        return [opened + text for text in texts], [opened + text for text in raw]
+
+    def _stop_tokens(self) -> list[int]:
+        return [*self.settings.stop_token_ids, *self.stops.tokens]
+
+    def _further_ends(self) -> list[int]:
+        self.stops = Stops(self.tokenizer, self.settings.stop)
+        return [*super()._further_ends(), *self._stop_tokens()]
 
     def _calls(
         self, example: PromptExample, responses: list[str], step: int, raw: list[str] | None = None
@@ -294,6 +307,7 @@ class GRPOTrainer(Trainer):
             settings.temperature,
             settings.top_k,
             settings.top_p,
+            stops=self.stops,
         )
         prove_rollouts(self.policy)
         self.reference = self.initial_policy() if self.needs_reference else None
@@ -327,7 +341,7 @@ class GRPOTrainer(Trainer):
             self.runner.close()
 
     def evaluate(self, validation: Prepared) -> tuple[dict[str, float], float | None]:
-        sampling = Sampling(1, self.settings.max_new_tokens, greedy=True)
+        sampling = Sampling(1, self.settings.max_new_tokens, greedy=True, stops=self.stops)
 
         def score(examples: list[PromptExample]) -> list[RewardOutcome]:
             groups = generate(
@@ -339,10 +353,10 @@ class GRPOTrainer(Trainer):
                 step=0,
                 poll=self.poll,
             )
-            texts, raws = self._decoded([group[0] for group in groups])
+            decoded = [self._decoded(example, group) for example, group in zip(examples, groups, strict=True)]
             calls = [
-                self._calls(example, [text], 0, [raw])[0]
-                for example, text, raw in zip(examples, texts, raws, strict=True)
+                self._calls(example, texts, 0, raws)[0]
+                for example, (texts, raws) in zip(examples, decoded, strict=True)
             ]
             return self.runner.score(calls)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nemo_rl.model.policy import Policy
 from nemo_rl.rollout.in_process.sampler import argmax, keyed_uniforms, sample
+from nemo_rl.rollout.stops import Stops
 
 COMPACT_SHARE = 0.06
 """Finished rows are dropped once they are this share of the batch: moving the cache costs more than a few idle rows."""
@@ -22,7 +23,9 @@ CACHE_BYTES_CPU = 2 * 2**30
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn: `num_samples` for each prompt; greedy takes the likeliest token instead of drawing."""
+    """How completions are drawn: `num_samples` for each prompt; greedy takes the likeliest token instead of drawing.
+    `stops`: texts that end a completion, beside the end tokens.
+    """
 
     num_samples: int
     max_new_tokens: int
@@ -30,6 +33,7 @@ class Sampling:
     top_k: int | None = None
     top_p: float = 1.0
     greedy: bool = False
+    stops: Stops | None = None
 
 
 @dataclass(frozen=True)
@@ -216,7 +220,7 @@ class _Chunk:
                     top_p=sampling.top_p,
                 )
             self.tokens[rows, t], self.logprobs[rows, t] = tokens, logprobs
-            ended = torch.isin(tokens, self.end_ids) & alive
+            ended = (torch.isin(tokens, self.end_ids) | self._stopped(rows, t)) & alive
             if ended.any():
                 self._finish(rows[ended].tolist(), t + 1, done)
                 alive &= ~ended
@@ -232,6 +236,14 @@ class _Chunk:
             if t + 1 < sampling.max_new_tokens:
                 logits = state.step(tokens)
         self._finish(rows[alive].tolist(), sampling.max_new_tokens, done, finished=False)
+
+    def _stopped(self, rows: Tensor, t: int) -> Tensor:
+        """Returns which rows hold a stop text that token `t` completes."""
+        stops = self.sampling.stops
+        if stops is None or not stops.texts:
+            return torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+        recent = self.tokens[rows, max(0, t + 1 - stops.window) : t + 1]
+        return torch.tensor(stops.reached(recent.tolist()), device=self.device)
 
     def _finish(
         self, rows: list[int], length: int, done: Callable[[int, list[Completion]], None], finished: bool = True

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nemo_rl.data.chat import encode_pair, encode_prompt, encode_text
+from nemo_rl.data.chat import encode_pair, encode_prompt, encode_text, encode_texts
 from nemo_rl.data.rows import PreferenceRow, PromptRow, TextRow
 from nemo_rl.errors import DatasetError
 
@@ -188,20 +188,40 @@ def test_thinking_of_the_data_is_trained(
 @pytest.mark.parametrize(
     "message", [assistant("<think>\nhm\n</think>\n\nfour"), assistant("four", reasoning_content="hm")]
 )
-def test_template_that_removes_earlier_thinking_is_an_error_not_a_wrong_mask(
+def test_turns_whose_thinking_the_template_removes_later_are_trained_one_by_one(
     make_tokenizer: MakeTokenizer, templates: dict[str, str], message: dict[str, Any]
 ) -> None:
     tokenizer = make_tokenizer(templates["thinking"])
-    with pytest.raises(DatasetError, match=r"found a chat template that rewrites .*; expected .*; leave out"):
-        encode_text(tokenizer, TextRow(messages=[user("2+2?"), message, user("3?"), assistant("three")]))
+    last = assistant("<think>\nso\n</think>\n\nthree")
+    found, counts = encode_texts(tokenizer, [TextRow(messages=[user("2+2?"), message, user("3?"), last])])
+    assert counts == [2]
+    assert [trained_runs(tokenizer, ids, mask) for ids, mask in found] == [
+        ["<think>\nhm\n</think>\n\nfour<|im_end|>"],
+        ["<think>\nso\n</think>\n\nthree<|im_end|>"],
+    ]
+    # Each is what a rollout would see: what comes before the trained turn is the prompt that the template writes.
+    for (ids, mask), before in zip(found, ([user("2+2?")], [user("2+2?"), message, user("3?")]), strict=True):
+        prompt = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
+        assert decode(tokenizer, ids[: mask.index(True)]) == prompt
+
+
+@pytest.mark.parametrize(
+    "last", [assistant("<think>\nso\n</think>\n\nthree"), assistant("three", reasoning_content="so")]
+)
+def test_plain_turns_before_a_thinking_one_stay_in_one_example(
+    make_tokenizer: MakeTokenizer, templates: dict[str, str], last: dict[str, Any]
+) -> None:
+    tokenizer = make_tokenizer(templates["thinking"])
+    ids, mask = encode_text(tokenizer, TextRow(messages=[user("2+2?"), assistant("four"), user("3?"), last]))
+    assert trained_runs(tokenizer, ids, mask) == ["four<|im_end|>", "<think>\nso\n</think>\n\nthree<|im_end|>"]
 
 
 def test_template_that_changes_the_assistants_text_is_an_error(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer(
         "{% for m in messages %}{{ m['role'] }}:{{ m['content'] | upper }}<|im_end|>{% endfor %}"
     )
-    with pytest.raises(DatasetError, match=r"found a chat template that rewrites"):
-        encode_text(tokenizer, TextRow("a", "b"))
+    with pytest.raises(DatasetError, match=r"found a chat template that leaves out or rewrites the text of message 1"):
+        encode_text(tokenizer, TextRow(messages=[user("A"), assistant("b")]))
 
 
 def test_template_without_end_tokens_gets_the_eos_at_the_end(
