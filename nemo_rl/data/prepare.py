@@ -4,62 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from nemo_rl.data.chat import encode_pairs, encode_prompts, encode_texts
+from nemo_rl.data.encode import Encoded, Encoder, Settings, prompt_room
+from nemo_rl.data.examples import Example, Examples, PairExample, PromptExample, TextExample
 from nemo_rl.data.formats import no_rows_left, to_preference_rows, to_prompt_rows, to_text_rows
 from nemo_rl.data.loading import open_rows
-from nemo_rl.data.rows import PromptRow, Report, Row
-from nemo_rl.data.segments import opening_ids
-from nemo_rl.data.templates import Template, with_template
-from nemo_rl.errors import DatasetError
+from nemo_rl.data.pool import encode_all
+from nemo_rl.data.rows import Report, Row
+from nemo_rl.data.templates import with_template
+from nemo_rl.data.token_cache import CACHED_ROWS, cache_key, cached, join
 from nemo_rl.job.spec import DPOSpec, GRPOSpec, SFTSpec, TrainingSpec
 
-Settings = GRPOSpec | DPOSpec | SFTSpec
-T = TypeVar("T")
+log = logging.getLogger("nemo_rl")
 
+__all__ = ["PairExample", "Prepared", "PromptExample", "TextExample", "batches", "describe_example", "prepare"]
+
+_CONVERT = {"grpo": to_prompt_rows, "sft": to_text_rows, "dpo": to_preference_rows}
+_SECTIONS = {"grpo": GRPOSpec, "sft": SFTSpec, "dpo": DPOSpec}
 _SHOWN_CHARACTERS = 800
-
-
-@dataclass(frozen=True)
-class PromptExample:
-    """A GRPO prompt. `index` is its place among the examples; `ids` end where the completion begins."""
-
-    index: int
-    ids: list[int]
-    row: PromptRow
-
-
-@dataclass(frozen=True)
-class TextExample:
-    """An SFT example. mask[i] is True where token i is to be predicted from those before it; never for i = 0."""
-
-    ids: list[int]
-    mask: list[bool]
-
-
-@dataclass(frozen=True)
-class PairExample:
-    """A DPO pair. The answers follow the same prompt and end with their end tokens."""
-
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
-
-
-Example = PromptExample | TextExample | PairExample
 
 
 @dataclass
 class Prepared:
     """Examples, what became of the rows, and a SHA-256 that is equal for equal rows, in any process."""
 
-    examples: list[Any]
+    examples: Examples
     report: Report
     fingerprint: str
 
@@ -76,8 +52,16 @@ def prepare(
     """Read, recognise and tokenise a data set for one algorithm.
 
     `source` as in `load_rows`. A source that is read as a stream is read until `needed` examples are usable; any
-    other is read whole. Raises `DatasetError` if the data cannot be read or used, or no row is left.
+    other is read whole. Many rows are tokenised in several processes, and their tokens kept on disk, where the other
+    ranks of the machine and later runs find them. Raises `DatasetError` if the data cannot be read or used, or no row
+    is left.
     """
+    if not isinstance(settings, _SECTIONS.get(algorithm, ())):
+        raise ValueError(
+            f"found algorithm {algorithm!r} with {type(settings).__name__}; expected grpo, sft or dpo with its own section"
+        )
+    if isinstance(settings, GRPOSpec):
+        prompt_room(training, settings)
     stream = open_rows(source)
     if not stream.lazy:
         needed = None
@@ -86,19 +70,45 @@ def prepare(
     rows = stream.read(needed)
     if not rows:
         raise stream.empty()
-    tokenizer = with_template(tokenizer, training.chat_template)
+    encoder = Encoder(algorithm, with_template(tokenizer, training.chat_template), training, settings)
     while True:
-        template = Template(tokenizer, training.chat_template_kwargs)
-        examples, report = _examples(algorithm, rows, template, training, settings)
-        report = replace(report, notes=dict(template.notes))
-        if needed is None or len(examples) >= needed:
-            break
+        prepared = _prepared(encoder, rows)
+        if needed is None or len(prepared.examples) >= needed:
+            return prepared
         # Some rows were left out, so read as many again and a few more.
-        more = stream.read(2 * (needed - len(examples)))
+        more = stream.read(2 * (needed - len(prepared.examples)))
         if not more:
-            break
+            return prepared
         rows += more
-    return Prepared(examples, report, _fingerprint(algorithm, rows))
+
+
+def _prepared(encoder: Encoder, rows: Sequence[Row]) -> Prepared:
+    fingerprint = _fingerprint(encoder.algorithm, rows)
+    converted, report = _CONVERT[encoder.algorithm](rows)
+    encoded = _encoded(encoder, converted, fingerprint)
+    dropped = Counter(report.dropped) + encoded.dropped
+    report = replace(
+        report,
+        used=len(encoded.arrays.lengths),
+        dropped=dict(dropped),
+        truncated=encoded.truncated,
+        split=encoded.split,
+        notes=dict(encoded.notes),
+    )
+    if not report.used:
+        raise no_rows_left(report)
+    prompts: Sequence[Any] = converted if encoder.algorithm == "grpo" else ()
+    return Prepared(Examples(encoder.algorithm, encoded.arrays, prompts), report, fingerprint)
+
+
+def _encoded(encoder: Encoder, rows: Sequence[Any], fingerprint: str) -> Encoded:
+    key = cache_key(encoder, fingerprint) if len(rows) >= CACHED_ROWS else None
+    if key is not None:
+        try:
+            return cached(key, lambda: encode_all(encoder, rows))
+        except OSError as error:
+            log.warning("tokens are kept in memory, for they cannot be kept on disk: %s", error)
+    return join(encode_all(encoder, rows))
 
 
 def batches(n_rows: int, batch_size: int, seed: int, shuffle: bool, epoch: int) -> list[list[int]]:
@@ -136,142 +146,6 @@ def describe_example(tokenizer: Any, example: Example) -> str:
             parts.append(f"⟦{part}⟧" if example.mask[start] else part)
             start = stop
     return f"example ({len(example.ids)} tokens, {sum(example.mask)} trained): " + "".join(parts)
-
-
-# --- one algorithm each
-
-
-def _examples(
-    algorithm: str, rows: Sequence[Row], template: Template, training: TrainingSpec, settings: Settings
-) -> tuple[list[Any], Report]:
-    if isinstance(settings, GRPOSpec) and algorithm == "grpo":
-        return _prompt_examples(rows, template, training, settings)
-    if isinstance(settings, SFTSpec) and algorithm == "sft":
-        return _text_examples(rows, template, training, settings)
-    if isinstance(settings, DPOSpec) and algorithm == "dpo":
-        return _pair_examples(rows, template, training)
-    raise ValueError(
-        f"found algorithm {algorithm!r} with {type(settings).__name__}; expected grpo, sft or dpo with its own section"
-    )
-
-
-def _prompt_examples(
-    rows: Sequence[Row], template: Template, training: TrainingSpec, settings: GRPOSpec
-) -> tuple[list[PromptExample], Report]:
-    room = training.max_sequence_length - settings.max_new_tokens
-    if room < 1:
-        raise DatasetError(
-            f"found max_new_tokens {settings.max_new_tokens} and max_sequence_length {training.max_sequence_length}, "
-            "which "
-            "leaves no room for a prompt; expected max_new_tokens below max_sequence_length; raise "
-            "max_sequence_length or lower max_new_tokens"
-        )
-    prompts, report = to_prompt_rows(rows)
-    encoded = list(zip(encode_prompts(template.tokenizer, prompts, template), prompts, strict=True))
-    opening = opening_ids(template.tokenizer)
-
-    def without_beginning(item: tuple[list[int], PromptRow]) -> tuple[list[int], PromptRow]:
-        ids, row = item
-        kept = opening if opening and len(opening) < room and ids[: len(opening)] == opening else []
-        return kept + ids[len(ids) - (room - len(kept)) :], row
-
-    fitted, report = _fit(
-        encoded,
-        report,
-        training,
-        length=lambda item: len(item[0]),
-        room=room,
-        bound=f"max_sequence_length ({training.max_sequence_length}) less max_new_tokens ({settings.max_new_tokens})",
-        shortened=without_beginning,
-        usable=lambda item: bool(item[0]),
-        unusable="without a token in the prompt",
-    )
-    return [PromptExample(index, ids, row) for index, (ids, row) in enumerate(fitted)], report
-
-
-def _text_examples(
-    rows: Sequence[Row], template: Template, training: TrainingSpec, settings: SFTSpec
-) -> tuple[list[TextExample], Report]:
-    texts, report = to_text_rows(rows)
-    found, counts = encode_texts(template.tokenizer, texts, settings.train_on_prompt, template)
-    encoded = [TextExample(ids, mask) for ids, mask in found]
-    report = replace(report, split=len(found) - len(counts))
-    room = training.max_sequence_length
-    return _fit(
-        encoded,
-        report,
-        training,
-        length=lambda example: len(example.ids),
-        room=room,
-        bound=f"max_sequence_length ({room})",
-        shortened=lambda example: TextExample(example.ids[:room], example.mask[:room]),
-        usable=lambda example: any(example.mask),
-        unusable="without a trained token within max_sequence_length (an all-zero loss mask)",
-    )
-
-
-def _pair_examples(rows: Sequence[Row], template: Template, training: TrainingSpec) -> tuple[list[PairExample], Report]:
-    pairs, report = to_preference_rows(rows)
-    encoded = [PairExample(*ids) for ids in encode_pairs(template.tokenizer, pairs, template)]
-    room = training.max_sequence_length
-
-    def without_end(pair: PairExample) -> PairExample:
-        left = max(room - len(pair.prompt_ids), 0)
-        return PairExample(pair.prompt_ids, pair.chosen_ids[:left], pair.rejected_ids[:left])
-
-    return _fit(
-        encoded,
-        report,
-        training,
-        length=lambda pair: len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)),
-        room=room,
-        bound=f"max_sequence_length ({room})",
-        shortened=without_end,
-        usable=lambda pair: (
-            bool(pair.prompt_ids and pair.chosen_ids and pair.rejected_ids) and pair.chosen_ids != pair.rejected_ids
-        ),
-        unusable="without two different answers within max_sequence_length",
-    )
-
-
-def _fit(
-    items: list[T],
-    report: Report,
-    training: TrainingSpec,
-    *,
-    length: Callable[[T], int],
-    room: int,
-    bound: str,
-    shortened: Callable[[T], T],
-    usable: Callable[[T], bool],
-    unusable: str,
-) -> tuple[list[T], Report]:
-    """Apply overlong_rows, then leave out what cannot be trained on; both counted in the report."""
-    kept: list[T] = []
-    dropped: Counter[str] = Counter(report.dropped)
-    truncated = 0
-    for number, item in enumerate(items):
-        fitted = item
-        if length(item) > room:
-            if training.overlong_rows == "error":
-                raise DatasetError(
-                    f"found {length(item):,} tokens in usable row {number}; expected at most {room:,}, from {bound}; "
-                    "raise "
-                    "max_sequence_length, or set overlong_rows to drop or truncate"
-                )
-            if training.overlong_rows == "drop":
-                dropped["longer than max_sequence_length allows"] += 1
-                continue
-            fitted = shortened(item)
-        if not usable(fitted):
-            dropped[unusable] += 1
-            continue
-        truncated += fitted is not item
-        kept.append(fitted)
-    report = replace(report, used=len(kept), dropped=dict(dropped), truncated=truncated)
-    if not kept:
-        raise no_rows_left(report)
-    return kept, report
 
 
 # --- fingerprint

@@ -24,9 +24,9 @@ class TokenSequence:
     Sequences with the same `group` share their first `shared` tokens, for which activations are computed once.
     """
 
-    ids: list[int]
+    ids: SequenceOf[int]
     first_target: int
-    mask: list[bool] | None = None
+    mask: SequenceOf[int] | None = None
     group: int | None = None
     shared: int = 0
 

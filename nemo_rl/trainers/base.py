@@ -387,7 +387,8 @@ class Trainer(Passes, ABC):
 
     def _further_ends(self) -> list[int]:
         """Returns the tokens that end a completion beside those that the model knows."""
-        return end_tokens_of(self.tokenizer, self.training.chat_template_kwargs)
+        own = [] if self.tokenizer.eos_token_id is None else [int(self.tokenizer.eos_token_id)]
+        return [*own, *end_tokens_of(self.tokenizer, self.training.chat_template_kwargs)]
 
     def _shard(self, resuming: bool) -> None:
         """Shards the model over the ranks; `resuming`: it has the weights of a checkpoint."""

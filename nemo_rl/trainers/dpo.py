@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,6 @@ class DPOTrainer(Trainer):
             numbers = list(range(len(validation.examples)))
             self.validation_reference = self._known_reference("validation", validation, numbers)
         self._start_policy = None
-        self.number_of = {id(example): i for i, example in enumerate(data.examples)}
 
     def _numbers_to_come(self, data: Prepared) -> list[int]:
         """The numbers of the pairs in the steps that are left."""
@@ -89,7 +89,7 @@ class DPOTrainer(Trainer):
 
     def train_step(self, examples: list[PairExample], step: int) -> dict[str, Any]:
         sequences = _sequences(examples)
-        reference = self.reference[[self.number_of[id(example)] for example in examples]]
+        reference = self.reference[[example.index for example in examples]]
         chosen_tokens = sum(sequence.num_targets for sequence in sequences[::2])
         totals = {"accuracy": 0.0, "chosen": 0.0, "rejected": 0.0}
 
@@ -161,5 +161,6 @@ def _sequences(examples: list[PairExample]) -> list[TokenSequence]:
     for i, example in enumerate(examples):
         prompt = len(example.prompt_ids)
         for completion in (example.chosen_ids, example.rejected_ids):
-            found.append(TokenSequence(example.prompt_ids + completion, prompt, group=i, shared=prompt))
+            ids = array("i", example.prompt_ids + completion)  # 4 bytes a token: there may be a whole data set of them
+            found.append(TokenSequence(ids, prompt, group=i, shared=prompt))
     return found
