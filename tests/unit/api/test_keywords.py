@@ -88,6 +88,12 @@ def _values(annotation: Any, metadata: tuple[Any, ...] = ()) -> st.SearchStrateg
         return st.floats(low, high, exclude_min="gt" in bounds, exclude_max="lt" in bounds, allow_subnormal=False)
     if annotation == list[str]:
         return st.lists(st.text("abc", min_size=1, max_size=5), min_size=1, max_size=3)
+    if annotation is str:
+        return st.text("abc", min_size=1, max_size=5)
+    if get_origin(annotation) is list:
+        return st.lists(_values(arguments[0]), max_size=3)
+    if get_origin(annotation) is dict:
+        return st.dictionaries(st.text("abc", min_size=1, max_size=5), st.booleans() | st.text("abc"), max_size=2)
     raise NotImplementedError(annotation)
 
 
