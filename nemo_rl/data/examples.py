@@ -42,7 +42,7 @@ class PairExample:
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
-    index: int = field(default=-1, compare=False)
+    index: int = field(compare=False)
 
 
 Example = PromptExample | TextExample | PairExample

@@ -137,7 +137,7 @@ def test_truncation_cuts_the_end_of_sft_and_dpo_rows(make_tokenizer: MakeTokeniz
     prompt = prepare("dpo", [rows_of("dpo")[1]], tokenizer, TrainingSpec(), DPOSpec()).examples[0]
     training = TrainingSpec(max_sequence_length=len(prompt.prompt_ids) + 2, overlong_rows="truncate")
     pair = prepare("dpo", [rows_of("dpo")[1]], tokenizer, training, DPOSpec()).examples[0]
-    assert pair == PairExample(prompt.prompt_ids, prompt.chosen_ids[:2], prompt.rejected_ids[:2])
+    assert pair == PairExample(prompt.prompt_ids, prompt.chosen_ids[:2], prompt.rejected_ids[:2], index=0)
 
 
 def test_row_whose_trained_part_is_cut_off_is_left_out(make_tokenizer: MakeTokenizer) -> None:

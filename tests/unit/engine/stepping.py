@@ -99,6 +99,6 @@ def text_examples(count: int = 6) -> list[TextExample]:
 
 def pair_examples(count: int = 5) -> list[PairExample]:
     return [
-        PairExample(random_ids(2 + 2 * i, 500 + i), random_ids(1 + 3 * i, 520 + i), random_ids(9 - i, 540 + i))
+        PairExample(random_ids(2 + 2 * i, 500 + i), random_ids(1 + 3 * i, 520 + i), random_ids(9 - i, 540 + i), i)
         for i in range(count)
     ]

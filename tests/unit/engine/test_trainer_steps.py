@@ -282,7 +282,6 @@ def slow_dpo(model: nn.Module, reference: nn.Module, examples: list[Any], settin
 def dpo(model: nn.Module, reference: nn.Module, examples: list[Any], **keywords: Any) -> DPOTrainer:
     trainer = ready(DPOTrainer, model, **keywords)
     trainer.reference = trainer._reference(Policy(reference, "fp32"), examples)
-    trainer.number_of = {id(example): i for i, example in enumerate(examples)}
     return trainer
 
 

@@ -258,7 +258,6 @@ def test_dpo_loss_and_gradient(trl, tokenizer, tmp_path: Path, ours: dict[str, A
     expected = gradient(their_trainer.model)
     trainer = ready(DPOTrainer, tiny.make_model(FAMILY), tokens_per_microbatch=40, **ours)
     trainer.reference = trainer._reference(Policy(tiny.neighbour_of(FAMILY), "fp32"), examples)
-    trainer.number_of = {id(example): i for i, example in enumerate(examples)}
     gradients = gradients_of(trainer)
     metrics = trainer.train_step(examples, 1)
     assert abs(metrics["loss"] - loss.item()) <= LOSS
