@@ -381,12 +381,15 @@ class Trainer(Passes, ABC):
         added = getattr(self.settings, "max_new_tokens", 0) if self.algorithm == "grpo" else 0
         for data in sets:
             if data is not None:
-                largest, longest = extent(data.examples)
-                check_tokens(self.policy.causal, largest, self.tokenizer)
-                check_positions(self.policy.causal, longest + added, "prompts and completions" if added else "rows")
+                check_tokens(self.policy.causal, data.examples.largest_id, self.tokenizer)
+                check_positions(
+                    self.policy.causal, data.examples.longest + added, "prompts and completions" if added else "rows"
+                )
 
     def _further_ends(self) -> list[int]:
         """Returns the tokens that end a completion beside those that the model knows."""
+        if self.tokenizer is None:
+            return []
         own = [] if self.tokenizer.eos_token_id is None else [int(self.tokenizer.eos_token_id)]
         return [*own, *end_tokens_of(self.tokenizer, self.training.chat_template_kwargs)]
 
@@ -482,14 +485,3 @@ class Trainer(Passes, ABC):
             )
         if self.training.log_level == "debug":
             self.display.note(f"first example: {describe_example(self.tokenizer, data.examples[0])}")
-
-
-def extent(examples: list[Any]) -> tuple[int, int]:
-    """Returns the largest token id of the examples and the number of tokens of the longest sequence."""
-    largest = longest = 0
-    for example in examples:
-        prompt = getattr(example, "prompt_ids", ())
-        own = [getattr(example, name) for name in ("ids", "chosen_ids", "rejected_ids") if hasattr(example, name)]
-        largest = max(largest, *(int(max(ids)) for ids in (prompt, *own) if len(ids)))
-        longest = max(longest, len(prompt) + max(map(len, own)))
-    return largest, longest
