@@ -19,8 +19,8 @@ from nemo_rl.data.prepare import Prepared, describe_example, prepare
 from nemo_rl.data.templates import end_tokens_of, with_template
 from nemo_rl.display.terminal import NullDisplay, make_display
 from nemo_rl.job.spec import Algorithm, RLTrainingJobSpec
-from nemo_rl.model.limits import check_positions, check_tokens
 from nemo_rl.model.ends import known_ends, teach_ends
+from nemo_rl.model.limits import check_positions, check_tokens
 from nemo_rl.model.load import choose_device, limit_threads, load_model, load_tokenizer, prepare_model
 from nemo_rl.model.policy import Policy
 from nemo_rl.model.sharding import ShardedModel
