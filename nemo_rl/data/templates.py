@@ -372,9 +372,10 @@ def _field_of_reasoning(message: Message) -> bool:
 
 
 def _answer_as_written(message: Message) -> str:
-    """The content that a place-holder takes the place of: of an assistant's, what follows its thinking."""
+    """The content that a place-holder takes the place of: of an assistant's, what follows its thinking if there is any."""
     content: str = message["content"]
-    return content.rpartition("</think>")[2].lstrip("\n") if message["role"] == "assistant" else content
+    thinks = message["role"] == "assistant" and bool(reasoning_of(message))
+    return content.rpartition("</think>")[2].lstrip("\n") if thinks else content
 
 
 def _plain_turns(messages: Sequence[Message], first: int) -> list[Segment]:
