@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -72,7 +73,7 @@ def _proof(key: bytes, place: str, content: bytes) -> bytes:
 
 
 def dumps(value: Any) -> bytes:
-    """JSON of plain values, bytes, paths, tuples, tensors, errors and the package's own dataclasses, nested as they are.
+    """JSON of plain values, bytes, paths, times, tuples, tensors, errors and the package's own dataclasses, nested as they are.
 
     TypeError for anything else: what has no such form does not travel between ranks.
     """
@@ -99,6 +100,8 @@ def _encode(value: Any) -> Any:
         return {_KIND: "set", "of": [_encode(each) for each in value]}
     if isinstance(value, bytes):
         return {_KIND: "bytes", "of": base64.b64encode(value).decode()}
+    if isinstance(value, datetime):
+        return {_KIND: "time", "of": value.isoformat()}
     if isinstance(value, PurePath):
         return {_KIND: "path", "of": str(value)}
     if isinstance(value, BaseException):
@@ -131,6 +134,8 @@ def _decode(value: Any) -> Any:
         return {_decode(each) for each in content}
     if kind == "bytes":
         return base64.b64decode(content)
+    if kind == "time":
+        return datetime.fromisoformat(content)
     if kind == "path":
         return Path(content)
     if kind == "dataclass":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from nemo_rl.run import wire
         {1, 2},
         b"\x00\xff",
         Path("/output/x"),
+        datetime(2026, 11, 28, 12, 30, 1, 5, tzinfo=UTC),
         [Completion([1, 2], [-0.25, -1e-30], True), RewardOutcome(None, {"a": 1.0}, "late")],
     ],
 )
