@@ -10,10 +10,10 @@ second, bytes a token of memory at the peak and at rest beyond what the process 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -55,16 +55,14 @@ def write_inputs(folder: Path, rows: int, words: int) -> None:
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
-def memory() -> int:
-    """Bytes that this process has in memory for itself: not files that are mapped, which the system may drop."""
+def memory(kind: str = "RssAnon") -> int:
+    """Bytes that this process has in memory: for itself (RssAnon, without mapped files, which the system may drop), in all
+    (VmRSS), or in all at most until now (VmHWM).
+    """
+    gc.collect()
     with open("/proc/self/status") as status:
         fields = dict(line.split(":", 1) for line in status)
-    return int(fields["RssAnon"].split()[0]) * 1024
-
-
-def peak() -> int:
-    """The most that this process or one of its children had resident, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(fields[kind].split()[0]) * 1024
 
 
 def run_ours(folder: Path) -> dict[str, Any]:
@@ -74,8 +72,9 @@ def run_ours(folder: Path) -> dict[str, Any]:
     from nemo_rl.job.spec import SFTSpec, TrainingSpec
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    tokenizer("warm")
-    before, started = memory(), time.perf_counter()
+    few = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    prepare("sft", few, tokenizer, TrainingSpec(), SFTSpec())  # what is loaded on first use
+    before, started = (memory(), memory("VmRSS")), time.perf_counter()
     prepared = prepare("sft", str(folder / "rows.jsonl"), tokenizer, TrainingSpec(), SFTSpec())
     seconds = time.perf_counter() - started
     arrays = prepared.examples.arrays
@@ -90,9 +89,10 @@ def run_datasets(folder: Path) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    tokenizer("warm")
     datasets.disable_progress_bars()
-    before, started = memory(), time.perf_counter()
+    tokenizer.apply_chat_template([{"role": "user", "content": "a"}])
+    datasets.Dataset.from_list([{"a": 1}]).map(lambda row: row)  # what is loaded on first use
+    before, started = (memory(), memory("VmRSS")), time.perf_counter()
 
     def encode(batch: dict[str, Any]) -> dict[str, Any]:
         texts = [tokenizer.apply_chat_template(m, tokenize=False) for m in batch["messages"]]
@@ -107,7 +107,7 @@ def run_datasets(folder: Path) -> dict[str, Any]:
 
     made = load()
     seconds = time.perf_counter() - started
-    tokens = sum(len(ids) for ids in made["input_ids"])
+    tokens = sum(len(ids) for batch in made.iter(1000) for ids in batch["input_ids"])
     stored = sum(Path(file["filename"]).stat().st_size for file in made.cache_files) / tokens
     found = measured(len(made), tokens, seconds, before)
     started = time.perf_counter()
@@ -115,13 +115,13 @@ def run_datasets(folder: Path) -> dict[str, Any]:
     return {**found, "again": time.perf_counter() - started, "stored": stored}
 
 
-def measured(rows: int, tokens: int, seconds: float, before: int) -> dict[str, Any]:
+def measured(rows: int, tokens: int, seconds: float, before: tuple[int, int]) -> dict[str, Any]:
     return {
         "rows": rows,
         "tokens": tokens,
         "rows_per_second": rows / seconds,
-        "at_peak": (peak() - before) / tokens,
-        "at_rest": max(memory() - before, 0) / tokens,
+        "at_peak": (memory("VmHWM") - before[1]) / tokens,
+        "at_rest": max(memory() - before[0], 0) / tokens,
     }
 
 
