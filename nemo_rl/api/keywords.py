@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from nemo_rl.api.algorithms import algorithm_name
+from nemo_rl.job import names
 from nemo_rl.job.spec import (
     ALGORITHMS,
     SECTIONS,
@@ -32,7 +33,6 @@ LIVE_MODEL = "python://model"
 LIVE_REWARD = "python:reward"
 """What a specification says where rows, model or reward are objects of this process, which travel beside it."""
 
-FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _FLAT: dict[str, type[BaseModel]] = {
     "training": TrainingSpec,
     **SECTIONS,
@@ -215,9 +215,11 @@ def _dataset_values(dataset: Any, placeholder: str) -> dict[str, Any]:
 
 
 def _is_file(dataset: str) -> bool:
-    if dataset.startswith(("pvc://", "bundle://", "/", "./", "../", "~")) or dataset.lower().endswith(FILE_SUFFIXES):
+    if dataset.startswith(("pvc://", "bundle://", "/", "./", "../", "~")) or dataset.lower().endswith(
+        names.DATA_FILE_NAMES
+    ):
         return True
-    return Path(dataset).is_file()
+    return Path(dataset).exists()
 
 
 def _check_dataset_options(dataset: Any, options: Mapping[str, Any], caller: str) -> None:

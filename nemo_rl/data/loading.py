@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from nemo_rl.data.files import is_local, read_file
 from nemo_rl.data.helpsteer import PREFERENCE_COLUMNS
 from nemo_rl.data.module import DataModule
+from nemo_rl.data.tables import rows_of_table
 from nemo_rl.errors import DatasetError
 from nemo_rl.job.spec import DatasetSpec
 
@@ -64,9 +64,10 @@ class RowStream:
 def load_rows(source: Any, *, needed: int | None = None) -> list[dict[str, Any]]:
     """The rows of a source, unchanged.
 
-    `source` is a `DatasetSpec`; a hub name or the path of a .jsonl, .json, .parquet or .csv file (all cells of a .csv
-    are text); a list of rows or another iterable of them; an object of the `datasets` library; or a `DataModule`,
-    of which the training rows are read. Of a source that is read as a stream only the first `needed` rows are taken,
+    `source` is a `DatasetSpec`; a hub name or the path of a .jsonl, .json, .parquet or .csv file, compressed with gzip or
+    not (all cells of a .csv are text, but for conversations written as JSON), or of a folder that `save_to_disk` wrote;
+    a list of rows or another iterable of them; a table of pandas, polars or pyarrow; an object of the `datasets`
+    library; or a `DataModule`, of which the training rows are read. Of a source that is read as a stream only the first `needed` rows are taken,
     of any other all. Raises `DatasetError` if it cannot be read, is empty, or holds what is no row.
     """
     stream = open_rows(source)
@@ -84,7 +85,7 @@ def open_rows(source: Any) -> RowStream:
         source.setup()
         return open_rows(source.train_rows())
     if isinstance(source, str):
-        source = DatasetSpec(path=source) if _is_local(source) else DatasetSpec(name=source)
+        source = DatasetSpec(path=source) if is_local(source) else DatasetSpec(name=source)
     if isinstance(source, Path):
         source = DatasetSpec(path=str(source))
     if isinstance(source, DatasetSpec):
@@ -98,7 +99,10 @@ def open_rows(source: Any) -> RowStream:
             'rows; pass one of its splits, such as dataset["train"], or wrap a single row in a list'
         )
     if isinstance(source, (list, tuple)):
+        _refuse_list_of_sources(source)
         return RowStream(iter(source), lazy=False, name="the list of rows")
+    if (table := rows_of_table(source)) is not None:
+        return RowStream(table, lazy=False, name=f"the {type(source).__name__}")
     if hasattr(source, "to_list") and hasattr(source, "column_names"):
         return RowStream(iter(source.with_format(None)), lazy=False, name="the data set")
     if isinstance(source, Iterable):
@@ -110,133 +114,28 @@ def open_rows(source: Any) -> RowStream:
     )
 
 
+def _refuse_list_of_sources(source: Sequence[Any]) -> None:
+    """Several files or data sets at once, which no list of rows is."""
+    first = source[0] if source else None
+    if isinstance(first, Path) or (isinstance(first, str) and is_local(first)):
+        raise DatasetError(
+            f"found a list of files ({first!s}, ...); expected one file or a list of rows; read them one after the "
+            "other into one list, or write them into one file"
+        )
+    if first is not None and not isinstance(first, (str, Mapping)) and hasattr(first, "column_names"):
+        raise DatasetError(
+            f"found a {type(source).__name__} of {len(source)} data sets; expected one; pass the second as "
+            "validation_dataset=, or join them with datasets.concatenate_datasets"
+        )
+
+
 def _open_spec(spec: DatasetSpec) -> RowStream:
     if spec.inline is not None:
         return RowStream(iter(spec.inline), lazy=False, name="the inline rows")
     if spec.path is not None:
-        return RowStream(_read_file(spec.path), lazy=False, name=spec.path)
+        return RowStream(read_file(spec.path), lazy=False, name=spec.path)
     assert spec.name is not None
     return _open_hub(spec, spec.name)
-
-
-# --- files
-
-
-def _is_local(source: str) -> bool:
-    return Path(source).suffix.lower() in _READERS or Path(source).expanduser().is_file()
-
-
-def _read_file(name: str) -> Iterator[Any]:
-    if "://" in name:
-        raise DatasetError(
-            f"found the path {name}, which only means something within a pod; expected a local file; download it "
-            "first, "
-            "or run the job on the cluster"
-        )
-    path = Path(name).expanduser()
-    reader = _READERS.get(path.suffix.lower())
-    if not path.is_file():
-        raise DatasetError(
-            f"found no file at {path}; expected a {_SUFFIXES} file; check the path (for a hub data set: its name)"
-        )
-    if reader is None:
-        raise DatasetError(
-            f"found a file ending in {path.suffix or 'nothing'!r} ({path}); expected {_SUFFIXES}; convert the file"
-        )
-    return reader(path)
-
-
-def _read_jsonl(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8-sig") as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _parsed(line, path, number)
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path, error) from error
-
-
-def _parsed(line: str, path: Path, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DatasetError(
-            f"found unreadable JSON in line {number} of {path} ({error.msg} at column {error.colno}: "
-            f"{line.strip()[:60]!r}); "
-            "expected one JSON object in each line; correct the line"
-        ) from error
-
-
-def _read_json(path: Path) -> Iterator[Any]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from error
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        if text.lstrip().startswith("{"):
-            # One object in each line, under the name .json: the hub's own habit.
-            return _read_jsonl(path)
-        raise DatasetError(
-            f"found unreadable JSON in line {error.lineno} of {path} ({error.msg}); expected a list of rows; correct "
-            "the file"
-        ) from error
-    if isinstance(value, list):
-        return iter(value)
-    if isinstance(value, dict) and "\n" not in text.strip():
-        return iter([value])
-    raise DatasetError(
-        f"found {type(value).__name__} at the top of {path}; expected a list of rows; put the rows into a list"
-    )
-
-
-def _not_utf8(path: Path, error: UnicodeDecodeError) -> DatasetError:
-    return DatasetError(f"found bytes in {path} that are no UTF-8 ({error.reason}); expected UTF-8; convert the file")
-
-
-def _read_csv(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, restkey="")
-        try:
-            for row in reader:
-                if "" in row and isinstance(row[""], list):
-                    raise DatasetError(
-                        f"found more cells than columns in line {reader.line_num} of {path}; expected "
-                        f"{len(reader.fieldnames or [])}; "
-                        "put quotes around cells that contain commas"
-                    )
-                yield row
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path, error) from error
-        except csv.Error as error:
-            raise DatasetError(
-                f"found an unreadable line {reader.line_num} in {path} ({error}); expected comma-separated cells; "
-                "correct the file"
-            ) from error
-
-
-def _read_parquet(path: Path) -> Iterator[Any]:
-    import pyarrow.lib
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.lib.ArrowException, OSError) as error:
-        raise DatasetError(
-            f"found a file that is no Parquet ({path}: {error}); expected Parquet; write it anew"
-        ) from error
-    for batch in table.to_batches():
-        yield from batch.to_pylist()
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-    ".csv": _read_csv,
-}
-_SUFFIXES = ", ".join(_READERS)
 
 
 # --- the hub

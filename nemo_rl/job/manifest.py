@@ -194,9 +194,32 @@ class _Reader:
             return self.say(path, f"unknown field{_nearest(str(path[-1]), known)}")
         if error["type"] == "missing":
             return self.say(path, "missing; it is required")
+        if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
+            return self.say(path, _not_a_section(path, error["input"]))
         problem = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
         found = "" if error["type"] == "value_error" or "env" in path else f"found {_short(error['input'])}, "
         return self.say(path, f"{found}{problem}")
+
+
+_TEXT_MEANS = {"dataset": "name", "validationDataset": "name", "reward": "builtin", "output": "claim"}
+"""The field of a section that somebody most likely means who writes a text in place of the section."""
+
+
+def _not_a_section(path: _PATH, value: Any) -> str:
+    """What was found where a mapping of fields belongs, and how to write it."""
+    owner = _model_at(path[1:])
+    fields = [info.alias or name for name, info in owner.model_fields.items()] if owner else []
+    name = str(path[-1])
+    meant = _TEXT_MEANS.get(name)
+    if isinstance(value, str) and meant == "name" and re.search(r"^[./~]|://|\.(jsonl|json|parquet|csv)$", value):
+        meant = "path"
+    elif isinstance(value, str) and meant == "builtin" and ":" in value:
+        meant = "function"
+    elif isinstance(value, list) and meant == "name":
+        meant, value = "inline", "[...]"
+    shown = f"; write {name}: {{{meant}: {value}}}" if meant and isinstance(value, str) else ""
+    listed = f" of these fields: {', '.join(fields)}" if fields else ""
+    return f"found {_short(value)}, expected a mapping{listed}{shown}"
 
 
 class _Loader(yaml.SafeLoader):

@@ -155,3 +155,9 @@ def network_policy(job: str, uid: str) -> str:
 def bundle_part(index: int) -> str:
     """File name of the part with this index under BUNDLE_DIR/<bundle>; in sorted order they make the archive."""
     return f"{index:03d}"
+
+
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
+"""Endings of files of rows that are read, each also with .gz behind it."""
+DATA_FILE_NAMES = tuple(suffix + end for suffix in DATA_SUFFIXES for end in ("", ".gz"))
+"""How the name of a file of rows may end."""

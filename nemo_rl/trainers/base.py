@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime
+import os
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -144,8 +145,9 @@ class Trainer(Passes, ABC):
         validation_dataset = own_validation if validation_dataset is None else validation_dataset
         if self.model is None:
             refuse_adapter(self._model_name())
-        if self.tokenizer is None:
-            self.tokenizer = load_tokenizer(self._model_name(), self.training.trust_remote_code)
+        if self.tokenizer is None or isinstance(self.tokenizer, str | os.PathLike):
+            name = self._model_name() if self.tokenizer is None else os.fspath(self.tokenizer)
+            self.tokenizer = load_tokenizer(name, self.training.trust_remote_code)
         self.tokenizer = with_template(self.tokenizer, self.training.chat_template)
         if isinstance(dataset, Iterator):
             dataset = list(dataset)

@@ -165,6 +165,8 @@ class _Packing:
             self.changes[key] = DatasetSpec.model_validate(
                 {name: getattr(spec, name) for name in spec.model_fields_set} | {"path": path}
             )
+        elif file.is_dir():  # what save_to_disk wrote travels as rows
+            self._dataset(key, spec, file, bundle, what)
         elif spec.path.startswith("/"):
             self.found.notes.append(f"{key} {spec.path} is not on this machine; the trainer image must have it")
         else:

@@ -201,7 +201,7 @@ def test_failure_midway_through_a_stream_is_explained(monkeypatch: pytest.Monkey
         ("a.json", "5", "found int at the top of .*; expected a list of rows"),
         ("a.json", "[1]", r"found int \(1\) as row 0 of"),
         ("a.csv", "prompt,answer\na,b,c\n", "found more cells than columns in line 2 of .*; expected 2"),
-        ("a.parquet", "no parquet", "found a file that is no Parquet"),
+        ("a.parquet", "no parquet", "found a file that is no whole Parquet"),
     ],
 )
 def test_unusable_file_is_explained(tmp_path: Path, name: str, content: str, words: str) -> None:
@@ -243,5 +243,5 @@ def test_unusable_source_is_explained(source: Any, words: str) -> None:
 
 def test_file_of_an_unknown_kind_is_explained(tmp_path: Path) -> None:
     (tmp_path / "rows.txt").write_text("hello")
-    with pytest.raises(DatasetError, match=r"found a file ending in '.txt' .*; convert the file"):
+    with pytest.raises(DatasetError, match=r"found a file ending in '.txt' .*; write each text as a line"):
         load_rows(str(tmp_path / "rows.txt"))

@@ -13,10 +13,10 @@ from typing import Any
 
 from nemo_rl.backends.kubernetes.ship.archive import Archive, pack
 from nemo_rl.backends.kubernetes.ship.errors import ShipError
+from nemo_rl.job import names
 from nemo_rl.worker.bundles import MAX_UNPACKED_BYTES
 
 ROWS_FILE = "rows.jsonl"
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def ship_file(path: str | Path, what: str = "the dataset") -> DataBundle:
     file = Path(path)
     if not file.is_file():
         raise ShipError(f"{what}: found no file at {path}; give an existing file, a hub name, or pvc://claim/path")
-    if file.suffix not in DATA_SUFFIXES:
-        raise ShipError(f"{what}: found {file.name}, expected a file that ends in {', '.join(DATA_SUFFIXES)}")
+    if not file.name.lower().endswith(names.DATA_FILE_NAMES):
+        raise ShipError(f"{what}: found {file.name}, expected a file that ends in {', '.join(names.DATA_SUFFIXES)}")
     return DataBundle(pack({file.name: file}, f"{what} {path}"), file.name)
 
 
