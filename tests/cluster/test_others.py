@@ -157,21 +157,6 @@ def test_the_deadline_does_not_run_while_the_quota_is_full(scene: Scene, what: s
     scene.succeed(attempt=2)
 
 
-def test_the_deadline_counts_from_the_admission_and_not_what_a_queue_took_back(scene: Scene) -> None:
-    scene.submit(job_labels={names.LABEL_QUEUE: "team"}, activeDeadlineSeconds=6)
-    scene.phase("Queued")
-    time.sleep(7)
-    job = attempt_job("x", 1)
-    scene.api.patch("jobs", scene.namespace, job, {"spec": {"suspend": False}})
-    scene.attempt(1).run()
-    scene.phase("Running")
-    scene.api.patch("jobs", scene.namespace, job, {"spec": {"suspend": True}})
-    scene.phase("Queued")
-    time.sleep(7)
-    scene.api.patch("jobs", scene.namespace, job, {"spec": {"suspend": False}})
-    assert scene.succeed(attempt=1)["activeSeconds"] < 6
-
-
 def test_the_deadline_does_not_run_while_a_pod_has_no_node(scene: Scene) -> None:
     scene.submit(activeDeadlineSeconds=2)
     pod = scene.attempt(1)

@@ -255,6 +255,21 @@ def test_deadline_does_not_run_in_the_queue(scene: Scene, workloads: Callable[..
     assert scene.succeed()["phase"] == "Succeeded"
 
 
+def test_the_deadline_does_not_count_what_a_queue_took_back(scene: Scene, workloads: Callable[..., None]) -> None:
+    scene.submit(job_labels={names.LABEL_QUEUE: "team"}, activeDeadlineSeconds=6)
+    scene.phase("Queued")
+    workloads(QuotaReserved=True, Admitted=True)
+    scene.attempt(1).run()
+    scene.phase("Running")
+    workloads("a job of higher priority came", Evicted=True)
+    scene.phase("Queued")
+    eventually(lambda: holds(scene, "QuotaReserved") is False, "the quota is given back")
+    until = time.monotonic() + 7
+    eventually(lambda: time.monotonic() > until, "more than the deadline has passed", 10)
+    workloads(Evicted=False, QuotaReserved=True, Admitted=True)
+    assert scene.succeed(attempt=2)["activeSeconds"] < 6
+
+
 def test_without_kueue_a_job_with_a_queue_says_so_and_goes_on_when_it_comes(scene: Scene, request: Any) -> None:
     scene.submit(job_labels={names.LABEL_QUEUE: "team"})
     scene.message("has no Kueue")

@@ -91,10 +91,6 @@ def gigabyte(handler: BaseHTTPRequestHandler) -> None:
         pass
 
 
-def deep(handler: BaseHTTPRequestHandler) -> None:
-    answer(handler, b'{"step": 1, "metrics": ' + b"[" * 30_000 + b"]" * 30_000 + b"}")
-
-
 def redirect(handler: BaseHTTPRequestHandler) -> None:
     handler.send_response(302)
     handler.send_header("Location", "http://127.0.0.1:1/")
@@ -103,8 +99,8 @@ def redirect(handler: BaseHTTPRequestHandler) -> None:
 
 BAD_PROGRESS: dict[str, Answer | bytes] = {
     "hangs": hang,
+    "deep nesting": b'{"step": ' + b"[" * 30_000 + b"]" * 30_000 + b"}",
     "a gigabyte": gigabyte,
-    "deep nesting": deep,
     "redirects": redirect,
     "an error": lambda handler: answer(handler, b"{}", 500),
     "no JSON": b"\x00\xff garbage",
@@ -138,6 +134,15 @@ def test_bad_progress_harms_neither_its_job_nor_others(scene: Scene, operator: O
     for name in jobs:
         assert scene.phase("Succeeded", name=name)["result"]["totalSteps"] == 5
     assert operator.probe("/healthz") == 200
+
+
+def test_of_progress_with_a_part_that_cannot_be_used_the_rest_is_shown(scene: Scene) -> None:
+    scene.submit()
+    pod = scene.attempt(1).run()
+    pod.serve(b'{"step": 1, "totalSteps": 5, "metrics": ' + b"[" * 30_000 + b"]" * 30_000 + b"}")
+    assert scene.until(lambda s: s["progress"]["text"] == "1/5", "the step")["progress"].get("metrics", {}) == {}
+    pod.exit(0, result(5))
+    scene.phase("Succeeded")
 
 
 def test_surplus_in_progress_is_cut_before_it_reaches_the_status(scene: Scene) -> None:

@@ -81,7 +81,10 @@ capabilities: {drop: [ALL]}
   resources: [pods]
   verbs: [get, list, watch, create, delete] # create, delete: the pod that serves a job's output
 - apiGroups: [""]
-  resources: [configmaps, persistentvolumeclaims, services]
+  resources: [configmaps]
+  verbs: [get, list, create] # list: a job's bundles, by their label
+- apiGroups: [""]
+  resources: [persistentvolumeclaims, services]
   verbs: [get, create]
 - apiGroups: [networking.k8s.io]
   resources: [networkpolicies]

@@ -187,7 +187,7 @@ def build_result(
     told = status.result.metrics if status.result else {}
     return TrainResult(
         metrics=history[-1] if history else {name: _number(text) for name, text in told.items()},
-        checkpoint_path=checkpoint,
+        checkpoint_path=str(checkpoint) if checkpoint else None,
         total_steps=status.result.total_steps if status.result else 0,
         output_dir=output_dir,
         load_trainer=None

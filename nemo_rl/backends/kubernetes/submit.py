@@ -266,7 +266,7 @@ def _delete_quietly(cluster: Cluster, job: Object) -> None:
 
 
 def _model_name(run: Run) -> str:
-    from nemo_rl.api.training import default_output_dir
+    from nemo_rl.run.directory import default_output_dir
 
     return default_output_dir(run.model if run.model is not None else run.spec.model).name
 

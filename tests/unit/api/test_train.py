@@ -10,9 +10,9 @@ import pytest
 
 import nemo_rl
 from nemo_rl import backends
-from nemo_rl.api.training import default_output_dir
 from nemo_rl.backends import Run, local
 from nemo_rl.job.spec import DatasetSpec
+from nemo_rl.run.directory import default_output_dir
 
 ROWS = [{"prompt": "1+1=", "answer": "2"}]
 
