@@ -219,7 +219,10 @@ def _is_file(dataset: str) -> bool:
         names.DATA_FILE_NAMES
     ):
         return True
-    return Path(dataset).exists()
+    path = Path(
+        dataset
+    )  # a folder is one only if `save_to_disk` wrote it: a name on the hub may be that of a folder here
+    return path.is_file() or any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def _check_dataset_options(dataset: Any, options: Mapping[str, Any], caller: str) -> None:

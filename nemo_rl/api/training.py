@@ -132,6 +132,12 @@ def _check_call(call: Mapping[str, Any]) -> None:
     for keyword, problem_of in (("name", name_problem), ("namespace", namespace_problem)):
         if call.get(keyword) is not None and (problem := problem_of(call[keyword])):
             raise ValueError(f"train(): {keyword}={call[keyword]!r}: {problem}")
+    tokenizer = call.get("tokenizer")
+    if tokenizer is not None and not isinstance(tokenizer, str | os.PathLike) and not hasattr(tokenizer, "encode"):
+        raise TypeError(
+            f"train(): tokenizer has type {type(tokenizer).__name__}; expected a hub name, a folder, or what "
+            "AutoTokenizer.from_pretrained(...) returns"
+        )
     if not isinstance(call.get("wait", True), bool):
         raise ValueError(f"train(): wait={call['wait']!r}: must be True or False")
 

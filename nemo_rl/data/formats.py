@@ -83,7 +83,8 @@ def _convert(
         if not converted:
             raise no_rows_left(report)
         return converted, report
-    raise unknown_shape(algorithm, columns)
+    named = dict.fromkeys(column for row in rows for column in row)
+    raise unknown_shape(algorithm, columns, [column for column in named if column not in known])
 
 
 def no_rows_left(report: Report) -> DatasetError:

@@ -42,6 +42,13 @@ class RowStream:
                     "a mapping "
                     'of column to value such as {"prompt": "2+2=", "answer": "4"}; wrap each row in a dict'
                 )
+            for column, value in row.items():
+                if (broken := half_pair(value)) is not None:
+                    raise DatasetError(
+                        f"found half of a surrogate pair (such as half an emoji) in column {column!r} of row "
+                        f"{self.position} of {self.name}: {broken!r}; expected whole characters; cut the text between "
+                        'characters, or repair it with text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")'
+                    )
             found.append(row if isinstance(row, dict) else dict(row))
             self.position += 1
         return found
@@ -59,6 +66,20 @@ class RowStream:
             "such "
             "as train_1M[:10000]"
         )
+
+
+def half_pair(value: Any) -> str | None:
+    """A piece of the first text in a cell that no tokenizer can read, for half of a surrogate pair is in it; else None."""
+    if isinstance(value, str):
+        if value.isascii():
+            return None
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            return value[max(0, error.start - 20) : error.start + 1]
+        return None
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return next((found for item in inner if (found := half_pair(item)) is not None), None)
 
 
 def load_rows(source: Any, *, needed: int | None = None) -> list[dict[str, Any]]:

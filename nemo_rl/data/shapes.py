@@ -53,11 +53,12 @@ ACCEPTED: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 
-def unknown_shape(algorithm: str, columns: Sequence[str]) -> DatasetError:
-    """The error for rows whose columns fit no shape that the algorithm can train on."""
+def unknown_shape(algorithm: str, columns: Sequence[str], empty: Sequence[str] = ()) -> DatasetError:
+    """The error for rows whose columns fit no shape that the algorithm can train on. `empty` hold no value in any row."""
+    without = f"; {', '.join(map(repr, empty))} there, but with no value in any row" if empty else ""
     shapes = "\n".join(f"  - {name}\n      {example}" for name, example in ACCEPTED[algorithm])
     return DatasetError(
-        f"found the columns {', '.join(map(repr, columns)) or '(none with a value)'}; expected, for {algorithm}, one "
+        f"found the columns {', '.join(map(repr, columns)) or '(none with a value)'}{without}; expected, for {algorithm}, one "
         "of "
         f"these shapes (one row of each):\n{shapes}\nRename or map the columns to one of them."
     )

@@ -267,6 +267,10 @@ def default_output_dir(model: Any) -> Path:
 
 def check_output_dir(given: str | os.PathLike[str]) -> Path:
     """The folder that `output_dir` names, `~` expanded. ValueError for what is no folder and cannot become one."""
+    if not isinstance(given, str | os.PathLike):
+        raise TypeError(
+            f"output_dir={given!r} is of type {type(given).__name__}; expected the path of a folder as text or Path"
+        )
     text = os.fspath(given)
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"output_dir={given!r} is empty; expected a folder, or None for ./outputs/NAME")

@@ -124,6 +124,7 @@ def collect(
     """
     name, uid = job["metadata"]["name"], job["metadata"]["uid"]
     status = JobStatus.load(job.get("status"))
+    _refuse_what_was_left_out(job.get("status") or {}, status, name)
     settings = {"job": name, "namespace": cluster.namespace, "uid": uid}
     run = None
     if (collected := finished_run(output_dir, settings)) is not None:
@@ -165,6 +166,16 @@ def _fetch_all(
     with TransferBar("download") as bar:
         download(files, client, output_dir, folder, bar)
     return output_dir / relative_to(checkpoint, folder) if checkpoint is not None else None
+
+
+def _refuse_what_was_left_out(told: dict[str, Any], status: JobStatus, name: str) -> None:
+    """Readers pass over a field that does not fit; of the one that says where the model is that must not be silent."""
+    for field in ("result", "checkpoint"):
+        if told.get(field) and not getattr(status, field):
+            raise DownloadError(
+                f"the status of {name} says of its {field} what no trainer writes ({str(told[field])[:200]}); expected a "
+                "path below the job's own folder; look at the output claim by hand"
+            )
 
 
 def best_checkpoint(status: JobStatus, name: str) -> str | None:

@@ -74,8 +74,12 @@ def test_with_a_list_of_namespaces_nothing_is_granted_elsewhere():
     cluster = of_kind(objects, "ClusterRole")
     assert [r["resources"] for role in cluster for r in role["rules"]] == [
         ["customresourcedefinitions"],
+        ["resourceflavors", "workloadpriorityclasses"],
+        ["priorityclasses"],
         ["namespaces"],
     ]
+    of_clusters = {verb for role in cluster for rule in role["rules"] for verb in rule["verbs"]}
+    assert of_clusters == {"get", "list", "watch"}, "kinds without a namespace are read, and nothing else"
     assert {role["metadata"]["namespace"] for role in of_kind(objects, "Role")} == {"a", "b"}
     command = of_kind(objects, "Deployment")[0]["spec"]["template"]["spec"]["containers"][0]["command"]
     assert [word for word in command if word.startswith("--")] == ["--namespace=a", "--namespace=b"]
