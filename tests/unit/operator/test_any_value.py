@@ -94,7 +94,7 @@ def sights(job: Any, **snapshot: Any) -> list[Decision]:
         ([make.failed_attempt()], [make.ended_pod(1)]),
         ([make.attempt(complete=True)], [make.ended_pod(0)]),
     ]
-    reads = {"verified": 1, "warning_event": "", "workload": "", "bundle_parts": frozenset()}
+    reads = {"verified": 1, "warning_event": "", "workload": None, "workload_read": True, "bundle_parts": frozenset()}
     return [decide(make.seen(job, *stage, **(reads | snapshot)), make.NOW) for stage in stages]
 
 

@@ -80,11 +80,10 @@ def test_a_job_that_holds_nothing_waits_for_its_nodes_as_long_as_it_takes() -> N
 
 
 def test_the_time_does_not_run_in_a_queue_and_not_once_all_have_run() -> None:
-    suspended = make.attempt(suspended=True)
-    queued = decide(
-        make.seen(make.resource(STARTING, queue="team", **EIGHT), [suspended], [], workload=""), make.later(10**6)
-    )
-    assert queued.status.attempts[-1].cause is None
+    in_queue = make.seen(make.resource({}, queue="team", **EIGHT), workload=make.workload(), workload_read=True)
+    queued = decide(in_queue, make.later(10**6))
+    assert queued.status.phase == "Queued"
+    assert Cause.STARTUP_TIMEOUT not in [attempt.cause for attempt in queued.status.attempts]
     missing = decide(
         make.seen(
             make.resource(RUNNING, **EIGHT), [make.attempt()], seven_and(make.pod(1, 7)), verified=1, warning_event=""
