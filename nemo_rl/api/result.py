@@ -110,16 +110,19 @@ class TrainResult:
         chosen = [name for name in ("reward", "loss") if name in found]
         return chosen + sorted(n for n in found if n.startswith("validation_") and not _is_timing(n))
 
+    @property
+    def _shown_path(self) -> str | None:
+        from nemo_rl.run.directory import nearby
+
+        return None if self.checkpoint_path is None else nearby(self.checkpoint_path)
+
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={_number(value)}" for name, value in self.metrics.items() if _is_shown(name, value))
-        return (
-            f"TrainResult(total_steps={self.total_steps}, checkpoint_path={self.checkpoint_path!r}, "
-            f"metrics={{{shown}}})"
-        )
+        return f"TrainResult(total_steps={self.total_steps}, checkpoint_path={self._shown_path!r}, metrics={{{shown}}})"
 
     def _repr_html_(self) -> str:
         """A small table for notebooks, with the reward or loss curve."""
-        rows = [("steps", str(self.total_steps)), ("checkpoint", str(self.checkpoint_path))]
+        rows = [("steps", str(self.total_steps)), ("checkpoint", str(self._shown_path))]
         rows += [(name, _number(value)) for name, value in self.metrics.items() if _is_shown(name, value)]
         cells = "".join(
             f"<tr><th style='text-align:left'>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"

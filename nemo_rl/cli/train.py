@@ -14,6 +14,7 @@ from nemo_rl.cli.jobs import JobExit
 from nemo_rl.errors import DatasetError, NonFiniteTraining, RewardError, TrainingFailed, TrainingInterrupted
 from nemo_rl.job.manifest import Manifest, ManifestError, load_manifest
 from nemo_rl.job.names import ExitCode
+from nemo_rl.run.directory import nearby
 
 USAGE = 2
 OTHER_ERROR = 1
@@ -92,7 +93,7 @@ def run_manifest(
             complain(f"this is a {type(error).__name__}; --log-level debug shows where")
         return exit_code(error)
     if manifest.spec.training.log_level in ("debug", "info"):
-        print(f"nemo-rl: done after {result.total_steps} steps; checkpoint in {result.checkpoint_path}")
+        print(f"nemo-rl: done after {result.total_steps} steps; checkpoint in {nearby(result.checkpoint_path)}")
     return ExitCode.DONE
 
 

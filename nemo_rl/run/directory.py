@@ -265,6 +265,16 @@ def default_output_dir(model: Any) -> Path:
     return Path("outputs") / (last if last.strip(".") else "model")
 
 
+def nearby(path: str | os.PathLike[str] | None) -> str:
+    """A path as people read it: from the current folder where it lies below that, else whole."""
+    if path is None:
+        return "None"
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except (ValueError, OSError):
+        return str(path)
+
+
 def check_output_dir(given: str | os.PathLike[str]) -> Path:
     """The folder that `output_dir` names, `~` expanded. ValueError for what is no folder and cannot become one."""
     if not isinstance(given, str | os.PathLike):

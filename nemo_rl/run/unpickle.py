@@ -52,6 +52,8 @@ class _Restricted(pickle.Unpickler):
             found = getattr(torch, name)
         elif module in _PATHS and name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"):
             found = _joined
+        elif (module, name) == ("builtins", "getattr"):
+            found = _member  # how Python 3.11.0 to 3.11.3 write the member of an enumeration
         elif module == "builtins":
             named = getattr(builtins, name, None)
             found = named if isinstance(named, type) and issubclass(named, Exception) else None
@@ -65,6 +67,13 @@ class _Restricted(pickle.Unpickler):
 
 def _is_data(kind: type, module: str) -> bool:
     return kind.__module__ == module and (dataclasses.is_dataclass(kind) or issubclass(kind, enum.Enum))
+
+
+def _member(kind: Any, name: Any) -> enum.Enum:
+    """The member of an enumeration, and of nothing else an attribute."""
+    if isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__:
+        return kind[name]
+    raise ForbiddenPickle(f"a pickle asks for {name!r} of {kind!r}, which is no member of an enumeration of torch's")
 
 
 def _layout(name: str) -> torch.layout:

@@ -26,7 +26,16 @@ from nemo_rl.model.load import choose_device, limit_threads, load_model, load_to
 from nemo_rl.model.policy import Policy
 from nemo_rl.model.sharding import ShardedModel
 from nemo_rl.run.checkpoint import Checkpoint, CheckpointStore
-from nemo_rl.run.directory import DIGEST, METRICS_FILE, Run, check_output_dir, default_output_dir, differences, open_run
+from nemo_rl.run.directory import (
+    DIGEST,
+    METRICS_FILE,
+    Run,
+    check_output_dir,
+    default_output_dir,
+    differences,
+    nearby,
+    open_run,
+)
 from nemo_rl.run.identity import (
     model_identity,
     refuse_adapter,
@@ -233,7 +242,7 @@ class Trainer(Passes, ABC):
                 history=self.ranks.first(lambda: read_history(run.dir / METRICS_FILE)),
             )
             self.callbacks.on_train_end(self, result)
-            self.display.note(f"finished after {self.current_step} steps; checkpoint: {result.checkpoint_path}")
+            self.display.note(f"finished after {self.current_step} steps; checkpoint: {nearby(result.checkpoint_path)}")
             return result
         except Interrupted as interrupted:
             raise loop.interrupted(interrupted) from None

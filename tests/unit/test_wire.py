@@ -111,3 +111,21 @@ def test_without_a_secret_the_ranks_of_one_user_know_each_other(tmp_path: Path) 
     assert wire.read_token(tmp_path / "absent") == b""
     (tmp_path / "token").write_text("word\n")
     assert wire.read_token(tmp_path / "token") == b"word"
+
+
+def test_a_member_of_an_enumeration_may_be_written_by_its_attribute() -> None:
+    """As Python 3.11.0 to 3.11.3 do; of anything else no attribute is read."""
+    import io
+
+    from torch.distributed.checkpoint.planner import WriteItemType
+
+    from nemo_rl.run import unpickle
+
+    def pickled(kind: bytes, name: bytes) -> io.BytesIO:
+        return io.BytesIO(b"cbuiltins\ngetattr\n(" + kind + b"V" + name + b"\ntR.")
+
+    of_torch = b"ctorch.distributed.checkpoint.planner\nWriteItemType\n"
+    assert unpickle.load(pickled(of_torch, b"TENSOR"), "x") is WriteItemType.TENSOR
+    for kind, name in ((of_torch, b"__class__"), (b"ctorch.distributed.checkpoint.planner\nSavePlan\n", b"__init__")):
+        with pytest.raises(unpickle.ForbiddenPickle):
+            unpickle.load(pickled(kind, name), "x")

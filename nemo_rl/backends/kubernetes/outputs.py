@@ -19,7 +19,7 @@ from nemo_rl.job import names
 from nemo_rl.job.reading import read_spec
 from nemo_rl.job.status import JobStatus
 from nemo_rl.run.checkpoint import CHECKPOINTS, TRAINER_STATE
-from nemo_rl.run.directory import COMPLETIONS_FILE, METRICS_FILE, finished_run, open_run
+from nemo_rl.run.directory import COMPLETIONS_FILE, METRICS_FILE, finished_run, nearby, open_run
 
 if TYPE_CHECKING:
     from nemo_rl.api.result import TrainResult
@@ -162,7 +162,7 @@ def _fetch_all(
             raise DownloadError(f"the checkpoint {checkpoint} is not on the claim any more; was the claim changed?")
         files += [file for file in inner if f"/{TRAINER_STATE}/" not in file.path]
     size = sum(file.size for file in files)
-    say(f"fetching {len(files)} files ({size / 1e6:.1f} MB) to {output_dir}")
+    say(f"fetching {len(files)} files ({size / 1e6:.1f} MB) to {nearby(output_dir)}")
     with TransferBar("download") as bar:
         download(files, client, output_dir, folder, bar)
     return output_dir / relative_to(checkpoint, folder) if checkpoint is not None else None

@@ -93,7 +93,7 @@ def test_a_run_returns_every_step_and_a_checkpoint_that_loads(runs: Runs, algori
     start = [0] if algorithm == "grpo" else []  # its validation data are scored before training
     assert [row["step"] for row in result.history] == [*start, *range(1, STEPS[algorithm] + 1)]
     assert result.metrics == result.history[-1]
-    assert result.output_dir == Path(f"{backend}-{algorithm}")
+    assert result.output_dir == Path(f"{backend}-{algorithm}").resolve()
     assert result.checkpoint_path is not None
     assert Path(result.checkpoint_path).resolve().is_relative_to(result.output_dir.resolve())
     assert AutoModelForCausalLM.from_pretrained(result.checkpoint_path).config.hidden_size == 128
