@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nemo_rl.data.prepare import PairExample, PromptExample, TextExample
 from nemo_rl.data.rows import PromptRow
 from nemo_rl.environments.runner import RewardOutcome
+from nemo_rl.model.packing import TokenSequence
 from nemo_rl.rollout.in_process.engine import Completion
 from nemo_rl.run.signals import StopSignals
 from nemo_rl.trainers.base import Trainer
@@ -82,6 +83,21 @@ def some_advantages(rollouts: Rollouts) -> Tensor:
 def grpo(model: nn.Module, **keywords: Any) -> GRPOTrainer:
     keywords = {"num_generations_per_prompt": SAMPLES, "max_new_tokens": 16, "max_grad_norm": None, **keywords}
     return ready(GRPOTrainer, model, **keywords)
+
+
+def update_an_older_policy(trainer: GRPOTrainer, rollouts: Rollouts) -> None:
+    """Lets the trainer's old log-probabilities be those that the completions carry, in place of its own pass.
+
+    That pass sees the weights as they are, so the first update would have ratios of 1 and nothing to clip.
+    """
+    known: dict[tuple[int, ...], Tensor] = {}
+    for i, completion in enumerate(rollouts.completions):
+        known[*rollouts.prompts[i // SAMPLES].ids, *completion.ids] = torch.tensor(completion.logprobs)
+
+    def old_logprobs(sequences: list[TokenSequence]) -> dict[int, Tensor]:
+        return {i: known[tuple(sequence.ids)] for i, sequence in enumerate(sequences)}
+
+    trainer._old_logprobs = old_logprobs  # type: ignore[method-assign]
 
 
 def text_examples(count: int = 6) -> list[TextExample]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from nemo_rl.job.spec import GRPOSpec
 from nemo_rl.model.policy import Policy
+from nemo_rl.rollout.in_process.engine import Completion
 from nemo_rl.trainers.dpo import DPOTrainer
 from nemo_rl.trainers.grpo import GRPOTrainer, Rollouts
 from nemo_rl.trainers.sft import SFTTrainer
@@ -24,6 +26,7 @@ from unit.engine.stepping import (
     ready,
     some_advantages,
     text_examples,
+    update_an_older_policy,
 )
 from unit.engine.tiny import gradient, plain_logprobs, relative
 
@@ -86,6 +89,8 @@ def slow_grpo(
 def step_grpo(
     trainer: GRPOTrainer, rollouts: Rollouts, advantages: Tensor, valid: Tensor
 ) -> tuple[dict[str, float], Tensor]:
+    """The first update, of several from the policy whose log-probabilities the completions carry."""
+    update_an_older_policy(trainer, rollouts)
     gradients = gradients_of(trainer)
     metrics = trainer.train_on(rollouts, advantages, valid)
     assert len(gradients) == trainer.settings.num_iterations
@@ -128,6 +133,48 @@ def test_grpo_step_is_the_objective_of_the_papers(family: str, variant: str):
     assert metrics["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_all_updates_of_a_batch_compare_with_the_policy_before_the_first(budget: int):
+    """Weights move, and the old log-probabilities are the trainer's own: those of the completions are far from them."""
+    model = tiny.make_model("qwen2")
+    trainer = grpo(
+        model, num_iterations=3, temperature=0.7, clip_low=0.05, clip_high=0.1, weight_decay=0.0,
+        tokens_per_microbatch=budget,
+    )  # fmt: skip
+    trainer.rate = 1e-3
+    rollouts, temperature = frozen_rollouts(model, drift=3.0), trainer.settings.temperature
+    advantages, valid = some_advantages(rollouts), torch.ones(12, dtype=torch.bool)
+    valid[2] = False
+    before_first = []
+    with torch.no_grad():
+        for i, completion in enumerate(rollouts.completions):
+            prompt = rollouts.prompts[i // SAMPLES].ids
+            logprobs = plain_logprobs(model, prompt + completion.ids, temperature)[len(prompt) - 1 :]
+            before_first.append(Completion(completion.ids, logprobs.tolist(), completion.finished))
+    gradients = gradients_of(trainer)
+    models: list[nn.Module] = []
+    step = trainer.optimizer.step
+
+    def remember(rate: float) -> float:
+        models.append(copy.deepcopy(model))
+        return step(rate)
+
+    trainer.optimizer.step = remember
+    metrics = trainer.train_on(rollouts, advantages, valid)
+    of_before = Rollouts(rollouts.prompts, before_first, rollouts.responses, rollouts.outcomes, {})
+    losses = []
+    for updated, found in zip(models, gradients, strict=True):
+        updated.zero_grad()
+        loss, expected = slow_grpo(updated, None, of_before, advantages, valid, trainer.settings)
+        losses.append(loss)
+        assert relative(found, expected) <= EXACT
+    assert len(losses) == 3
+    assert metrics["loss"] == pytest.approx(losses[-1], rel=1e-5, abs=1e-6)
+    # the later updates are of another policy than the old one, and some tokens have left the interval
+    assert losses[2] < losses[1] - 1e-3 < losses[0] - 2e-3
+    assert metrics["clip_fraction"] > 0
+
+
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_grpo_gradient_does_not_depend_on_microbatches(loss_type: str, budget: int):
@@ -164,7 +211,8 @@ def test_a_batch_without_any_advantage_changes_no_weight():
     trainer, rollouts = grpo(model, weight_decay=0.5), frozen_rollouts(model)
     trainer.rate = 0.1
     metrics = trainer.train_on(rollouts, torch.zeros(12), torch.ones(12, dtype=torch.bool))
-    assert (metrics["loss"], metrics["grad_norm"], metrics["kl"], metrics["clip_fraction"]) == (0.0, 0.0, 0.0, 0.0)
+    # nothing was trained, so neither a divergence nor a clipped fraction was measured
+    assert metrics == {"loss": 0.0, "grad_norm": 0.0}
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -205,7 +253,7 @@ def test_with_adapters_the_reference_is_the_model_without_them():
 
 
 def test_log_probabilities_of_own_rollouts_give_a_ratio_of_one():
-    """With several updates the first one uses the decoder's log-probabilities: nothing may be clipped, the loss is -mean A."""
+    """The decoder's log-probabilities are those of the training pass: as old ones they clip nothing, the loss is -mean A."""
     from nemo_rl.rollout.in_process.engine import Sampling, generate
 
     model = tiny.make_model("qwen2")
@@ -221,6 +269,7 @@ def test_log_probabilities_of_own_rollouts_give_a_ratio_of_one():
     )
     rollouts = Rollouts(base.prompts, [c for g in groups for c in g], base.responses, base.outcomes, {})
     advantages = some_advantages(rollouts)
+    update_an_older_policy(trainer, rollouts)
     metrics = trainer.train_on(rollouts, advantages, torch.ones(12, dtype=torch.bool))
     lengths = torch.tensor([len(c.ids) for c in rollouts.completions])
     assert metrics["clip_fraction"] == 0.0

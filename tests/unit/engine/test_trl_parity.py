@@ -25,6 +25,7 @@ from unit.engine.stepping import (
     ready,
     some_advantages,
     text_examples,
+    update_an_older_policy,
 )
 from unit.engine.tiny import gradient, plain_logprobs, relative
 
@@ -176,6 +177,7 @@ def test_grpo_loss_and_gradient(trl, tokenizer, tmp_path: Path, ours: dict[str, 
     )
     trainer = grpo(model, tokens_per_microbatch=70, **ours)
     trainer.reference = Policy(reference, "fp32") if reference is not None else None
+    update_an_older_policy(trainer, rollouts)
     gradients = gradients_of(trainer)
     metrics = trainer.train_on(rollouts, advantages, torch.ones(len(advantages), dtype=torch.bool))
     assert abs(metrics["loss"] - expected_loss) <= LOSS
