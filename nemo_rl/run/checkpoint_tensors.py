@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -12,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
@@ -233,7 +235,10 @@ def load_optimizer(path: Path, groups: list[dict[str, Any]], optimizer: Any) -> 
             parameter, group = parameters[int(place)]
             tensors[key] = _empty_state(f"{path}: {name} of parameter {place}", about, parameter, group)
     with _one_process_is_no_surprise():
-        dcp.load(tensors, storage_reader=reader, no_dist=not is_distributed())
+        try:
+            dcp.load(tensors, storage_reader=reader, no_dist=not is_distributed())
+        except CheckpointException as error:  # no Exception: handlers of errors would let it pass
+            raise next(iter(error.failures.values()))[0] from None
     optimizer.state.clear()
     for key, tensor in tensors.items():
         place, _, name = key.partition(".")
@@ -247,9 +252,22 @@ def load_optimizer(path: Path, groups: list[dict[str, Any]], optimizer: Any) -> 
 class SafeReader(dcp.FileSystemReader):
     """Reads a checkpoint of torch.distributed.checkpoint without running what its files say.
 
-    ForbiddenPickle for an index that is more than one; ValueError for one that leads out of the folder. Tensors are read
-    by torch.load(weights_only=True).
+    ForbiddenPickle for an index that is more than one; ValueError for one that leads out of the folder, and for tensors that
+    are none. They are read by torch.load(weights_only=True).
     """
+
+    def read_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().read_data(*args, **kwargs)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            damaged = "PytorchStreamReader" in str(error) or "corrupt" in str(error)
+            if isinstance(error, RuntimeError) and not damaged:  # memory that ran out, a signal
+                raise
+            raise ValueError(
+                f"the files in {self.path} hold something else than the optimizer's tensors ({type(error).__name__}): they are "
+                "damaged, or somebody else wrote them. Nothing of them was run; go on from an earlier checkpoint, or start the "
+                "run again without this one, and see who may write there"
+            ) from error
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / ".metadata"

@@ -601,14 +601,17 @@ def test_a_forged_index_cannot_lead_out_of_its_folder(tmp_path: Path):
         load_into(read_checkpoint(tmp_path / "c"), model, optimizer)
 
 
-def test_forged_tensors_of_the_optimizer_run_nothing(tmp_path: Path):
+@pytest.mark.parametrize("content", ["a pickle", "a damaged archive", "zeros"])
+def test_forged_tensors_of_the_optimizer_run_nothing(content: str, tmp_path: Path):
     import pickle
 
     model, optimizer = saved_with_optimizer(tmp_path / "c")
     (tensors,) = (tmp_path / "c" / "trainer_state").glob("*.distcp")
     name = f"trainer_state/{tensors.name}"
-    forge(tmp_path / "c", name, pickle.dumps(Evil(tmp_path / "ran")) + b" " * tensors.stat().st_size)
-    with pytest.raises(Exception):  # noqa: B017, PT011  # torch's own, of whatever type
+    forged = {"a pickle": pickle.dumps(Evil(tmp_path / "ran")), "a damaged archive": b"PK\x03\x04", "zeros": b""}
+    filling = b" " if content == "a pickle" else b"\0"
+    forge(tmp_path / "c", name, forged[content] + filling * tensors.stat().st_size)
+    with pytest.raises(ValueError, match=r"trainer_state hold something else than the optimizer's tensors .* was run"):
         load_into(read_checkpoint(tmp_path / "c"), model, optimizer)
     assert not (tmp_path / "ran").exists()
 
