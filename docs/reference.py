@@ -32,7 +32,7 @@ EXIT_MEANINGS = {
     ExitCode.DONE: "Done.",
     ExitCode.USER_ERROR: "An error in the job's own code or settings. Not tried again.",
     ExitCode.BAD_DATA: "Data that cannot be used. Not tried again.",
-    ExitCode.NON_FINITE: "Loss or gradient stayed NaN or infinite. Not tried again.",
+    ExitCode.NON_FINITE: "The gradient stayed NaN or infinite, or the model gave such numbers before step 1. Not tried again.",
     ExitCode.PREEMPTED: "Asked to stop (SIGTERM), and saved. Tried again; without counting, where the cluster or a person did ask.",
 }
 JOB_MEANINGS = {

@@ -19,7 +19,7 @@ class RewardError(RuntimeError):
 
 
 class NonFiniteTraining(RuntimeError):
-    """The loss or the gradient stayed NaN or infinite for several steps in a row."""
+    """The gradient stayed NaN or infinite for several steps in a row, or the model gave such numbers before the first step."""
 
 
 class TrainingInterrupted(RuntimeError):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nemo_rl.errors import NonFiniteTraining
 from nemo_rl.model.kinds import describe
 from nemo_rl.model.packing import TokenSequence, pack
 from nemo_rl.model.probe import TOLERANCE, Probe, exact, plain_logprobs
@@ -26,7 +27,8 @@ CHANCE = 0.1
 
 
 def check_causal(policy: Policy, probe: Probe) -> None:
-    """Raises ValueError where the plain model cannot run, or where tokens change the log-probabilities of those before them."""
+    """Raises ValueError where the plain model cannot run, or where tokens change the log-probabilities of those before them,
+    NonFiniteTraining where its log-probabilities are not finite: training would not change that."""
     length = min(12, probe.longest)
     ids = probe.ids(length, 1)
     other = ids[:-3] + probe.ids(3, 2)
@@ -46,8 +48,9 @@ def check_causal(policy: Policy, probe: Probe) -> None:
             f"tokens ({type(error).__name__}: {_line(error)}); expected a model that continues text"
         ) from error
     if not torch.isfinite(first).all():
-        raise ValueError(
-            f"{describe(policy.causal)} gives log-probabilities that are not finite; its weights are damaged or not loaded"
+        raise NonFiniteTraining(
+            f"{describe(policy.causal)} gives log-probabilities that are NaN or infinite before the first step, so its weights "
+            "are damaged or not loaded; expected finite numbers. Take an undamaged copy of the model, or an earlier checkpoint"
         )
     change = (first[: length - 4] - second[: length - 4]).abs().max().item()
     if change > TOLERANCE:
