@@ -106,7 +106,7 @@ def test_a_rank_that_waits_for_the_others_to_come_heeds_sigterm(engine: Engine, 
     served = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun does
     pod = Pod(tmp_path, engine, sft(tiny_model))
     pod.start(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(served.port), RANK="1", WORLD_SIZE="2")
-    until(lambda: served.add("nemo_rl/joined", 0) == 1, "the rank to come")
+    until(lambda: served.check(["nemo_rl/joined/1"]), "the rank to come")
     begin = time.monotonic()
     pod.stop()
     assert pod.end() == ExitCode.PREEMPTED
