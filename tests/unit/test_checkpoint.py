@@ -568,7 +568,7 @@ def test_a_forged_index_of_the_optimizer_runs_nothing(tmp_path: Path):
         ("os", "system"),
         ("torch", "load"),
         ("torch.serialization", "load"),
-        ("builtins", "getattr"),
+        ("builtins", "eval"),
         ("torch.distributed.checkpoint.filesystem", "pickle.loads"),
         ("torch.distributed.checkpoint.filesystem", "os.system"),
         ("nemo_rl.run.wire", "read_token"),
@@ -586,6 +586,19 @@ def test_a_forged_index_can_name_no_function(module: str, name: str):
     short = lambda text: b"\x8c" + bytes([len(text)]) + text.encode()  # noqa: E731
     with pytest.raises(ValueError, match="which no index of tensors needs"):
         unpickle.load(io.BytesIO(b"\x80\x04" + short(module) + short(name) + b"\x93."), "it")
+
+
+@pytest.mark.parametrize("named", [b"cbuiltins\nValueError\n", b"ctorch\nSize\n", b"ctorch\nfloat32\n"])
+@pytest.mark.parametrize("attribute", [b"__class__", b"__init__", b"__dict__"])
+def test_getattr_in_a_forged_index_reads_no_attribute(named: bytes, attribute: bytes):
+    """Some versions of Python write members of enumerations by it; what stands in for it gives nothing else."""
+    import io
+
+    from nemo_rl.run import unpickle
+
+    assert unpickle.load(io.BytesIO(b"cbuiltins\ngetattr\n."), "it") is not getattr
+    with pytest.raises(unpickle.ForbiddenPickle, match="no member of an enumeration"):
+        unpickle.load(io.BytesIO(b"cbuiltins\ngetattr\n(" + named + b"V" + attribute + b"\ntR."), "it")
 
 
 def test_a_forged_index_cannot_lead_out_of_its_folder(tmp_path: Path):
