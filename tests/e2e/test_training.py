@@ -51,7 +51,7 @@ def test_step_and_reward_advance_in_the_table_that_a_user_watches(grpo: Trained)
     training = [row for row in columns if row["PHASE"] == "Running" and "/" in row["STEP"]]
     steps = [int(row["STEP"].split("/")[0]) for row in training]
     assert steps == sorted(steps) and len(set(steps)) >= 2, grpo.table.text
-    assert len({row["REWARD"] for row in training}) >= 2, grpo.table.text
+    assert len({row["SCORE"] for row in training}) >= 2, grpo.table.text
 
 
 def test_a_finished_job_says_so_with_its_result_and_its_best_checkpoint(grpo: Trained):
