@@ -38,11 +38,14 @@ def dry_run(run: Run) -> str:
     return dry_run(run)
 
 
-def attach(name: str, *, namespace: str | None = None) -> Job:
-    """The handle of the job `name`. LookupError where there is none, RuntimeError where the cluster cannot be used."""
+def attach(name: str, *, namespace: str | None = None, trust_remote_code: bool = False) -> Job:
+    """The handle of the job `name`; `trust_remote_code` as `nemo_rl.attach`.
+
+    LookupError where there is none, RuntimeError where the cluster cannot be used.
+    """
     from nemo_rl.backends.kubernetes.job import attach
 
-    return attach(name, namespace=namespace)
+    return attach(name, namespace=namespace, trust_remote_code=trust_remote_code)
 
 
 def jobs(*, namespace: str | None = None) -> list[Job]:

@@ -166,11 +166,13 @@ def _place(cluster: Cluster, manifest: Object, owner: Object) -> bool:
                 raise
             continue  # it went just now
         owners = found["metadata"].get("ownerReferences") or []
-        ours = any(o["uid"] == owner["uid"] for o in owners) and not found["metadata"].get("deletionTimestamp")
+        # Without an owner: applied by hand from what a dry run printed.
+        ours = not owners or any(o["uid"] == owner["uid"] for o in owners)
+        ours = ours and not found["metadata"].get("deletionTimestamp")
         if ours and found.get("binaryData") == manifest["binaryData"]:
             return False
         # That of an earlier job of this name goes with it, soon.
-        if ours or not owners or time.monotonic() > limit:
+        if ours or time.monotonic() > limit:
             raise ClusterError(
                 f"ConfigMap {cluster.namespace}/{name} exists with other content or another owner; have it deleted "
                 f"(kubectl -n {cluster.namespace} delete configmap {name}), or give the job another name"
