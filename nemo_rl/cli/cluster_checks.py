@@ -10,7 +10,7 @@ from typing import Any
 from nemo_rl.backends.kubernetes.connect import INSTALL, INSTALL_CRD, Cluster, connect, may
 from nemo_rl.backends.kubernetes.errors import ApiError, ClusterError
 from nemo_rl.backends.kubernetes.installation import installation
-from nemo_rl.cli.doctor import Check
+from nemo_rl.cli.checks import Check
 from nemo_rl.job import names
 
 PYTHON = ".".join(platform.python_version_tuple()[:2])

@@ -10,8 +10,8 @@ import os
 import platform
 import re
 import sys
-from dataclasses import dataclass
-from typing import Literal
+
+from nemo_rl.cli.checks import Check
 
 _ENGINE = ("torch", "transformers", "datasets", "numpy", "safetensors", "jinja2", "cloudpickle")
 _EXTRAS = {
@@ -22,16 +22,6 @@ _EXTRAS = {
     "notebook": ("ipykernel", "notebooks in this environment"),
 }
 _MARKS = {"good": "ok ", "bad": "BAD", "absent": "-  "}
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the report. `state` is bad where training cannot work, absent where an option is not there."""
-
-    state: Literal["good", "bad", "absent"]
-    subject: str
-    found: str
-    cure: str = ""
 
 
 def checks(namespace: str | None = None) -> list[Check]:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
         math_answer,
         overlong_penalty,
     )
-    from nemo_rl.environments.environment import Environment, batched_reward, reward_function
+    from nemo_rl.environments.decorators import batched_reward, reward_function
+    from nemo_rl.environments.environment import Environment
     from nemo_rl.environments.load import load_reward
     from nemo_rl.environments.runner import RewardCall, RewardOutcome, RewardRunner, preflight
     from nemo_rl.environments.signature import RewardSet, RewardSignature, bind_rewards, validate_reward_callable
@@ -31,7 +32,8 @@ _HOMES = {
         "math_answer",
         "overlong_penalty",
     ),
-    "nemo_rl.environments.environment": ("Environment", "batched_reward", "reward_function"),
+    "nemo_rl.environments.decorators": ("batched_reward", "reward_function"),
+    "nemo_rl.environments.environment": ("Environment",),
     "nemo_rl.environments.load": ("load_reward",),
     "nemo_rl.environments.runner": ("RewardCall", "RewardOutcome", "RewardRunner", "preflight"),
     "nemo_rl.environments.signature": ("RewardSet", "RewardSignature", "bind_rewards", "validate_reward_callable"),

@@ -13,9 +13,10 @@ import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nemo_rl.environments.signature import BoundReward
+if TYPE_CHECKING:
+    from nemo_rl.environments.signature import BoundReward
 
 _OWN = __name__.split(".")[0]
 
