@@ -21,8 +21,9 @@ from nemo_rl.model.packing import PackedBatch, TokenSequence, pack
 from nemo_rl.model.policy import Policy
 from nemo_rl.objectives.advantages import group_advantages
 from nemo_rl.objectives.losses import clipped_policy_loss, kl_estimate, kl_loss, token_weights
-from nemo_rl.rollout.in_process.engine import Completion, Sampling, end_tokens, generate
+from nemo_rl.rollout.in_process.engine import InProcess, end_tokens
 from nemo_rl.rollout.in_process.proof import prove_rollouts
+from nemo_rl.rollout.protocol import Completion, Request, RolloutEngine, Sampling
 from nemo_rl.rollout.responses import opening_tag
 from nemo_rl.rollout.stops import Stops
 from nemo_rl.trainers.base import Trainer
@@ -45,6 +46,7 @@ class GRPOTrainer(Trainer):
     """Maximises the clipped, group-relative objective (DeepSeekMath, arXiv 2402.03300, with the choices of GRPOSpec)."""
 
     algorithm = "grpo"
+    rollout_engine: RolloutEngine
     reward_sum = 0.0
     reward_steps = 0
 
@@ -72,6 +74,7 @@ class GRPOTrainer(Trainer):
         Each rank does so for a share of the prompts, and gets the results of all. The seconds of generation are its own,
         those of rewards last until all ranks are done.
         """
+        synced = self._sync_weights()
         started = time.perf_counter()
         generated = started
 
@@ -82,7 +85,7 @@ class GRPOTrainer(Trainer):
             return list(zip(groups, responses, map(self.runner.wait, futures), strict=True))
 
         drawn = self.ranks.map(examples, [len(example.ids) for example in examples], draw)
-        seconds = {"generate_seconds": generated - started, "reward_seconds": time.perf_counter() - generated}
+        seconds = {**synced, "generate_seconds": generated - started, "reward_seconds": time.perf_counter() - generated}
         return Rollouts(
             examples,
             [completion for completions, _, _ in drawn for completion in completions],
@@ -90,6 +93,10 @@ class GRPOTrainer(Trainer):
             [outcome for _, _, outcomes in drawn for outcome in outcomes],
             seconds,
         )
+
+    def _sync_weights(self) -> dict[str, float]:
+        """Gives what samples the weights of now, on all ranks; returns what that took."""
+        return self.rollout_engine.update(self.policy, self.current_step)
 
     def _generate(
         self, examples: list[PromptExample], step: int
@@ -102,14 +109,11 @@ class GRPOTrainer(Trainer):
             responses[i], raw = self._decoded(examples[i], completions)
             futures[i] = self.runner.submit(self._calls(examples[i], responses[i], step, raw))
 
-        groups = generate(
-            self.policy,
-            [example.ids for example in examples],
+        groups = self.rollout_engine.generate(
+            [Request(example.ids, example.index) for example in examples],
             self.sampling,
-            end_ids=self.end_ids,
             seed=self.training.seed,
             step=step,
-            keys=[example.index for example in examples],
             poll=self.poll,
             on_group=score,
         )
@@ -309,7 +313,7 @@ class GRPOTrainer(Trainer):
             settings.top_p,
             stops=self.stops,
         )
-        prove_rollouts(self.policy)
+        self.rollout_engine = self._new_engine()
         self.reference = self.initial_policy() if self.needs_reference else None
         self.runner.should_stop = self.poll
         calls = [self._calls(row, [""], 0)[0] for row in data.examples[:PREFLIGHT_ROWS]]
@@ -336,7 +340,13 @@ class GRPOTrainer(Trainer):
             return Policy(frozen, self.training.precision, longest=self.training.max_sequence_length)
         return super().initial_policy()
 
+    def _new_engine(self) -> RolloutEngine:
+        prove_rollouts(self.policy)
+        return InProcess(self.end_ids)
+
     def _release(self) -> None:
+        if hasattr(self, "rollout_engine"):
+            self.rollout_engine.close()
         if hasattr(self, "runner"):
             self.runner.close()
 
@@ -344,11 +354,9 @@ class GRPOTrainer(Trainer):
         sampling = Sampling(1, self.settings.max_new_tokens, greedy=True, stops=self.stops)
 
         def score(examples: list[PromptExample]) -> list[RewardOutcome]:
-            groups = generate(
-                self.policy,
-                [example.ids for example in examples],
+            groups = self.rollout_engine.generate(
+                [Request(example.ids, i) for i, example in enumerate(examples)],
                 sampling,
-                end_ids=self.end_ids,
                 seed=self.training.seed,
                 step=0,
                 poll=self.poll,
@@ -360,6 +368,7 @@ class GRPOTrainer(Trainer):
             ]
             return self.runner.score(calls)
 
+        self._sync_weights()
         examples = validation.examples
         scored = self.ranks.map(examples, [len(example.ids) for example in examples], score)
         values = [outcome.value for outcome in scored if outcome.value is not None]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -12,37 +11,13 @@ from torch import Tensor
 
 from nemo_rl.model.policy import Policy
 from nemo_rl.rollout.in_process.sampler import argmax, keyed_uniforms, sample
-from nemo_rl.rollout.stops import Stops
+from nemo_rl.rollout.protocol import Completion, Request, Sampling
 
 COMPACT_SHARE = 0.06
 """Finished rows are dropped once they are this share of the batch: moving the cache costs more than a few idle rows."""
 POLL_EVERY = 16
 """Tokens between two looks at the stop flag."""
 CACHE_BYTES_CPU = 2 * 2**30
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How completions are drawn: `num_samples` for each prompt; greedy takes the likeliest token instead of drawing.
-    `stops`: texts that end a completion, beside the end tokens.
-    """
-
-    num_samples: int
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    greedy: bool = False
-    stops: Stops | None = None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """The tokens of one completion with the log-probability of each; `finished` if it ended with an end token."""
-
-    ids: list[int]
-    logprobs: list[float]
-    finished: bool
 
 
 class DecodeState(Protocol):
@@ -124,12 +99,14 @@ def generate(
     poll: Callable[[], None] = lambda: None,
     on_group: Callable[[int, list[Completion]], None] | None = None,
     state: DecodeState | None = None,
+    version: int = 0,
 ) -> list[list[Completion]]:
     """Returns `num_samples` completions of each prompt (token ids).
 
     Sample s of the prompt with key k draws from numbers keyed by (seed, step, k, s): it does not depend on the batch.
     Keys default to the prompts' positions. `poll` is called every few tokens and may raise to stop; `on_group(i,
     completions)` is called as soon as all completions of prompt i are done. `state`: another one than `make_state` gives.
+    `version`: of the policy's weights, for the completions to carry.
     """
     keys = list(range(len(prompts))) if keys is None else keys
     groups: list[list[Completion]] = [[] for _ in prompts]
@@ -144,9 +121,50 @@ def generate(
                 if on_group is not None:
                     on_group(members[i], completions)
 
-            chunk = _Chunk([prompts[i] for i in members], [keys[i] for i in members], sampling, end_ids, policy.device)
+            chunk = _Chunk(
+                [prompts[i] for i in members], [keys[i] for i in members], sampling, end_ids, policy.device, version
+            )
             chunk.run(state, seed, step, poll, done)
     return groups
+
+
+class InProcess:
+    """The engine that needs nothing else: this process samples with the very weights that it trains."""
+
+    def __init__(self, end_ids: list[int]) -> None:
+        self.end_ids = end_ids
+        self.policy: Policy
+        self.version = 0
+
+    def update(self, policy: Policy, version: int) -> dict[str, float]:
+        self.policy, self.version = policy, version
+        return {}
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        seed: int,
+        step: int,
+        poll: Callable[[], None] = lambda: None,
+        on_group: Callable[[int, list[Completion]], None] | None = None,
+    ) -> list[list[Completion]]:
+        return generate(
+            self.policy,
+            [request.ids for request in requests],
+            sampling,
+            end_ids=self.end_ids,
+            seed=seed,
+            step=step,
+            keys=[request.key for request in requests],
+            poll=poll,
+            on_group=on_group,
+            version=self.version,
+        )
+
+    def close(self) -> None:
+        pass
 
 
 def _chunks(policy: Policy, state: DecodeState, lengths: list[int], sampling: Sampling) -> list[list[int]]:
@@ -175,9 +193,15 @@ class _Chunk:
     """The rows of some prompts while they are decoded together."""
 
     def __init__(
-        self, prompts: list[list[int]], keys: list[int], sampling: Sampling, end_ids: list[int], device: torch.device
+        self,
+        prompts: list[list[int]],
+        keys: list[int],
+        sampling: Sampling,
+        end_ids: list[int],
+        device: torch.device,
+        version: int,
     ) -> None:
-        self.prompts, self.sampling, self.device = prompts, sampling, device
+        self.prompts, self.sampling, self.device, self.version = prompts, sampling, device, version
         samples = sampling.num_samples
         self.num_rows = len(prompts) * samples
         self.keys = [key for key in keys for _ in range(samples)]
@@ -261,7 +285,9 @@ class _Chunk:
         span = range(group * samples, (group + 1) * samples)
         tokens, logprobs = self.tokens[span.start : span.stop].tolist(), self.logprobs[span.start : span.stop].tolist()
         return [
-            Completion(tokens[i][: self.lengths[row]], logprobs[i][: self.lengths[row]], self.finished[row])
+            Completion(
+                tokens[i][: self.lengths[row]], logprobs[i][: self.lengths[row]], self.finished[row], self.version
+            )
             for i, row in enumerate(span)
         ]
 
