@@ -199,6 +199,8 @@ class TrainingSpec(Section):
     """Steps between checkpoints; null saves only at the end. Default 100."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """Newest checkpoints to keep; the best one is always kept besides. Default 2."""
+    checkpoint_dtype: Literal["auto", "fp32"] = "auto"
+    """Precision of the weights in checkpoints. auto is that of the model as it was loaded (a bf16 model stays one); the fp32 weights of training are kept beside for resume. Default auto."""
     eval_every: Annotated[int, Field(ge=1)] | None = None
     """Steps between evaluations of the validation data. Default: at every checkpoint and at the end."""
     resume: Annotated[Literal["auto", "required", "never"], BeforeValidator(_resume)] = "auto"

@@ -17,6 +17,7 @@ from nemo_rl.job.spec import TrainingSpec
 from nemo_rl.model.adapters import add_adapters
 from nemo_rl.model.dropout import switch_off_dropout
 from nemo_rl.model.kinds import check_kind, describe
+from nemo_rl.run.dtypes import remember_dtypes
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def load_model(name: str, training: TrainingSpec, device: torch.device) -> nn.Mo
     """Returns the causal language model of a hub name or directory, in fp32 on `device`, without dropout.
 
     Weights are fp32 whatever the checkpoint's dtype: with bf16 weights, updates at usual learning rates round to nothing.
-    Raises ValueError if it cannot be loaded.
+    Checkpoints of the run are saved in the dtype that plain transformers loads the model in. Raises ValueError if it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
@@ -92,7 +93,22 @@ def load_model(name: str, training: TrainingSpec, device: torch.device) -> nn.Mo
     except Exception as error:  # whatever a file or a family's code raises, the cause is named
         raise ValueError(_not_loadable("model", name, error)) from error
     _check_complete(name, model, found)
-    return prepare_model(model, training, device)
+    return prepare_model(model, training, device, as_loaded=_plain_dtypes(name, training.trust_remote_code))
+
+
+def _plain_dtypes(name: str, trust_remote_code: bool) -> dict[str, torch.dtype] | None:
+    """Returns the dtypes in which transformers loads the weights of a model by itself. No weight is read for it."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _without_progress_bar():
+            plain = AutoModelForCausalLM.from_pretrained(
+                name, dtype="auto", device_map="meta", trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # a family's own code may not know tensors without content
+        log.warning("checkpoints will be in float32: %s cannot be loaded without its weights (%s)", name, error)
+        return None
+    return {weight: tensor.dtype for weight, tensor in plain.state_dict().items() if tensor.is_floating_point()}
 
 
 def _check_complete(name: str, model: nn.Module, found: Any) -> None:
@@ -136,9 +152,18 @@ def _without_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def prepare_model(model: nn.Module, training: TrainingSpec, device: torch.device) -> nn.Module:
-    """Makes a loaded model ready for training: fp32, on the device, no dropout, adapters if asked. Returns it."""
+def prepare_model(
+    model: nn.Module,
+    training: TrainingSpec,
+    device: torch.device,
+    as_loaded: dict[str, torch.dtype] | None = None,
+) -> nn.Module:
+    """Makes a loaded model ready for training: fp32, on the device, no dropout, adapters if asked. Returns it.
+
+    `as_loaded` has the dtypes of its checkpoints by name; default are those that the weights have now.
+    """
     check_kind(model)
+    remember_dtypes(model, training.checkpoint_dtype == "fp32", as_loaded)
     model = model.to(device=device, dtype=torch.float32)
     switch_off_dropout(model)
     model.eval()  # no layer of a causal model but dropout depends on the mode; gradients flow in either

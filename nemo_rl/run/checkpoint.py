@@ -1,8 +1,9 @@
 """Checkpoints: directories that `from_pretrained` loads, the trainer's state beside the weights, complete or absent.
 
-    checkpoints/step-00000100/   config, model.safetensors, tokenizer     what AutoModelForCausalLM loads
+    checkpoints/step-00000100/   config, model.safetensors, tokenizer     what AutoModelForCausalLM loads, in the model's dtype
                   adapter/       LoRA weights, when the run trains adapters (the model beside it is merged)
-                  trainer_state/ optimizer tensors, by torch.distributed.checkpoint
+                  trainer_state/ optimizer tensors, and the fp32 weights of a model in a narrower dtype, by
+                                 torch.distributed.checkpoint
                   state.json     written last: step, metric, the trainer's own state, name and size of every file
     checkpoints/latest, best     relative symbolic links
 
@@ -253,7 +254,8 @@ def write_checkpoint(
 ) -> Path:
     """Write one checkpoint as directory `path`: a kill at any moment leaves the whole of it, or what was there before.
 
-    Weights are saved exactly, in the dtype that they have. With several ranks every rank calls it.
+    Weights are saved in the dtype that the model was loaded with (`nemo_rl.run.dtypes`), else in that which they have; what
+    a narrower dtype leaves out is in the optimizer's state. With several ranks every rank calls it.
     """
     from nemo_rl.run.checkpoint_tensors import optimizer_groups, save_model, save_optimizer
 
@@ -273,7 +275,7 @@ def write_checkpoint(
             aside.mkdir(parents=True)
         _barrier()
         save_model(aside, model)
-        save_optimizer(aside / TRAINER_STATE, optimizer)
+        save_optimizer(aside / TRAINER_STATE, optimizer, model)
         _barrier()
         if is_rank_zero():
             if tokenizer is not None:
@@ -327,9 +329,15 @@ def no_room(error: BaseException) -> int | None:
 
 
 def _bytes_of(model: Any, optimizer: Any) -> int:
-    """What a checkpoint takes: all weights, and the two moments of each parameter that the optimizer has."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    moments = sum(8 * p.numel() for group in optimizer.param_groups for p in group["params"]) if optimizer else 0
+    """What a checkpoint takes: all weights, and of each parameter that the optimizer has two moments, and itself if the
+    weights are saved in a narrower dtype."""
+    from nemo_rl.run.dtypes import dtypes_of
+
+    dtypes = dtypes_of(model)
+    saved = {name: dtypes.saved(name) or p.dtype for name, p in model.named_parameters()}
+    weights = sum(p.numel() * saved[name].itemsize for name, p in model.named_parameters())
+    each = 12 if dtypes.narrow else 8
+    moments = sum(each * p.numel() for group in optimizer.param_groups for p in group["params"]) if optimizer else 0
     return int(weights + moments)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -19,16 +21,21 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from nemo_rl.run import unpickle
 from nemo_rl.run.checkpoint import is_distributed, is_rank_zero
+from nemo_rl.run.dtypes import Dtypes, dtypes_of
+
+log = logging.getLogger(__name__)
 
 ADAPTER = "adapter"
 _LORA_PREFIX = "base_model.model."
+_MASTER = "master"
 
 # --- the model ------------------------------------------------------------------------------------------------------
 
 
 def save_model(path: Path, model: Any) -> None:
-    """The Hugging Face files; of a LoRA model the merged weights, and the adapter beside them. Every rank calls it."""
-    weights = _full_state_dict(model)
+    """The Hugging Face files, in the dtype that the model had when it was loaded; of a LoRA model the merged weights, and
+    the adapter beside them as it is. Every rank calls it."""
+    weights, dtypes = _full_state_dict(model), dtypes_of(model)
     if not is_rank_zero():
         return
     with _quiet_transformers(), contextlib.ExitStack() as changed:
@@ -37,11 +44,55 @@ def save_model(path: Path, model: Any) -> None:
             model, weights = model.get_base_model(), _merged_weights(model, weights)
             changed.enter_context(_untied_where_needed(model, weights))
         changed.enter_context(_valid_generation_config(model))
+        main = _to_saved_dtypes(weights, dtypes)
         model.save_pretrained(path, state_dict=weights)
+        if main is not None:
+            _say_dtype(path / "config.json", main)
+
+
+def _to_saved_dtypes(weights: dict[str, Tensor], dtypes: Dtypes) -> torch.dtype | None:
+    """Replaces the weights by themselves in the dtypes in which they are saved, one after the other; returns the dtype of
+    the first, or None where all stay as they are. Tied weights stay one tensor."""
+    if not dtypes.narrow:
+        return None
+    groups: dict[Any, list[str]] = {}
+    for name, tensor in weights.items():
+        dtype = dtypes.saved(name)
+        if dtype is None or not tensor.is_floating_point():
+            continue
+        if dtype == torch.float16 and (largest := tensor.abs().max().item()) > torch.finfo(dtype).max:
+            log.warning(
+                "the checkpoint is saved in float32: %s has grown to %.3g, more than float16 can hold", name, largest
+            )
+            return None
+        shared = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
+        groups.setdefault((dtype, shared), []).append(name)
+    for (dtype, _), names in groups.items():
+        weights.update(dict.fromkeys(names, weights[names[0]].to(dtype)))
+    return next((dtype for dtype, _ in groups), None)
+
+
+def _say_dtype(file: Path, dtype: torch.dtype) -> None:
+    """Writes the dtype of the files into their configuration, where transformers writes that of the model in memory."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    name = str(dtype).removeprefix("torch.")
+
+    def write(part: dict[str, Any]) -> None:
+        for key, value in part.items():
+            if key == "dtype" and value == "float32":
+                part[key] = name
+            elif isinstance(value, dict):
+                write(value)
+
+    write(config)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_model(path: Path, model: Any) -> None:
-    """Copy the saved weights into `model`, in place and exactly; into a LoRA model its adapter alone."""
+    """Copy the saved weights into `model`, in place, as the files have them; into a LoRA model its adapter alone.
+
+    Where the files are narrower than the weights, the optimizer's state has the rest.
+    """
     if _is_lora(model):
         _load_adapter(path / ADAPTER / "adapter_model.safetensors", model)
         return
@@ -203,15 +254,20 @@ def optimizer_groups(optimizer: Any) -> list[dict[str, Any]]:
     ]
 
 
-def save_optimizer(path: Path, optimizer: Any) -> None:
+def save_optimizer(path: Path, optimizer: Any, model: Any = None) -> None:
     """The state tensors as `<place of the parameter>.<name>`, sharded as they are. Every rank calls it.
+
+    Where the model's files hold less of the weights than training has, the weights themselves are there too, as `master`.
 
     Not torch's get_optimizer_state_dict: it takes a step with zero gradients when there is no state yet, which
     would change a run that saves before its first step.
     """
     # One tensor that is always there keeps the directory readable when the optimizer has no state yet.
     tensors = {"format": torch.tensor(1)}
+    masters = model is not None and not _is_lora(model) and dtypes_of(model).narrow
     for place, (parameter, _) in enumerate(_parameters(optimizer)):
+        if masters:
+            tensors[f"{place}.{_MASTER}"] = parameter.detach()
         for name, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{place}.{name}"] = value
     with _one_process_is_no_surprise():
@@ -219,7 +275,10 @@ def save_optimizer(path: Path, optimizer: Any) -> None:
 
 
 def load_optimizer(path: Path, groups: list[dict[str, Any]], optimizer: Any) -> None:
-    """Bring back state tensors and hyperparameters, in place. The number of ranks may differ from the saving one."""
+    """Bring back state tensors, hyperparameters and, where they are there, the weights themselves, in place.
+
+    The number of ranks may differ from the saving one.
+    """
     counts, saved_counts = [len(g["params"]) for g in optimizer.param_groups], [g["count"] for g in groups]
     if counts != saved_counts:
         raise ValueError(
@@ -233,6 +292,9 @@ def load_optimizer(path: Path, groups: list[dict[str, Any]], optimizer: Any) -> 
         place, _, name = key.partition(".")
         if name:
             parameter, group = parameters[int(place)]
+            if name == _MASTER and about.size == parameter.shape and about.properties.dtype == parameter.dtype:
+                tensors[key] = parameter.detach()  # read in place
+                continue
             tensors[key] = _empty_state(f"{path}: {name} of parameter {place}", about, parameter, group)
     with _one_process_is_no_surprise():
         try:
@@ -242,7 +304,8 @@ def load_optimizer(path: Path, groups: list[dict[str, Any]], optimizer: Any) -> 
     optimizer.state.clear()
     for key, tensor in tensors.items():
         place, _, name = key.partition(".")
-        optimizer.state[parameters[int(place)][0]][name] = tensor
+        if name != _MASTER:
+            optimizer.state[parameters[int(place)][0]][name] = tensor
     for group, stored in zip(optimizer.param_groups, groups, strict=True):
         for name, value in stored.items():
             if name != "count":

@@ -457,6 +457,8 @@ class Trainer(Passes, ABC):
         if self.model is None:
             self.model = load_model(str(path), self.training, self.device)
         load_into(checkpoint, self.model, self.optimizer.adamw if self.optimizer is not None else None)
+        if self.sharded is not None:
+            self.sharded.make_whole()
         self.current_step = checkpoint.step
 
     # ------------------------------------------------------------------ words

@@ -357,13 +357,14 @@ import os, sys
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, sys.argv[2])
-from test_checkpoint import CheckpointStore, Path, adamw, tiny_model, torch, train_a_little
+from test_checkpoint import CheckpointStore, Path, adamw, remember_dtypes, tiny_model, torch, train_a_little
 torch.set_num_threads(1)
-out = Path(sys.argv[1])
+out, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[3])
 other = os.fork()
 rank = 0 if other else 1
 dist.init_process_group("gloo", store=dist.FileStore(str(out / "rendezvous"), 2), rank=rank, world_size=2)
 model = tiny_model()
+remember_dtypes(model, fp32=False, as_loaded=dict.fromkeys(model.state_dict(), dtype))
 for layer in model.model.layers:
     fully_shard(layer)
 fully_shard(model)
@@ -382,13 +383,17 @@ if rank == 0:
 
 
 @pytest.mark.slow
-def test_checkpoint_of_two_sharded_ranks_resumes_on_one(tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_checkpoint_of_two_sharded_ranks_resumes_on_one(dtype, tmp_path):
     here = str(Path(__file__).parent)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", SHARDED_SAVE, str(tmp_path), here], env=environment, check=True, timeout=120)
+    command = [sys.executable, "-c", SHARDED_SAVE, str(tmp_path), here, dtype]
+    subprocess.run(command, env=environment, check=True, timeout=120)
+    checkpoint = CheckpointStore(tmp_path, keep=1).latest()
+    assert AutoModelForCausalLM.from_pretrained(checkpoint.path).dtype == getattr(torch, dtype)
     model = tiny_model(seed=1)
     optimizer = adamw(model)
-    load_into(CheckpointStore(tmp_path, keep=1).latest(), model, optimizer)
+    load_into(checkpoint, model, optimizer)
     train_a_little(model, optimizer, 1, seed=2)
     after = torch.load(tmp_path / "after.pt")
     for name, weight in model.state_dict().items():
