@@ -18,6 +18,9 @@ from nemo_rl_operator.observe import Resource
 
 Object = dict[str, Any]
 
+LARGEST = 1024 * 1024
+"""Bytes of a ConfigMap's data."""
+
 
 def text(resource: Resource, spec: RLTrainingJobSpec) -> str:
     """The job as JSON: what its author said, and no defaults, so that a trainer image of another version has its own.
@@ -31,6 +34,20 @@ def text(resource: Resource, spec: RLTrainingJobSpec) -> str:
         "spec": _fixed(_said(json.loads(resource.spec), spec)),
     }
     return json.dumps(job, separators=(",", ":"), sort_keys=True, ensure_ascii=False)
+
+
+def too_large(content: str) -> str:
+    """Why the job fits into no ConfigMap, and the cure; empty where it does. The API server stores larger resources."""
+    size = len(content.encode())
+    if size <= LARGEST:
+        return ""
+    spec = json.loads(content)["spec"]
+    field, part = max(spec.items(), key=lambda item: len(json.dumps(item[1])))
+    where, cure = f"spec.{field}", "make it smaller"
+    if isinstance(part, Mapping) and "inline" in part:
+        where += ".inline"
+        cure = f"put its rows into a file and name that in spec.{field}.path, or submit the job by nemo-rl train, which does so"
+    return f"the job takes {size} bytes, and its pods read at most {LARGEST} (a ConfigMap); most of it is {where}: {cure}"
 
 
 def digest(content: str) -> str:

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
+from charts import Object, render
 from cluster.kubelet import Kubelet
 from cluster.operator_process import Operator, Operators
-from cluster.scene import Scene
+from cluster.scene import USER, Scene
 from cluster.server import Cluster, external_kubeconfig, serve
 from lab import programs
 from lab.settings import LabError
@@ -71,6 +73,21 @@ def operators(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def operator(operators: Operators) -> Operator:
     """The operator that tests share; it serves all namespaces."""
     return operators.share()
+
+
+@pytest.fixture
+def release(cluster: Cluster, scene: Scene) -> Iterator[list[Object]]:
+    """The chart as it comes, for this namespace alone, with USER bound to its role for users."""
+    values = {
+        "crds": {"enabled": False},
+        "userRoles": {"prefix": scene.namespace, "aggregate": False},
+        "watchNamespaces": [scene.namespace],
+    }
+    objects = render(values, release="rl", namespace=scene.namespace)
+    cluster.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(objects))
+    scene.kubectl("create", "rolebinding", "users", f"--clusterrole={scene.namespace}-edit", f"--user={USER}")
+    yield objects
+    cluster.kubectl("delete", "--ignore-not-found", "--wait=false", "-f", "-", stdin=yaml.safe_dump_all(objects))
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ from cluster.manifests import job, result
 from nemo_rl.job import names
 
 FINAL = ("Succeeded", "Failed")
+USER = "mallory"
+"""Who holds the chart's role for users in a scene's namespace, and nothing else."""
 COUNTER = itertools.count()
 
 

@@ -4,36 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 import yaml
 
-from charts import Object, render
+from charts import Object
 from cluster.api import eventually
 from cluster.manifests import job
 from cluster.operator_process import Operator
-from cluster.scene import Scene
-from cluster.server import Cluster
+from cluster.scene import USER, Scene
 from nemo_rl.job import names
 
-USER = "mallory"
-
-
-@pytest.fixture
-def release(cluster: Cluster, scene: Scene) -> Iterator[list[Object]]:
-    """The chart as it comes, for this namespace alone, with the user bound to its role for users."""
-    values = {
-        "crds": {"enabled": False},
-        "userRoles": {"prefix": scene.namespace, "aggregate": False},
-        "watchNamespaces": [scene.namespace],
-    }
-    objects = render(values, release="rl", namespace=scene.namespace)
-    cluster.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(objects))
-    scene.kubectl("create", "rolebinding", "users", f"--clusterrole={scene.namespace}-edit", f"--user={USER}")
-    yield objects
-    cluster.kubectl("delete", "--ignore-not-found", "--wait=false", "-f", "-", stdin=yaml.safe_dump_all(objects))
 
 
 def network_of(objects: list[Object]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nemo_rl.job import names
 from nemo_rl.job.status import MAX_ATTEMPTS, Cause
-from nemo_rl_operator import build, reasons
+from nemo_rl_operator import build, frozen, reasons
 from nemo_rl_operator.observe import Assignment
 from nemo_rl_operator.plan import Create, Delete, Kind, Need, Plan
 from nemo_rl_operator.policies import lost
@@ -82,6 +82,10 @@ def start(plan: Plan) -> bool:
         plan.needs.add(Need.ROWS)
         return True
     number = plan.number + 1
+    if number == 1 and (problem := frozen.too_large(frozen.text(resource, spec))):
+        plan.condition("Accepted", False, Cause.INVALID_SPEC, problem)
+        plan.fail(Cause.INVALID_SPEC, problem)
+        return True
     made = (
         (Kind.CONFIG_MAP, build.frozen_job(resource, spec)),
         (Kind.CLAIM, build.output_claim(resource, spec)),

@@ -34,8 +34,8 @@ def test_many_inline_rows_travel_as_a_file(tmp_path: Path, count: int, travels: 
     assert any("travel as a file" in note for note in contents.notes) is travels
 
 
-def test_the_limit_is_in_bytes_of_the_json_that_is_stored(tmp_path: Path) -> None:
-    around = len(json.dumps([{"prompt": "", "completion": ""}], separators=(",", ":")))
+def test_the_limit_is_in_bytes_as_the_admission_policy_counts_them(tmp_path: Path) -> None:
+    around = len(json.dumps([{"prompt": "", "completion": ""}], separators=(", ", ":")))
     fits = [{"prompt": "a" * (names.MAX_INLINE_ROWS - around), "completion": ""}]
     over = [{"prompt": "a" * (names.MAX_INLINE_ROWS - around + 1), "completion": ""}]
     assert gather(Run(spec(fits), tmp_path)).spec.dataset.inline == fits
