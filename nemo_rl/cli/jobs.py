@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rl.backends import kubernetes_backend
-from nemo_rl.job.status import JobStatus, duration
+from nemo_rl.job.names import LABEL_JOB
+from nemo_rl.job.status import SCORES, JobStatus, duration
 
+COLUMNS = ("name", "algorithm", "model", "phase", "step", "score", "eta", "age")
+"""Of a job's summary, what `ps` shows."""
 OTHER_ERROR = 1
 INTERRUPTED = 130
 """128 + SIGINT, as shells report it."""
@@ -65,24 +68,41 @@ def ps(namespace: str | None, as_json: bool) -> int:
     if not found:
         print("no jobs here; nemo_rl.train() or nemo-rl train JOB.yaml makes one", file=sys.stderr)
         return JobExit.DONE
-    rows = [("NAME", "ALGO", "MODEL", "PHASE", "STEP", "REWARD", "ETA", "AGE")]
-    for job in found:
-        one = _summary(job)
-        values = (
-            one["name"],
-            one["algorithm"],
-            one["model"],
-            one["phase"],
-            one["step"],
-            one["reward"],
-            one["eta"],
-            one["age"],
-        )
-        rows.append(tuple(str(value) if value is not None else "-" for value in values))  # type: ignore[arg-type]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    rows: list[tuple[Any, ...]] = [("NAME", "ALGO", "MODEL", "PHASE", "STEP", "SCORE", "ETA", "AGE")]
+    rows += [tuple(_summary(job)[name] for name in COLUMNS) for job in found]
+    _print_table(rows)
     return JobExit.DONE
+
+
+def kept(namespace: str | None, as_json: bool) -> int:
+    """One line for each claim with the output of a job that is not there any more."""
+    found = [
+        {
+            "name": claim["metadata"]["name"],
+            "namespace": claim["metadata"]["namespace"],
+            "job": claim["metadata"]["labels"][LABEL_JOB],
+            "size": claim.get("spec", {}).get("resources", {}).get("requests", {}).get("storage"),
+            "age": _age(claim["metadata"].get("creationTimestamp")),
+        }
+        for claim in kubernetes_backend("nemo-rl ps --kept").kept_claims(namespace=namespace)
+    ]
+    if as_json:
+        print_json(found)
+    elif not found:
+        print("no outputs of deleted jobs here", file=sys.stderr)
+    else:
+        rows = [tuple(one[name] for name in ("name", "job", "size", "age")) for one in found]
+        _print_table([("CLAIM", "JOB", "SIZE", "AGE"), *rows])
+        where = found[0]["namespace"]
+        print(f"kubectl -n {where} delete pvc CLAIM removes one with what is on it", file=sys.stderr)
+    return JobExit.DONE
+
+
+def _print_table(rows: list[tuple[Any, ...]]) -> None:
+    texts = [["-" if value is None else str(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    for row in texts:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
 def status(name: str, namespace: str | None, as_json: bool) -> int:
@@ -205,7 +225,7 @@ def _summary(job: Any) -> dict[str, Any]:
         "phase": status.phase or "Pending",
         "message": status.message,
         "step": progress.text if progress else None,
-        "reward": progress.metrics.get("reward") if progress else None,
+        "score": status.score or (progress.metrics.get(SCORES.get(spec.get("algorithm"), "")) if progress else None),
         "eta": progress.eta if progress and not status.finished else None,
         "age": _age(job.resource["metadata"].get("creationTimestamp")),
         "attempt": status.attempt,

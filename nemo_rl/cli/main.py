@@ -101,11 +101,16 @@ def crd() -> None:
 
 
 @app.command()
-def ps(namespace: _Namespace = None, output: _Output = Output.text) -> None:
+def ps(
+    namespace: _Namespace = None,
+    kept: Annotated[bool, typer.Option("--kept", help="List the outputs that deleted jobs left on claims.")] = False,
+    output: _Output = Output.text,
+) -> None:
     """List the jobs on the cluster, newest first."""
     from nemo_rl.cli import jobs
 
-    raise typer.Exit(jobs.guarded(lambda: jobs.ps(namespace, output is Output.json)))
+    show = jobs.kept if kept else jobs.ps
+    raise typer.Exit(jobs.guarded(lambda: show(namespace, output is Output.json)))
 
 
 @app.command()

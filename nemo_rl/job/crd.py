@@ -55,9 +55,11 @@ def _convert(node: Schema, models: Schema, path: str, seen: tuple[str, ...]) -> 
             else:  # the API server rounds the bound towards zero for integers, and so would refuse 0 < 0.5
                 out["x-kubernetes-validations"] = [_rule(f"self {sign} {value}", f"must be {sign} {value}")]
     if "default" in out and out["default"] is None:
-        # null says what absence says, and the API server drops null where the schema does not speak of it
         del out["default"]
-        out.pop("nullable", None)
+        if (
+            "enum" in out
+        ):  # neither kubectl nor the API server finds null among words; where it is not allowed, it is dropped
+            out.pop("nullable", None)
     if out.get("nullable") and "enum" in out:
         raise UnsupportedSchemaError(f"{path}: one of several words or null, where null is not the default")
     if "properties" in out:

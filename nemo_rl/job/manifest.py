@@ -40,16 +40,32 @@ class Manifest:
     annotations: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The resource as the API server takes it: camelCase, only the fields that were given."""
+        """The resource as the API server takes it: camelCase, only the fields that were given, null only where it says more."""
         metadata: dict[str, Any] = {"name": self.name}
         given = {"namespace": self.namespace, "labels": self.labels, "annotations": self.annotations}
         metadata.update({key: value for key, value in given.items() if value})
-        spec = self.spec.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        spec = _said(self.spec, self.spec.model_dump(mode="json", by_alias=True, exclude_unset=True))
         return {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": metadata, "spec": spec}
 
     def to_yaml(self) -> str:
         """The resource as YAML that `kubectl apply -f -` takes; texts of several lines are written as blocks."""
         return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _said(model: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
+    """What was dumped of a model, without nulls that say what absence says."""
+    found = {}
+    for name, about in type(model).model_fields.items():
+        alias = about.alias or name
+        if alias not in dumped or (dumped[alias] is None and about.default is None):
+            continue
+        value, given = getattr(model, name), dumped[alias]
+        if isinstance(value, BaseModel):
+            given = _said(value, given)
+        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
+            given = [_said(one, written) for one, written in zip(value, given, strict=True)]
+        found[alias] = given
+    return found
 
 
 def load_manifest(path: str | Path, overrides: Iterable[str] = ()) -> Manifest:

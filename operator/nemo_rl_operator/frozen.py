@@ -47,7 +47,9 @@ def too_large(content: str) -> str:
     if isinstance(part, Mapping) and "inline" in part:
         where += ".inline"
         cure = f"put its rows into a file and name that in spec.{field}.path, or submit the job by nemo-rl train, which does so"
-    return f"the job takes {size} bytes, and its pods read at most {LARGEST} (a ConfigMap); most of it is {where}: {cure}"
+    return (
+        f"the job takes {size} bytes, and its pods read at most {LARGEST} (a ConfigMap); most of it is {where}: {cure}"
+    )
 
 
 def digest(content: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib.metadata
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -238,6 +239,11 @@ def test_what_a_dry_run_prints_is_what_kubectl_takes(scene: Scene, namespace: st
     assert "found this very job" in submitted.output
     assert scene.job("dry")["metadata"]["uid"] == applied["metadata"]["uid"]
     assert scene.job("dry")["spec"] == applied["spec"]
+    (way,) = re.findall(r"^# kubectl (delete .*)$", printed.stdout, re.MULTILINE)
+    cli("rm", "dry", "-n", namespace)
+    scene.gone(names.PLURAL, "dry")
+    scene.kubectl(*way.split())
+    assert config_maps(scene) == {}, "the command that it prints takes all away"
 
 
 def test_what_travelled_is_what_was_given(scene: Scene, namespace: str) -> None:
@@ -434,13 +440,21 @@ def test_ps_and_status_as_text_and_as_json(scene: Scene, namespace: str, operato
     pod.serve({"step": 120, "totalSteps": 500, "metrics": {"reward": 0.61}, "secondsRemaining": 840})
     scene.until(lambda s: s["progress"]["step"] == 120, "progress")
     header, row = cli("ps", "-n", namespace).stdout.splitlines()
-    assert header.split() == ["NAME", "ALGO", "MODEL", "PHASE", "STEP", "REWARD", "ETA", "AGE"]
+    assert header.split() == ["NAME", "ALGO", "MODEL", "PHASE", "STEP", "SCORE", "ETA", "AGE"]
     assert row.split()[:7] == ["x", "grpo", "tiny", "Running", "120/500", "0.61", "14m"]
     (one,) = json.loads(cli("ps", "-n", namespace, "-o", "json").stdout)
-    assert (one["name"], one["step"], one["exitCode"]) == ("x", "120/500", 101)
+    assert (one["name"], one["step"], one["score"], one["exitCode"]) == ("x", "120/500", "0.61", 101)
+    assert "no outputs" in cli("ps", "-n", namespace, "--kept").output
     status = json.loads(cli("status", "x", "-n", namespace, "-o", "json").stdout)
     assert status["status"]["progress"]["metrics"] == {"reward": "0.61"}
     assert "step 120/500 reward=0.61" in cli("status", "x", "-n", namespace).stdout
+    assert cli("rm", "x", "-n", namespace).exit_code == 0
+    scene.gone(names.PLURAL, "x")
+    header, row = cli("ps", "-n", namespace, "--kept").stdout.splitlines()[:2]
+    assert header.split() == ["CLAIM", "JOB", "SIZE", "AGE"]
+    assert row.split()[:3] == ["x-output", "x", "20Gi"]
+    (claim,) = json.loads(cli("ps", "-n", namespace, "--kept", "-o", "json").stdout)
+    assert (claim["name"], claim["job"], claim["namespace"]) == ("x-output", "x", namespace)
 
 
 def test_train_ends_with_the_code_of_a_failed_job(

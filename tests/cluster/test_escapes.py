@@ -17,7 +17,6 @@ from cluster.scene import USER, Scene
 from nemo_rl.job import names
 
 
-
 def network_of(objects: list[Object]) -> str:
     """What the chart tells the operator of the network."""
     (deployment,) = [o for o in objects if o["kind"] == "Deployment"]

@@ -53,3 +53,10 @@ def jobs(*, namespace: str | None = None) -> list[Job]:
     from nemo_rl.backends.kubernetes.job import jobs
 
     return jobs(namespace=namespace)
+
+
+def kept_claims(*, namespace: str | None = None) -> list[dict[str, Any]]:
+    """Claims that hold the output of jobs that were deleted, oldest first. RuntimeError as `attach`."""
+    from nemo_rl.backends.kubernetes.job import kept_claims
+
+    return kept_claims(namespace=namespace)

@@ -22,6 +22,7 @@ from nemo_rl.backends.kubernetes.screen import Screen, printable
 from nemo_rl.backends.kubernetes.traces import told_here
 from nemo_rl.errors import TrainingFailed
 from nemo_rl.job.manifest import Manifest
+from nemo_rl.job.names import LABEL_JOB
 from nemo_rl.job.reading import read_spec
 from nemo_rl.job.status import JobStatus
 
@@ -46,6 +47,16 @@ def jobs(*, namespace: str | None = None) -> list[Job]:
         raise
     found.sort(key=lambda job: (job["metadata"]["creationTimestamp"], job["metadata"]["name"]), reverse=True)
     return [Job(cluster, job) for job in found]
+
+
+def kept_claims(*, namespace: str | None = None) -> list[Object]:
+    """Claims with the output of jobs that are not there any more, as the API server has them, oldest first."""
+    cluster = connect(namespace)
+    there = {job.name for job in jobs(namespace=namespace)}
+    path = f"/api/v1/namespaces/{cluster.namespace}/persistentvolumeclaims"
+    claims = cluster.request("GET", path, query={"labelSelector": LABEL_JOB})["items"]
+    kept = [claim for claim in claims if claim["metadata"]["labels"][LABEL_JOB] not in there]
+    return sorted(kept, key=lambda claim: str(claim["metadata"]["creationTimestamp"]))
 
 
 def _read(cluster: Cluster, name: str) -> Object:

@@ -72,10 +72,17 @@ def dry_run(run: Run) -> str:
     contents = contents.for_job(name)
     manifest = build(contents, run, name, run.namespace)
     documents = [manifest.to_yaml()]
+    where = f" -n {run.namespace}" if run.namespace else ""
     for config_map in contents.config_maps():
+        config_map["metadata"]["labels"][names.LABEL_JOB] = name
         if run.namespace:
             config_map["metadata"]["namespace"] = run.namespace
         documents.append(yaml.safe_dump(config_map, sort_keys=False))
+    if len(documents) > 1:  # only the API server knows the uid by which the job could own them
+        documents[0] += (
+            "# The ConfigMaps below are the code and data of the job. Made by hand, they stay when the job is deleted; then:\n"
+            f"# kubectl{where} delete configmaps -l {names.LABEL_JOB}={name}\n"
+        )
     return "---\n".join(documents)
 
 

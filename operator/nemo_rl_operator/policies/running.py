@@ -15,7 +15,9 @@ QUIET_SECONDS = 10.0
 """A start that says nothing for this long is looked into: its Events are read."""
 ORDINARY = (reasons.PODS_PENDING, reasons.STARTING, reasons.UNBOUND_CLAIM)
 """What every start goes through for a moment; a new claim is bound while its pod waits."""
-LOOK_SECONDS = 10.0
+LOOK_SECONDS, LONGEST_LOOK_SECONDS = 10.0, 300.0
+LOOK_SHARE = 0.25
+"""Of the time that it has been waited for: what has waited long is looked at seldom."""
 
 
 def report(plan: Plan) -> bool:
@@ -90,6 +92,6 @@ def _started(plan: Plan, attempt: AttemptView) -> None:
     if quiet > 0:
         plan.wake_in(quiet)
         return
-    plan.wake_in(LOOK_SECONDS)
+    plan.wake_in(min(LONGEST_LOOK_SECONDS, max(LOOK_SECONDS, (QUIET_SECONDS - quiet) * LOOK_SHARE)))
     if plan.snapshot.warning_event is None:
         plan.needs.add(Need.WARNING_EVENT)

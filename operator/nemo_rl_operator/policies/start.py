@@ -10,6 +10,9 @@ from nemo_rl_operator.plan import Create, Delete, Kind, Need, Plan
 from nemo_rl_operator.policies import lost
 from nemo_rl_operator.runtime import timestamps
 
+SHORTEST_LOOK_SECONDS, LONGEST_LOOK_SECONDS = 0.25, 30.0
+"""Between two looks for bundles, whose upload takes as long as it takes."""
+
 
 def wait_for_pods(plan: Plan) -> bool:
     """Two attempts never run at once: pods of earlier ones must have ended."""
@@ -41,7 +44,7 @@ def wait_for_bundles(plan: Plan) -> bool:
         return True
     message = reasons.BUNDLES_MESSAGE.format(missing=len(missing), total=len(parts))
     plan.phase("Pending", reasons.BUNDLES, message)
-    plan.wake_in(min(5.0, max(0.25, waited / 4)))
+    plan.wake_in(min(LONGEST_LOOK_SECONDS, max(SHORTEST_LOOK_SECONDS, waited / 4)))
     return True
 
 
