@@ -8,6 +8,7 @@ from typing import Any
 from nemo_rl.data.columns import text
 from nemo_rl.data.conversations import is_missing, read_cell
 from nemo_rl.data.rows import Message, Row
+from nemo_rl.data.spool import like
 from nemo_rl.errors import DatasetError
 
 SYSTEM = ("system", "system_prompt", "system_message")
@@ -26,7 +27,11 @@ def read_rows(rows: Sequence[Row], columns: Sequence[str], rewarded: bool) -> Se
     """
     cells = [c for c in (*_PROMPTS, *_ANSWERS) if c in columns and not (rewarded and c == "completion")]
     around = [column for column in (*SYSTEM, "history") if column in columns]
-    return [_read(row, index, cells, bool(around)) for index, row in enumerate(rows)] if cells else rows
+    if not cells:
+        return rows
+    found = like(rows)
+    found.extend(_read(row, index, cells, bool(around)) for index, row in enumerate(rows))
+    return found
 
 
 def _read(row: Row, index: int, cells: Sequence[str], has_context: bool) -> Row:

@@ -25,12 +25,14 @@ from nemo_rl.data.context import CONTEXT_COLUMNS, earlier_turns, read_rows
 from nemo_rl.data.conversations import is_empty, is_trained
 from nemo_rl.data.rows import Message, PreferenceRow, PromptRow, Report, Row, TextRow
 from nemo_rl.data.shapes import unknown_shape
+from nemo_rl.data.spool import Spool, like
 from nemo_rl.errors import DatasetError
 
 T = TypeVar("T")
 Rows = Sequence[Row]
 # Called with the rows, the columns that hold values, and the count of rows left out by reason, to be added to.
-Converter = Callable[[Rows, Sequence[str], Counter[str]], list[T]]
+Made = list[T] | Spool[T]
+Converter = Callable[[Rows, Sequence[str], Counter[str]], Made[T]]
 
 QUESTIONS = ("question", "problem", "instruction", "input")
 ANSWERS = ("answer", "solution", "output", "response")
@@ -50,24 +52,24 @@ class Format:
     preferences: Converter[PreferenceRow] | None = None
 
 
-def to_prompt_rows(rows: Rows) -> tuple[list[PromptRow], Report]:
+def to_prompt_rows(rows: Rows) -> tuple[Sequence[PromptRow], Report]:
     """GRPO prompts. Raises `DatasetError` for columns of no accepted shape, wrong types, or no usable row."""
     return _convert("grpo", rows, lambda shape: shape.prompts)
 
 
-def to_text_rows(rows: Rows) -> tuple[list[TextRow], Report]:
+def to_text_rows(rows: Rows) -> tuple[Sequence[TextRow], Report]:
     """SFT examples. Raises as `to_prompt_rows`."""
     return _convert("sft", rows, lambda shape: shape.texts)
 
 
-def to_preference_rows(rows: Rows) -> tuple[list[PreferenceRow], Report]:
+def to_preference_rows(rows: Rows) -> tuple[Sequence[PreferenceRow], Report]:
     """DPO pairs. Raises as `to_prompt_rows`."""
     return _convert("dpo", rows, lambda shape: shape.preferences)
 
 
 def _convert(
     algorithm: str, rows: Rows, converter_of: Callable[[Format], Converter[T] | None]
-) -> tuple[list[T], Report]:
+) -> tuple[Sequence[T], Report]:
     columns = columns_of(rows)
     known = frozenset(columns)
     rows = read_rows(rows, columns, rewarded=algorithm == "grpo")
@@ -106,11 +108,11 @@ def _conversation_column(columns: Sequence[str]) -> str:
     return "messages" if "messages" in columns else "conversations"
 
 
-def _message_prompts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[PromptRow]:
+def _message_prompts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> Made[PromptRow]:
     """The conversation up to its last assistant turn; that turn, if it ends the conversation, is the reward's."""
     column = _conversation_column(columns)
     check_kinds(rows, column, "messages")
-    found: list[PromptRow] = []
+    found = like(rows)
     for index, row in enumerate(rows):
         messages = text_or_messages(row, index, column) or []
         assert isinstance(messages, list)
@@ -120,12 +122,14 @@ def _message_prompts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) 
             visible["completion"] = answer
         _add_conversation(found, messages, visible, template_arguments(row, index), dropped)
     if all(row.columns.get("completion") is None for row in found):
-        found = [replace(r, columns={k: v for k, v in r.columns.items() if k != "completion"}) for r in found]
+        bare = like(rows)
+        bare.extend(replace(r, columns={k: v for k, v in r.columns.items() if k != "completion"}) for r in found)
+        return bare
     return found
 
 
 def _add_conversation(
-    found: list[PromptRow],
+    found: Made[PromptRow],
     messages: list[Message],
     columns: dict[str, Any],
     arguments: dict[str, Any],
@@ -140,10 +144,10 @@ def _add_conversation(
         found.append(PromptRow(question, messages, columns, template_arguments=arguments))
 
 
-def _message_texts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[TextRow]:
+def _message_texts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> Made[TextRow]:
     column = _conversation_column(columns)
     check_kinds(rows, column, "messages")
-    found = []
+    found = like(rows)
     for index, row in enumerate(rows):
         messages = text_or_messages(row, index, column) or []
         assert isinstance(messages, list)
@@ -166,9 +170,9 @@ def _untrainable(messages: Sequence[Message]) -> str | None:
 # --- prompts, alone or with a completion
 
 
-def _prompts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[PromptRow]:
+def _prompts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> Made[PromptRow]:
     check_kinds(rows, "prompt", "text", "messages")
-    found: list[PromptRow] = []
+    found = like(rows)
     for index, row in enumerate(rows):
         prompt = text_or_messages(row, index, "prompt")
         visible = reward_columns(row, columns)
@@ -184,10 +188,10 @@ def _prompts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[
 def _completions(completion: str) -> Converter[TextRow]:
     """Converter of `prompt` and one column that holds the answer, each text or messages."""
 
-    def convert(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[TextRow]:
+    def convert(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> Made[TextRow]:
         for column in ("prompt", completion):
             check_kinds(rows, column, "text", "messages")
-        found = []
+        found = like(rows)
         for index, row in enumerate(rows):
             prompt, answer = text_or_messages(row, index, "prompt"), text_or_messages(row, index, completion)
             if prompt is None:
@@ -206,7 +210,7 @@ def _completions(completion: str) -> Converter[TextRow]:
 # --- preferences
 
 
-def _pairs(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[tuple[PreferenceRow, Row]]:
+def _pairs(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> Made[tuple[PreferenceRow, Row]]:
     """Pairs with the rows they came from. Without a prompt column, the prompt is what both answers begin with:
     of conversations their equal first messages, of strings their common text up to its last space.
     """
@@ -215,7 +219,7 @@ def _pairs(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[tu
         check_kinds(rows, "prompt", "text", "messages")
     for column in ("chosen", "rejected"):
         check_kinds(rows, column, "text", "messages")
-    found: list[tuple[PreferenceRow, Row]] = []
+    found = like(rows)
     for index, row in enumerate(rows):
         prompt = text_or_messages(row, index, "prompt") if explicit else None
         chosen, rejected = text_or_messages(row, index, "chosen"), text_or_messages(row, index, "rejected")
@@ -245,7 +249,7 @@ def _pairs(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[tu
 
 
 def _keep(
-    found: list[tuple[PreferenceRow, Row]],
+    found: Made[tuple[PreferenceRow, Row]],
     pair: PreferenceRow | None,
     row: Row,
     index: int,
@@ -290,12 +294,14 @@ def _split_conversations(
     return PreferenceRow(before, *answers)
 
 
-def _preferences(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[PreferenceRow]:
-    return [pair for pair, _ in _pairs(rows, columns, dropped)]
+def _preferences(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> Made[PreferenceRow]:
+    found = like(rows)
+    found.extend(pair for pair, _ in _pairs(rows, columns, dropped))
+    return found
 
 
-def _chosen_texts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[TextRow]:
-    found = []
+def _chosen_texts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> Made[TextRow]:
+    found = like(rows)
     for pair, _ in _pairs(rows, columns, dropped):
         if pair.templated:
             found.append(TextRow(pair.prompt, pair.chosen, template_arguments=pair.template_arguments))
@@ -304,8 +310,8 @@ def _chosen_texts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> 
     return found
 
 
-def _preference_prompts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[PromptRow]:
-    found: list[PromptRow] = []
+def _preference_prompts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> Made[PromptRow]:
+    found = like(rows)
     for pair, row in _pairs(rows, columns, dropped):
         visible = reward_columns(row, columns)
         arguments = pair.template_arguments
@@ -336,9 +342,9 @@ def _check_question(rows: Rows, columns: Sequence[str]) -> None:
             check_kinds(rows, column, "text")
 
 
-def _question_prompts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[PromptRow]:
+def _question_prompts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> Made[PromptRow]:
     _check_question(rows, columns)
-    found: list[PromptRow] = []
+    found = like(rows)
     for index, row in enumerate(rows):
         question, arguments = _question(row, columns), template_arguments(row, index)
         if question is None:
@@ -350,13 +356,13 @@ def _question_prompts(rows: Rows, columns: Sequence[str], dropped: Counter[str])
     return found
 
 
-def _answer_texts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[TextRow]:
+def _answer_texts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> Made[TextRow]:
     answer_column = next(column for column in ANSWERS if column in columns)
     if "prompt" in columns:
         return _completions(answer_column)(rows, columns, dropped)
     _check_question(rows, columns)
     check_kinds(rows, answer_column, "text")
-    found = []
+    found = like(rows)
     for index, row in enumerate(rows):
         question, answer = _question(row, columns), text(row, answer_column)
         if question is None:
@@ -372,9 +378,10 @@ def _answer_texts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> 
     return found
 
 
-def _plain_texts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> list[TextRow]:
+def _plain_texts(rows: Rows, columns: Sequence[str], dropped: Counter[str]) -> Made[TextRow]:
     check_kinds(rows, "text", "text")
-    found = [TextRow(text=string) for row in rows if (string := text(row, "text")) is not None]
+    found = like(rows)
+    found.extend(TextRow(text=string) for row in rows if (string := text(row, "text")) is not None)
     dropped["without text"] += len(rows) - len(found)
     return found
 

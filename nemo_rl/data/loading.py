@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from nemo_rl.data.files import is_local, read_file
 from nemo_rl.data.helpsteer import PREFERENCE_COLUMNS
 from nemo_rl.data.module import DataModule
+from nemo_rl.data.spool import Spool
 from nemo_rl.data.tables import rows_of_table
 from nemo_rl.errors import DatasetError
 from nemo_rl.job.spec import DatasetSpec
@@ -24,17 +25,20 @@ _SLICE = re.compile(r"^(?P<split>[\w.-]+)\[(?P<start>\d*):(?P<stop>\d*)\]$")
 
 @dataclass
 class RowStream:
-    """Rows that are read no further than asked. `lazy` says that reading everything may be endless or too much."""
+    """Rows that are read no further than asked. `lazy` says that reading everything may be endless or too much, `held` that
+    all of them are in memory anyway.
+    """
 
     rows: Iterator[Any]
     lazy: bool
     name: str
     unbounded: bool = False
     position: int = 0
+    held: bool = False
 
-    def read(self, count: int | None = None) -> list[dict[str, Any]]:
+    def read(self, count: int | None = None) -> list[dict[str, Any]] | Spool[dict[str, Any]]:
         """The next `count` rows (fewer at the end; None: all that are left). Raises `DatasetError` for no mapping."""
-        found = []
+        found: list[dict[str, Any]] | Spool[dict[str, Any]] = [] if self.held else Spool()
         for row in islice(self.rows, count):
             if not isinstance(row, Mapping):
                 raise DatasetError(
@@ -52,6 +56,12 @@ class RowStream:
             found.append(row if isinstance(row, dict) else dict(row))
             self.position += 1
         return found
+
+    def ended(self) -> bool:
+        """Whether no row is left."""
+        first = list(islice(self.rows, 1))
+        self.rows = chain(first, self.rows)
+        return not first
 
     def empty(self) -> DatasetError:
         """The error for a source without rows."""
@@ -97,7 +107,7 @@ def load_rows(source: Any, *, needed: int | None = None) -> list[dict[str, Any]]
     rows = stream.read(needed if stream.lazy else None)
     if not rows:
         raise stream.empty()
-    return rows
+    return list(rows)
 
 
 def open_rows(source: Any) -> RowStream:
@@ -121,7 +131,7 @@ def open_rows(source: Any) -> RowStream:
         )
     if isinstance(source, (list, tuple)):
         _refuse_list_of_sources(source)
-        return RowStream(iter(source), lazy=False, name="the list of rows")
+        return RowStream(iter(source), lazy=False, name="the list of rows", held=True)
     if (table := rows_of_table(source)) is not None:
         return RowStream(table, lazy=False, name=f"the {type(source).__name__}")
     if hasattr(source, "to_list") and hasattr(source, "column_names"):
@@ -152,7 +162,7 @@ def _refuse_list_of_sources(source: Sequence[Any]) -> None:
 
 def _open_spec(spec: DatasetSpec) -> RowStream:
     if spec.inline is not None:
-        return RowStream(iter(spec.inline), lazy=False, name="the inline rows")
+        return RowStream(iter(spec.inline), lazy=False, name="the inline rows", held=True)
     if spec.path is not None:
         return RowStream(read_file(spec.path), lazy=False, name=spec.path)
     assert spec.name is not None

@@ -11,15 +11,16 @@ from collections.abc import Sequence
 
 from nemo_rl.data.columns import reward_columns, text
 from nemo_rl.data.rows import PromptRow, Row, TextRow
+from nemo_rl.data.spool import Spool, like
 
 COLUMNS = frozenset({"problem", "generated_solution", "expected_answer"})
 # Where the tokenizer has no chat template, one newline stands between problem and solution.
 SEPARATOR = "\n"
 
 
-def prompts(rows: Sequence[Row], columns: Sequence[str], dropped: Counter[str]) -> list[PromptRow]:
+def prompts(rows: Sequence[Row], columns: Sequence[str], dropped: Counter[str]) -> list[PromptRow] | Spool[PromptRow]:
     """The problems; the reward sees the expected answer (also as `answer`), never the generated solution."""
-    found = []
+    found = like(rows)
     for row in rows:
         problem = text(row, "problem")
         if problem is None:
@@ -33,9 +34,9 @@ def prompts(rows: Sequence[Row], columns: Sequence[str], dropped: Counter[str]) 
     return found
 
 
-def texts(rows: Sequence[Row], columns: Sequence[str], dropped: Counter[str]) -> list[TextRow]:
+def texts(rows: Sequence[Row], columns: Sequence[str], dropped: Counter[str]) -> list[TextRow] | Spool[TextRow]:
     """The generated solution of each problem."""
-    found = []
+    found = like(rows)
     for row in rows:
         problem, solution = text(row, "problem"), text(row, "generated_solution")
         if problem is None or solution is None:

@@ -38,6 +38,8 @@ class Prepared:
     examples: Examples
     report: Report
     fingerprint: str
+    streamed: int | None = None
+    """Rows that were read of a stream, which has more; None where all rows were read."""
 
 
 def prepare(
@@ -73,13 +75,15 @@ def prepare(
     encoder = Encoder(algorithm, with_template(tokenizer, training.chat_template), training, settings)
     while True:
         prepared = _prepared(encoder, rows)
-        if needed is None or len(prepared.examples) >= needed:
+        if needed is None:
             return prepared
+        if len(prepared.examples) >= needed:
+            return prepared if stream.ended() else replace(prepared, streamed=len(rows))
         # Some rows were left out, so read as many again and a few more.
         more = stream.read(2 * (needed - len(prepared.examples)))
         if not more:
             return prepared
-        rows += more
+        rows.extend(more)
 
 
 def _prepared(encoder: Encoder, rows: Sequence[Row]) -> Prepared:

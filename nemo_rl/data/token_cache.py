@@ -19,6 +19,7 @@ import numpy as np
 
 from nemo_rl.data.encode import Encoded, Encoder
 from nemo_rl.data.examples import TokenArrays
+from nemo_rl.data.spool import cache_home
 
 CACHED_ROWS = 10_000
 """Below this number of rows tokenising takes a moment, and nothing is kept on disk."""
@@ -29,7 +30,7 @@ FORMAT = 1
 
 def cache_folder() -> Path:
     """Where the tokens are kept: nemo-rl/tokens in the user's cache folder (XDG_CACHE_HOME)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo-rl" / "tokens"
+    return cache_home() / "tokens"
 
 
 def cache_key(encoder: Encoder, fingerprint: str) -> str | None:

@@ -29,6 +29,8 @@ RUN_ENTRIES = (CHECKPOINTS, METRICS_FILE, COMPLETIONS_FILE, TENSORBOARD_DIR, RUN
 FORMAT = 2
 DIGEST = "sha256:"
 """How a value of the settings begins that stands for something too long to show."""
+STREAMED = " of rows "
+"""What stands in such a value before the number of rows that were read of a stream."""
 
 _open_here: set[Path] = set()
 """Directories that runs of this process hold: the lock on the file keeps out other processes only."""
@@ -353,10 +355,21 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
         if name in old and name in new and old[name] == new[name]:
             continue
         if all(isinstance(leaves.get(name), str) and leaves[name].startswith(DIGEST) for leaves in (old, new)):
-            phrases.append(f"{name} has changed")
+            phrases.append(f"{name} has changed{_streamed(old[name], new[name])}")
         else:
             phrases.append(f"{name} was {_shown(old, name)}, now {_shown(new, name)}")
     return phrases
+
+
+def _streamed(old: str, new: str) -> str:
+    """Why the rows of a stream are others, although the stream may be the same."""
+    (_, was, before), (_, reads, now) = old.partition(STREAMED), new.partition(STREAMED)
+    if not (was or reads) or before == now:
+        return ""
+    return (
+        f" ({before or 'all'} rows of a stream were read, now {now or 'all'}: a longer run reads further, and all rows then "
+        "have another order; a run of a list of rows, or with streaming=False, can be lengthened)"
+    )
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

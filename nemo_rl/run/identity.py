@@ -12,14 +12,14 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from nemo_rl.run.directory import DIGEST
+from nemo_rl.run.directory import DIGEST, STREAMED
 
 NOT_IDENTITY = frozenset(
     {
         *("max_steps", "max_epochs", "save_every", "keep_checkpoints", "eval_every", "resume"),
         *("log_level", "tensorboard", "report_to", "logged_completions", "trust_remote_code"),
         *("tokens_per_microbatch", "activation_checkpointing", "sharding", "memory", "offload"),
-        *("checkpoint_dtype", "kl_every"),
+        "checkpoint_dtype",
     }
 )
 """Settings of any section that a run goes on with although they differ."""
@@ -38,6 +38,11 @@ def settings_identity(*sections: Any) -> dict[str, Any]:
     for section in sections:
         found |= {name: value for name, value in section.model_dump().items() if name not in NOT_IDENTITY}
     return found
+
+
+def rows_identity(fingerprint: str, streamed: int | None = None) -> str:
+    """The rows by their content; of a stream that has more it says how many were read."""
+    return DIGEST + fingerprint + ("" if streamed is None else f"{STREAMED}{streamed}")
 
 
 def model_identity(reference: str, model: Any = None) -> dict[str, Any]:

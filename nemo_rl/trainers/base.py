@@ -27,7 +27,6 @@ from nemo_rl.model.policy import Policy
 from nemo_rl.model.sharding import ShardedModel
 from nemo_rl.run.checkpoint import Checkpoint, CheckpointStore
 from nemo_rl.run.directory import (
-    DIGEST,
     METRICS_FILE,
     Run,
     check_output_dir,
@@ -40,6 +39,7 @@ from nemo_rl.run.identity import (
     model_identity,
     refuse_adapter,
     remember_trained,
+    rows_identity,
     settings_identity,
     tokenizer_identity,
     was_trained,
@@ -470,7 +470,7 @@ class Trainer(Passes, ABC):
             "tokenizer": tokenizer_identity(self.tokenizer),
             "algorithm": self.algorithm,
             **settings_identity(self.training, self.settings),
-            "dataset": DIGEST + data.fingerprint,
+            "dataset": rows_identity(data.fingerprint, data.streamed),
         }
 
     def _header(self, data: Prepared) -> str:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def _score(task: dict[str, Any], bundle: Path) -> list[str]:
 
     spec = RewardSpec.model_validate({name: value for name, value in task["reward"].items() if value is not None})
     reward = load_reward(spec, {spec.bundle: bundle} if spec.bundle else {})
-    rows: list[Any] = []
+    rows: Sequence[Any] = []
     if task["rows"]:
         from nemo_rl.data import to_prompt_rows
 

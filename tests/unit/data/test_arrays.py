@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
+import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nemo_rl.data import pool, token_cache
+from nemo_rl.data import pool, spool, token_cache
 from nemo_rl.data.encode import Encoder
 from nemo_rl.data.prepare import prepare
 from nemo_rl.errors import DatasetError
@@ -180,3 +183,87 @@ def test_ranks_of_a_machine_tokenise_once(tmp_path: Path) -> None:
     assert [rank.returncode for rank in ranks] == [0, 0, 0]
     assert len(printed) == 1
     assert (tmp_path / "made").read_text().count("made") == 1
+
+
+# --- rows beyond memory
+
+
+@pytest.fixture
+def small_spools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool, "GROUP", 8)
+    monkeypatch.setattr(spool, "HELD", 16)
+
+
+@pytest.mark.parametrize("count", [0, 7, 15, 16, 17, 24, 61])
+def test_a_spool_reads_as_the_list_it_was_made_of(count: int, small_spools: None) -> None:
+    items = [{"n": n, "text": "x" * n} for n in range(count)]
+    found = spool.Spool(items)
+    assert len(found) == count
+    assert (found._file is not None) == (count >= 16), "the others are in memory"
+    assert list(found) == items == list(found)
+    assert [found[i] for i in range(-count, count)] == items + items
+    for part in (slice(None), slice(3, 20), slice(20, 3), slice(8, 16), slice(1, None, 3), slice(None, None, -1)):
+        assert found[part] == items[part], part
+    with pytest.raises(IndexError):
+        found[count]
+    found.extend(items)
+    assert list(found) == items + items
+
+
+def test_what_cannot_be_written_stays_in_memory(
+    small_spools: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    items: list[Any] = [{"n": n} for n in range(20)] + [{"f": lambda: 1}] * 30
+    assert list(spool.Spool(items)) == items
+    assert not caplog.records
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert list(spool.Spool(range(50))) == list(range(50))
+    assert "rows are kept in memory" in caplog.text
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "sft", "dpo"])
+def test_rows_of_a_file_give_what_a_list_gives(
+    make_tokenizer: MakeTokenizer,
+    templates: dict[str, str],
+    algorithm: str,
+    small_spools: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tokenizer = make_tokenizer(templates["chatml"])
+    rows = rows_of(120, algorithm)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    listed, read = (
+        prepare(algorithm, source, tokenizer, TrainingSpec(), SETTINGS[algorithm]) for source in (rows, str(file))
+    )
+    assert read.fingerprint == listed.fingerprint
+    assert read.report == listed.report
+    assert read.examples == listed.examples
+
+
+def test_memory_does_not_grow_with_the_rows_of_a_file(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
+    """Python objects that exist at the same time, of four times as many rows in a file."""
+    tokenizer, peaks = make_tokenizer(), []
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as changed:
+        changed.setattr(spool, "HELD", 128)
+        changed.setattr(pool, "CHUNK", 128)
+        changed.setenv("XDG_CACHE_HOME", str(tmp_path))
+        changed.setattr("nemo_rl.data.prepare.CACHED_ROWS", 50)
+        for count in (1000, 4000):
+            file = tmp_path / f"{count}.jsonl"
+            with file.open("w") as stream:
+                for n in range(count):
+                    stream.write(json.dumps({"prompt": f"question {n}", "completion": "fox " * 50}) + "\n")
+            prepare("sft", str(file), tokenizer, TrainingSpec(), SFTSpec())  # what is loaded on first use
+            for entry in token_cache.cache_folder().iterdir():
+                shutil.rmtree(entry, ignore_errors=True)
+            tracemalloc.start()
+            found = prepare("sft", str(file), tokenizer, TrainingSpec(), SFTSpec())
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+            assert len(found.examples) == count
+    assert peaks[1] < 1.5 * peaks[0], peaks

@@ -27,6 +27,16 @@ class Stop(nemo_rl.Callback):
             raise KeyboardInterrupt
 
 
+class Stream:
+    """Rows that can only be read one after the other, as a streamed data set has them."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+
 def train(model: Any, output: Path, *, stop: int | None = None, rows: Any = ROWS, **changed: Any) -> Any:
     keywords: dict[str, Any] = dict(algorithm="sft", max_steps=6, max_epochs=9, batch_size=4, learning_rate=1e-2)
     keywords |= dict(save_every=2, backend="local", log_level="info", output_dir=output, tokenizer=None) | changed
@@ -191,6 +201,20 @@ def test_a_run_that_a_callback_ended_can_be_lengthened(tiny_model, tmp_path):
     )  # fmt: skip
     assert first.total_steps == 3
     assert train(tiny_model, tmp_path / "run", max_steps=6).total_steps == 6
+
+
+def test_a_streamed_run_goes_on_and_says_why_it_cannot_be_lengthened(tiny_model, tmp_path, capsys):
+    many = ROWS * 4  # more than any of the runs reads
+    train(tiny_model, tmp_path / "run", rows=Stream(many), stop=3)
+    assert train(tiny_model, tmp_path / "run", rows=Stream(many)).output_dir == tmp_path / "run"
+    beside = train(tiny_model, tmp_path / "run", rows=Stream(many), max_steps=8)
+    assert beside.output_dir == tmp_path / "run-2"
+    said = " ".join(capsys.readouterr().out.split())
+    assert "dataset has changed (24 rows of a stream were read, now 32: a longer run reads further" in said
+
+    train(tiny_model, tmp_path / "short", rows=Stream(ROWS), max_steps=4)  # all that the stream has
+    longer = train(tiny_model, tmp_path / "short", rows=Stream(ROWS), max_steps=6)
+    assert (longer.output_dir, longer.total_steps) == (tmp_path / "short", 6)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
