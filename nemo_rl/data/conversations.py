@@ -28,6 +28,11 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
+_ROLES = ("system", "user", "assistant", "tool")
+_OTHER_NAMES = frozenset({"human", "gpt", "chatgpt", "model", "bot"})
+"""Names of ShareGPT and others for two of these roles, which are read under "role" too."""
+_TRAINED = ("train", "training")
+"""Flags of a message (Axolotl) that mean a weight of 1 or 0."""
 _KNOWN = frozenset({"role", "content", "from", "value", "name", "id", "tool_call_id", "type", "weight", *REASONING})
 _LOOKS_LIKE_ONE = re.compile(r"""\s*\[?\s*\{\s*['"](?:role|from|content|value)['"]\s*:""")
 
@@ -104,8 +109,13 @@ def _message(message: Mapping[str, Any], at: str) -> Message:
             f"found no role in {at} (its fields: {', '.join(map(str, message)) or 'none'}); expected "
             '{"role": "user", "content": "Hello"} or {"from": "human", "value": "Hello"}; add the role'
         )
+    if role not in _ROLES and (role.strip().lower() in _OTHER_NAMES or role.strip().lower() in _ROLES):
+        role = _SHAREGPT_ROLES[role.strip().lower()]
     if isinstance(content, (list, tuple)):
         content = _joined_parts(content, at)
+    for flag in _TRAINED:
+        if isinstance(found.get(flag), bool):
+            found.setdefault("weight", int(found.pop(flag)))
     calls = _tool_calls(found.pop("tool_calls", None), found.pop("function_call", None), at)
     if content is None and (calls or role == "assistant"):
         content = _no_content(found, calls, at)
@@ -202,9 +212,24 @@ def _tool_call(call: Any, at: str) -> dict[str, Any]:
         )
     arguments = function.get("arguments", function.get("parameters", {}))
     if isinstance(arguments, str):
-        arguments = _from_json(arguments) if arguments.strip() else {}
+        arguments = _arguments(arguments, at) if arguments.strip() else {}
     ids = {"id": call["id"]} if "id" in call else {}
     return {**ids, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _arguments(text: str, at: str) -> Any:
+    """Arguments written as text: JSON, or a mapping as Python prints it; text that begins like neither is the author's own."""
+    if text.lstrip()[:1] not in ("{", "["):
+        return text
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    raise DatasetError(
+        f"found arguments of a tool call that are no JSON ({_short(text)}) in {at}; expected a mapping, or its JSON text such "
+        'as {"x": 1}; write them with json.dumps'
+    )
 
 
 def to_tools(value: Any, where: str) -> list[Any] | None:
@@ -224,7 +249,15 @@ def to_tools(value: Any, where: str) -> list[Any] | None:
             '[{"type": "function", "function": {"name": "f", "parameters": {}}}], or that list as JSON text; '
             "correct the column, or rename it if it is something else"
         )
-    return [without_nulls(_from_json(tool)) for tool in tools] or None
+    found = [without_nulls(_from_json(tool)) for tool in tools]
+    for tool in found:
+        function = tool.get("function", tool)
+        if not (tool.get("type") or (isinstance(function, Mapping) and function.get("name"))):
+            raise DatasetError(
+                f"found a tool without a name ({_short(tool)}) in {where}; expected a list of tools such as "
+                '[{"type": "function", "function": {"name": "f", "parameters": {}}}]; write each so'
+            )
+    return found or None
 
 
 def without_nulls(value: Any) -> Any:

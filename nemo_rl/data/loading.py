@@ -9,7 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from nemo_rl.data.files import is_local, read_file
+from nemo_rl.data.files import SUFFIXES, is_local, read_file
 from nemo_rl.data.helpsteer import PREFERENCE_COLUMNS
 from nemo_rl.data.module import DataModule
 from nemo_rl.data.spool import Spool
@@ -208,6 +208,12 @@ def _load(spec: DatasetSpec, name: str, split: str, streaming: bool) -> Iterable
             for field, value in (("subset", spec.subset), ("split", split), ("data_dir", spec.data_dir))
             if value
         )
+        if Path(name).is_dir():
+            files = "no file of data" if not any(Path(name).rglob("*.*")) else f"{type(error).__name__}: {error}"
+            raise DatasetError(
+                f"found a folder at {name} that cannot be read as a data set ({files}); expected a {SUFFIXES} file, or a folder "
+                "of such files or one that save_to_disk wrote; name one of its files"
+            ) from error
         raise DatasetError(
             f"found no way to load {name!r} from the hub ({where}): {type(error).__name__}: {error}; expected the "
             "name of a data set "

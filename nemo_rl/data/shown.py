@@ -56,7 +56,8 @@ def hidden(text: Shown, messages: Sequence[Message], tools: Sequence[Any] = ()) 
                 yield f"the tool call of {at}, or its {_short(missing[0])}"
     for tool in tools:
         if isinstance(tool, Mapping):
-            name = str(tool.get("function", tool).get("name") or "")
+            function = tool.get("function", tool)
+            name = str((isinstance(function, Mapping) and function.get("name")) or tool.get("type") or "")
             if name and name not in text:
                 yield f"the tool {name!r}"
 

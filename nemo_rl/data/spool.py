@@ -58,7 +58,7 @@ class Spool(Sequence[T], Generic[T]):
             if self._file is None:
                 folder = cache_home()
                 folder.mkdir(parents=True, exist_ok=True)
-                self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115: it lives as long as this
+                self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
             while len(self._held) - written >= GROUP:
                 data = pickle.dumps(self._held[written : written + GROUP], pickle.HIGHEST_PROTOCOL)
                 if self._file.write(data) != len(data):

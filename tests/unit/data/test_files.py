@@ -259,3 +259,13 @@ def test_several_data_sets_at_once_are_explained() -> None:
     made = datasets.Dataset.from_list(ROWS)
     with pytest.raises(DatasetError, match=r"found a tuple of 2 data sets; .* validation_dataset="):
         load_rows((made, made))
+
+
+@pytest.mark.parametrize("files", [{}, {"notes.md": "text"}])
+def test_a_folder_that_is_no_data_set_is_explained(tmp_path: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(
+        DatasetError, match=r"found a folder at .* that cannot be read as a data set .* name one of its files"
+    ):
+        load_rows(str(tmp_path))

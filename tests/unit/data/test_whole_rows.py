@@ -195,6 +195,41 @@ def test_empty_answers_are_left_out_and_counted(make_tokenizer: MakeTokenizer, e
     assert "1 with an empty assistant turn" in report
 
 
+@pytest.mark.parametrize("flag", ["train", "training"])
+def test_flags_of_other_tools_are_weights(make_tokenizer: MakeTokenizer, flag: str) -> None:
+    messages = [user("a"), {**assistant("b"), flag: False}, user("c"), {**assistant("d"), flag: True}]
+    (shown,), report = look(make_tokenizer(CHATML), [{"messages": messages}])
+    assert shown.count("⟦") == 1
+    assert "⟦d<|im_end|>⟧" in shown
+    assert "note" not in report
+
+
+@pytest.mark.parametrize("names", [("human", "gpt"), ("User", "Assistant"), ("Human", "bot"), ("USER", "model")])
+def test_roles_under_other_names_are_the_same_roles(make_tokenizer: MakeTokenizer, names: tuple[str, str]) -> None:
+    messages = [{"role": names[0], "content": "a"}, {"role": names[1], "content": "b"}]
+    (shown,), _ = look(make_tokenizer(CHATML), [{"messages": messages}])
+    assert shown == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦b<|im_end|>⟧"
+
+
+def test_arguments_as_python_prints_them_are_a_mapping_and_broken_ones_are_refused(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(CALLS)
+    (shown,), _ = look(tokenizer, [{"messages": [user("a"), call("f", "{'x': True}")]}])
+    assert '{"x": true}' in shown
+    for broken in ("{'x': tru", '{"x": 1', "[1, 2"):
+        with pytest.raises(DatasetError, match=r"no JSON .* in message 1 in column 'messages' of row 0.*json.dumps"):
+            look(tokenizer, [{"messages": [user("a"), call("f", broken)]}])
+
+
+@pytest.mark.parametrize(
+    "tools", [{"f": {"description": "d"}}, [{"parameters": {}}], [{"function": {"parameters": {}}}]]
+)
+def test_tools_without_a_name_are_refused(make_tokenizer: MakeTokenizer, tools: Any) -> None:
+    with pytest.raises(DatasetError, match=r"a tool without a name .* in tools of row 0"):
+        look(make_tokenizer(CHATML), [{"messages": [user("a"), assistant("b")], "tools": tools}])
+
+
 def test_text_under_a_name_that_nobody_reads_is_refused(make_tokenizer: MakeTokenizer) -> None:
     turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "text": "yo"}]
     with pytest.raises(DatasetError, match=r"found no content in message 1 .*text under 'text'.*rename the field"):

@@ -84,6 +84,41 @@ def test_different_answers(one, other):
     assert not same_answer(other, one)
 
 
+SAME_MATHEMATICS = [
+    *[
+        (r"\sqrt{8}", r"2\sqrt{2}"),
+        ("x^2+2x+1", "(x+1)^2"),
+        (r"\{1,2,3\}", r"\{3,2,1\}"),
+        (r"2\pi/4", r"\frac{\pi}{2}"),
+    ],
+    *[(r"\frac{1}{\sqrt 2}", r"\frac{\sqrt 2}{2}"), (r"2^{10}", "1024"), (r"\log_{2} 8", "3")],
+]
+OTHER_MATHEMATICS = [
+    *[(r"3\pi", "9.42"), ("(0,1)", "[0,1]"), (r"\sqrt{7}", r"\sqrt{8}"), ("x+1", "x-1"), (r"\{1,2\}", r"\{1,2,3\}")],
+    *[("a" * 30, "b" * 30), (r"\frac{1}{0}", "x"), (r"\begin{pmatrix}1", "1")],
+]
+
+
+@pytest.mark.parametrize(("one", "other"), SAME_MATHEMATICS)
+def test_math_verify_judges_what_is_no_number(one, other):
+    assert not same_answer(one, other), "it is math-verify that is asked"
+    for found, reference in ((one, other), (other, one)):
+        assert math_answer("p", rf"so $\boxed{{{found}}}$", answer=reference) == 1.0
+
+
+@pytest.mark.parametrize(("one", "other"), OTHER_MATHEMATICS)
+def test_math_verify_tells_different_things_apart(one, other):
+    for found, reference in ((one, other), (other, one)):
+        assert math_answer("p", rf"so $\boxed{{{found}}}$", answer=reference) == 0.0
+
+
+def test_without_math_verify_what_is_no_number_is_text(monkeypatch):
+    monkeypatch.setattr("nemo_rl.environments.math_symbols.is_available", lambda: False)
+    assert math_answer("p", r"\boxed{2\sqrt{2}}", answer=r"\sqrt{8}") == 0.0
+    assert math_answer("p", r"\boxed{2 \sqrt{2}}", answer=r"2\sqrt{2}") == 1.0
+    assert math_answer("p", r"\boxed{1/2}", answer="0.5") == 1.0
+
+
 @pytest.mark.parametrize(
     ("text", "answer"),
     [

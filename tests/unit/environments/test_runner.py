@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import functools
+import importlib.util
 import math
 import os
 import random
@@ -14,11 +15,13 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -488,6 +491,64 @@ def test_a_local_module_that_cannot_be_packed_travels_by_its_name(tmp_path, monk
         warnings.simplefilter("error")  # it needs no thread of this process
         with running(locked_rewards.reward) as runner:
             assert values(runner, "a") == [2.0]
+
+
+UNIMPORTABLE = """
+import os
+BONUS = 0.5
+def helper(text):
+    return len(text) + BONUS
+class Scale:
+    by = 2.0
+def reward(prompt, response):
+    return {"score": helper(response) * Scale.by, "elsewhere": float(os.getpid() != PARENT)}
+"""
+
+
+def made_by_exec(name: str, register: bool, tmp_path: Path) -> Any:
+    module = types.ModuleType(name)
+    module.PARENT = os.getpid()
+    if register:
+        sys.modules[name] = module
+    exec(UNIMPORTABLE, vars(module))
+    return module.reward
+
+
+def loaded_by_path(name: str, register: bool, tmp_path: Path) -> Any:
+    file = tmp_path / f"{name}.py"
+    file.write_text(UNIMPORTABLE)
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    module.PARENT = os.getpid()
+    if register:
+        sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module.reward
+
+
+def made_in_a_dict(name: str, register: bool, tmp_path: Path) -> Any:
+    names: dict[str, Any] = {"PARENT": os.getpid(), **({"__name__": name} if register else {})}
+    exec(UNIMPORTABLE, names)
+    return names["reward"]
+
+
+@pytest.mark.parametrize("register", [True, False])
+@pytest.mark.parametrize("make", [made_by_exec, loaded_by_path, made_in_a_dict])
+def test_a_module_that_no_other_process_can_import_travels_by_value(make, register, tmp_path, monkeypatch):
+    name = f"made_here_{make.__name__}_{register}"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    try:
+        reward = make(name, register, tmp_path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # it needs no thread of this process
+            with running(reward) as runner:
+                (outcome,) = runner.score([RewardCall("p", "abc")])
+        assert outcome.parts["score"] == 7.0
+        assert outcome.parts["elsewhere"] == 1.0
+    finally:
+        sys.modules.pop(name, None)
 
 
 def test_signals_to_the_process_group_reach_the_parent_alone(tmp_path):
