@@ -231,6 +231,10 @@ class GRPOSpec(Section):
     """Divide advantages by the spread of the group. Default true."""
     use_leave_one_out_baseline: bool = True
     """Compare each reward with the mean of the others of its group, rather than of all. Default true."""
+    advantage_statistics: Literal["leave_one_out", "leave_one_out_mean", "group"] | None = None
+    """Whose mean and deviation a reward is compared with: leave_one_out both of the others of its group, leave_one_out_mean the mean of the others and the deviation of all, group both of all (GRPO as published). Default leave_one_out, or group where use_leave_one_out_baseline is false."""
+    dynamic_sampling_rounds: Annotated[int, Field(ge=0, le=100)] = 0
+    """Further rounds of rollouts of a step, in which other rows take the places of those whose completions all have the same reward, since these teach nothing (DAPO). Default 0."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 512
     """Longest completion, in tokens. Default 512."""
     temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
@@ -239,26 +243,64 @@ class GRPOSpec(Section):
     """Sample only among the k likeliest tokens. Default all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample only among the likeliest tokens that together have this probability. Default 1."""
-    loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
-    """How token losses are averaged: dapo over all tokens of the batch, grpo first within each completion, dr_grpo by the constant max_new_tokens. Default dapo."""
-    clip_low: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """The probability ratio is clipped below at 1 - clip_low. Default 0.2."""
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "gspo", "cispo"] = "dapo"
+    """How token losses are averaged: dapo over all tokens of the batch, grpo first within each completion, dr_grpo by the constant max_new_tokens. gspo clips one ratio for each completion (its clips are small: 0.0003 and 0.0004), cispo clips the weight of a token and keeps its gradient. Default dapo."""
+    clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """The probability ratio is clipped below at 1 - clip_low; 1 is no bound. Default 0.2."""
     clip_high: Annotated[float, Field(ge=0)] = 0.2
     """The probability ratio is clipped above at 1 + clip_high; DAPO uses 0.28. Default 0.2."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Bound of the loss of tokens with negative advantage, times the advantage; 3 is usual. Default none."""
     num_iterations: Annotated[int, Field(ge=1, le=100)] = 1
-    """Optimizer updates from each batch of rollouts. Default 1."""
+    """Optimizer updates from each batch of rollouts; with mini_batch_size passes over it. Default 1."""
+    mini_batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Prompts of one optimizer update: a batch of rollouts is cut into mini-batches, in the order of its rows, with one update for each. Default the whole batch."""
+    importance_correction: Literal[
+        "auto", "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = "auto"
+    """Weighs tokens by their probability in training over that in sampling: truncate bounds this ratio, mask leaves out what is beyond the bounds, each for tokens or for whole completions. auto: token_truncate for rollouts of another engine or of older weights, none for the trainer's own. Default auto."""
+    importance_max: Annotated[float, Field(gt=0)] | None = 2.0
+    """Upper bound of that ratio; null is none. Default 2."""
+    importance_min: Annotated[float, Field(ge=0)] | None = None
+    """Lower bound of that ratio. Default none."""
     beta: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the KL divergence to the reference model; 0 loads no reference. Default 0."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of that divergence (Schulman). Default k3."""
+    use_kl_in_reward: bool = False
+    """Subtract beta times the divergence from the rewards, rather than adding it to the loss; k1 is its usual estimator. Default false."""
     stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=32)] = []
     """Texts that end a completion, which keeps them; the name of a token is that token. Default none but the model's end tokens."""
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=32)] = []
     """Ids of further tokens that end a completion. Default none but the model's end tokens."""
     mask_truncated_completions: bool = False
     """Leave completions that ran into max_new_tokens out of the loss. Default false."""
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> GRPOSpec:
+        if self.loss_type == "cispo" and self.dual_clip is not None:
+            raise ValueError(
+                "found dual_clip with loss_type cispo, which has no such bound; leave dual_clip out or take another loss_type"
+            )
+        says = "leave_one_out" if self.use_leave_one_out_baseline else "group"
+        if "use_leave_one_out_baseline" in self.model_fields_set and self.statistics.split("_mean")[0] != says:
+            raise ValueError(
+                f"found use_leave_one_out_baseline {str(self.use_leave_one_out_baseline).lower()} and advantage_statistics "
+                f"{self.statistics}, which contradict each other; give advantage_statistics alone"
+            )
+        low, high = self.importance_min, self.importance_max
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"found importance_min {low:g} above importance_max {high:g}; expected bounds in order")
+        if self.use_kl_in_reward and self.beta == 0:
+            raise ValueError(
+                "found use_kl_in_reward with beta 0, so there is no divergence to subtract; set beta above 0"
+            )
+        return self
+
+    @property
+    def statistics(self) -> Literal["leave_one_out", "leave_one_out_mean", "group"]:
+        """What `advantage_statistics` says, or means where it is not given."""
+        return self.advantage_statistics or ("leave_one_out" if self.use_leave_one_out_baseline else "group")
 
 
 class DPOSpec(Section):

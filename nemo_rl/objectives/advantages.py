@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+Statistics = Literal["leave_one_out", "leave_one_out_mean", "group"]
 
 EPSILON = 1e-6
 """Added to the standard deviation before the division, as in NeMo RL."""
@@ -52,18 +56,30 @@ def baseline_and_std(
 
 
 def group_advantages(
-    rewards_PG: Tensor, valid_PG: Tensor | None = None, *, leave_one_out: bool = True, normalize: bool = True
+    rewards_PG: Tensor,
+    valid_PG: Tensor | None = None,
+    *,
+    statistics: Statistics = "leave_one_out",
+    normalize: bool = True,
 ) -> Tensor:
     """Returns the advantage of each completion, (P, G), float32: r - baseline, divided by std + 1e-6 where std > 0.
 
-    P prompts with G completions each. Where the standard deviation is zero the advantage stays as it is: with
-    `leave_one_out`, the only winner of a group (its others are all equal) has advantage 1, not 1 / std. Invalid
-    completions (`valid_PG` false: their reward is missing) have advantage 0 and do not count in their group.
+    P prompts with G completions each. `statistics` names whose mean and deviation a reward is compared with:
+
+    - leave_one_out: both of the others of its group (NeMo RL);
+    - leave_one_out_mean: the mean of the others (RLOO, arXiv 2402.14740), the deviation of the whole group;
+    - group: both of the whole group (GRPO as published, arXiv 2402.03300, section 4.1.2).
+
+    Where the standard deviation is zero the advantage stays as it is: with leave_one_out, the only winner of a group (its
+    others are all equal) has advantage 1, not 1 / std. Invalid completions (`valid_PG` false: their reward is missing) have
+    advantage 0 and do not count in their group.
     """
     rewards = rewards_PG.double()
     if valid_PG is not None:
         rewards = torch.where(valid_PG > 0, rewards, 0.0)
-    baseline, std = baseline_and_std(rewards, valid_PG, leave_one_out)
+    baseline, std = baseline_and_std(rewards, valid_PG, statistics != "group")
+    if statistics == "leave_one_out_mean" and normalize:
+        _, std = baseline_and_std(rewards, valid_PG, leave_one_out=False)
     advantage = rewards - baseline
     if normalize:
         advantage = torch.where(std > 0, advantage / (std + EPSILON), advantage)
@@ -73,3 +89,8 @@ def group_advantages(
     if valid_PG is not None:
         advantage = advantage * valid_PG
     return advantage.float()
+
+
+def flat_groups(rewards_PG: Tensor, valid_PG: Tensor | None = None) -> Tensor:
+    """Returns which groups teach nothing, (P,), bool: all of their valid rewards are equal, or at most one is valid."""
+    return (group_advantages(rewards_PG, valid_PG, normalize=False) == 0).all(-1)

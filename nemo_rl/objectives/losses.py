@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LossType = Literal["dapo", "grpo", "dr_grpo", "gspo", "cispo"]
+
 KL_INPUT_CLAMP = 20.0
 KL_OUTPUT_CLAMP = 10.0
 
@@ -42,6 +44,78 @@ def clipped_policy_loss(
     if dual_clip is not None:
         loss = torch.where(advantages_N < 0, torch.minimum(loss, -dual_clip * advantages_N), loss)
     return loss, ratio, is_clipped
+
+
+def sequence_policy_loss(
+    logprobs_N: Tensor,
+    old_logprobs_N: Tensor,
+    advantages_N: Tensor,
+    rows_N: Tensor,
+    num_sequences: int,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the clipped loss of GSPO at each token, the ratio of its sequence, and which were clipped; all (N,).
+
+    GSPO (arXiv 2507.18071, eq. 5 and 7): the ratio is one number for a whole sequence, its geometric mean per token,
+
+        s_i = exp(mean_t (logp_t - old_logp_t));  loss_i = -min(s_i * A_i, clip(s_i, 1 - clip_low, 1 + clip_high) * A_i)
+
+    and every token of sequence i has loss_i, so that the mean over its tokens is the sequence's. `rows_N` is the number of
+    the sequence of each token. Ratios of sequences are near 1: the paper clips at 3e-4 and 4e-4.
+    """
+    difference = logprobs_N - old_logprobs_N
+    sums = difference.new_zeros(num_sequences).index_add(0, rows_N, difference)
+    counts = difference.new_zeros(num_sequences).index_add(0, rows_N, torch.ones_like(difference))
+    log_ratio = (sums / counts.clamp(min=1))[rows_N]
+    zeros = torch.zeros_like(log_ratio)
+    return clipped_policy_loss(
+        log_ratio, zeros, advantages_N, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
+    )
+
+
+def weighted_policy_loss(
+    logprobs_N: Tensor, old_logprobs_N: Tensor, advantages_N: Tensor, *, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the loss of CISPO at each token, the probability ratio, and which ratios were clipped; all (N,).
+
+    CISPO (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5) clips the weight of a token and keeps its gradient:
+
+        loss = -sg(clip(ratio, 1 - clip_low, 1 + clip_high)) * A * logp
+
+    with sg the stop of the gradient. The paper has no lower bound, which is clip_low = 1.
+    """
+    ratio = (logprobs_N - old_logprobs_N).exp()
+    clipped_ratio = ratio.detach().clamp(1 - clip_low, 1 + clip_high)
+    return -clipped_ratio * advantages_N * logprobs_N, ratio, clipped_ratio != ratio.detach()
+
+
+def policy_loss(
+    loss_type: LossType,
+    logprobs_N: Tensor,
+    old_logprobs_N: Tensor,
+    advantages_N: Tensor,
+    rows_N: Tensor,
+    num_sequences: int,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns loss, ratio and what was clipped of each token by the function that `loss_type` names; all (N,).
+
+    gspo: `sequence_policy_loss`; cispo: `weighted_policy_loss`; dapo, grpo and dr_grpo: `clipped_policy_loss`, and differ
+    by their `token_weights`.
+    """
+    values = (logprobs_N, old_logprobs_N, advantages_N)
+    if loss_type == "cispo":
+        return weighted_policy_loss(*values, clip_low=clip_low, clip_high=clip_high)
+    bounds = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
+    if loss_type == "gspo":
+        return sequence_policy_loss(*values, rows_N, num_sequences, **bounds)  # type: ignore[arg-type]
+    return clipped_policy_loss(*values, **bounds)  # type: ignore[arg-type]
 
 
 def kl_estimate(
@@ -80,19 +154,18 @@ def kl_loss(
     return ratio_N * kl_estimate(logprobs_N, reference_logprobs_N, kind)
 
 
-def token_weights(
-    lengths: list[int], loss_type: Literal["dapo", "grpo", "dr_grpo"], max_new_tokens: int
-) -> list[float]:
+def token_weights(lengths: list[int], loss_type: LossType, max_new_tokens: int) -> list[float]:
     """Returns, for each completion, the weight of each of its tokens, so that the batch loss is the sum of weight * loss.
 
-    dapo: 1 / tokens of the batch (arXiv 2503.14476, eq. 8); grpo: mean within each completion, then over completions
-    (arXiv 2402.03300, eq. 3); dr_grpo: 1 / (completions * max_new_tokens) (arXiv 2503.20783). `lengths` are those of
-    all completions of the optimizer batch; completions of length 0 do not count.
+    dapo and cispo: 1 / tokens of the batch (arXiv 2503.14476, eq. 8; 2506.13585, eq. 4); grpo and gspo: mean within each
+    completion, then over completions (arXiv 2402.03300, eq. 3; 2507.18071, eq. 5); dr_grpo: 1 / (completions *
+    max_new_tokens) (arXiv 2503.20783). `lengths` are those of all completions of the optimizer batch; completions of
+    length 0 do not count.
     """
     counted = sum(1 for n in lengths if n)
-    if loss_type == "dapo":
+    if loss_type in ("dapo", "cispo"):
         return [1.0 / max(sum(lengths), 1)] * len(lengths)
-    if loss_type == "grpo":
+    if loss_type in ("grpo", "gspo"):
         return [1.0 / (n * counted) if n else 0.0 for n in lengths]
     return [1.0 / (max(counted, 1) * max_new_tokens)] * len(lengths)
 

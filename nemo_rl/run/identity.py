@@ -24,6 +24,14 @@ NOT_IDENTITY = frozenset(
 )
 """Settings of any section that a run goes on with although they differ."""
 
+LATER = frozenset(
+    {
+        *("advantage_statistics", "dynamic_sampling_rounds", "mini_batch_size", "use_kl_in_reward"),
+        *("importance_correction", "importance_max", "importance_min"),
+    }
+)
+"""Settings that runs of earlier versions do not know: at its default such a one is left out, so that these runs go on."""
+
 _WEIGHTS = (".safetensors", ".bin", ".pt")
 _EDGE = 1 << 16
 _SAMPLES = 256
@@ -36,7 +44,10 @@ def settings_identity(*sections: Any) -> dict[str, Any]:
     """The settings of these sections of the specification that decide the gradients, by name."""
     found: dict[str, Any] = {}
     for section in sections:
-        found |= {name: value for name, value in section.model_dump().items() if name not in NOT_IDENTITY}
+        fields = type(section).model_fields
+        for name, value in section.model_dump().items():
+            if name not in NOT_IDENTITY and not (name in LATER and value == fields[name].default):
+                found[name] = value
     return found
 
 

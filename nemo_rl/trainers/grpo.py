@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +20,15 @@ from nemo_rl.environments.runner import RewardCall, RewardOutcome, RewardRunner,
 from nemo_rl.environments.signature import bind_rewards
 from nemo_rl.model.packing import PackedBatch, TokenSequence, pack
 from nemo_rl.model.policy import Policy
-from nemo_rl.objectives.advantages import group_advantages
-from nemo_rl.objectives.losses import clipped_policy_loss, kl_estimate, kl_loss, token_weights
+from nemo_rl.objectives.advantages import flat_groups, group_advantages
+from nemo_rl.objectives.correction import Correction, importance_weights, mismatch
+from nemo_rl.objectives.losses import kl_estimate, kl_loss, policy_loss, token_weights
 from nemo_rl.rollout.in_process.engine import InProcess, end_tokens
 from nemo_rl.rollout.in_process.proof import prove_rollouts
 from nemo_rl.rollout.protocol import Completion, Request, RolloutEngine, Sampling
 from nemo_rl.rollout.responses import opening_tag
 from nemo_rl.rollout.stops import Stops
+from nemo_rl.run.ranks import Ranks
 from nemo_rl.trainers.base import Trainer
 
 PREFLIGHT_ROWS = 4
@@ -41,6 +44,44 @@ class Rollouts:
     outcomes: list[RewardOutcome]
     seconds: dict[str, float]
 
+    def and_then(self, others: Rollouts) -> Rollouts:
+        """Returns these rollouts followed by others."""
+        return Rollouts(
+            self.prompts + others.prompts,
+            self.completions + others.completions,
+            self.responses + others.responses,
+            self.outcomes + others.outcomes,
+            {name: seconds + others.seconds.get(name, 0.0) for name, seconds in self.seconds.items()},
+        )
+
+    def with_groups(self, places: dict[int, int], others: Rollouts) -> Rollouts:
+        """Returns these rollouts with group j of others in place of group i, for each i and j of `places`."""
+        size = len(self.completions) // len(self.prompts)
+
+        def placed(own: list[Any], new: list[Any], width: int) -> list[Any]:
+            result = list(own)
+            for i, j in places.items():
+                result[i * width : (i + 1) * width] = new[j * width : (j + 1) * width]
+            return result
+
+        return Rollouts(
+            placed(self.prompts, others.prompts, 1),
+            placed(self.completions, others.completions, size),
+            placed(self.responses, others.responses, size),
+            placed(self.outcomes, others.outcomes, size),
+            self.seconds,
+        )
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """What one optimizer update is made from: sequences, and of each its completion's number, advantage and token weight."""
+
+    numbers: list[int]
+    sequences: list[TokenSequence]
+    advantages: Tensor
+    weights: Tensor
+
 
 class GRPOTrainer(Trainer):
     """Maximises the clipped, group-relative objective (DeepSeekMath, arXiv 2402.03300, with the choices of GRPOSpec)."""
@@ -51,20 +92,28 @@ class GRPOTrainer(Trainer):
     reward_steps = 0
 
     def train_step(self, examples: list[PromptExample], step: int) -> dict[str, Any]:
-        rollouts = self.roll_out(examples, step)
+        rollouts, drawn = self._roll_out_varied(examples, step)
         rewards, valid = self.rewards_of(rollouts)
-        advantages = group_advantages(
-            rewards,
-            valid,
-            leave_one_out=self.settings.use_leave_one_out_baseline,
-            normalize=self.settings.normalize_rewards,
-        ).flatten()
         started = time.perf_counter()
-        trained = self.train_on(rollouts, advantages, valid.flatten())
-        seconds = {**rollouts.seconds, "train_seconds": time.perf_counter() - started}
+        found: dict[str, Any] = {}
+        if self.settings.use_kl_in_reward:
+            divergence = self._kl_of_completions(rollouts, valid)
+            rewards = rewards - self.settings.beta * divergence.view(rewards.shape)
+            if tokens := self._num_scored_tokens(rollouts, valid):
+                found["kl"] = divergence.sum().item() / tokens
+        advantages = self.advantages_of(rewards, valid).flatten()
+        found |= self.train_on(rollouts, advantages, valid.flatten())
+        seconds = {**drawn.seconds, "train_seconds": time.perf_counter() - started}
         self._say_hidden_tokens()
-        self.samples = self._samples(rollouts, step)
-        return {**trained, **self._reward_metrics(rollouts, rewards, valid, advantages), **seconds}
+        self.samples = self._samples(drawn, step)
+        if self.settings.dynamic_sampling_rounds:
+            found["resampled_groups"] = len(drawn.prompts) - len(rollouts.prompts)
+        return {**found, **self._reward_metrics(drawn), **seconds}
+
+    def advantages_of(self, rewards: Tensor, valid: Tensor) -> Tensor:
+        """Returns the advantage of each completion, (P, G), by the statistics that the settings name."""
+        settings = self.settings
+        return group_advantages(rewards, valid, statistics=settings.statistics, normalize=settings.normalize_rewards)
 
     # ------------------------------------------------------------------ rollouts
 
@@ -97,6 +146,31 @@ class GRPOTrainer(Trainer):
     def _sync_weights(self) -> dict[str, float]:
         """Gives what samples the weights of now, on all ranks; returns what that took."""
         return self.rollout_engine.update(self.policy, self.current_step)
+
+    def _roll_out_varied(self, examples: list[PromptExample], step: int) -> tuple[Rollouts, Rollouts]:
+        """Returns the rollouts to train on, and all that were drawn for them.
+
+        Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): while groups are flat, rows that the step has not seen take
+        their places, for at most `dynamic_sampling_rounds` rounds. Which rows depends on seed, step and round alone.
+        """
+        rollouts = drawn = self.roll_out(examples, step)
+        for number in range(self.settings.dynamic_sampling_rounds):
+            flat = flat_groups(*self.rewards_of(rollouts)).nonzero().flatten().tolist()
+            others = self._other_examples([prompt.index for prompt in drawn.prompts], len(flat), step, number)
+            if not others:
+                break
+            fresh = self.roll_out(others, step)
+            varied = (~flat_groups(*self.rewards_of(fresh))).nonzero().flatten().tolist()
+            rollouts = rollouts.with_groups(dict(zip(flat, varied, strict=False)), fresh)
+            drawn = drawn.and_then(fresh)
+        return rollouts, drawn
+
+    def _other_examples(self, seen: list[int], count: int, step: int, number: int) -> list[PromptExample]:
+        """Returns up to `count` rows of the data beside those that the step has seen."""
+        size, known = len(self.data.examples), set(seen)
+        draw = random.Random(f"{self.training.seed} {step} {number}")
+        drawn = draw.sample(range(size), min(size, count + len(known)))
+        return [self.data.examples[i] for i in [i for i in drawn if i not in known][:count]]
 
     def _generate(
         self, examples: list[PromptExample], step: int
@@ -186,55 +260,124 @@ class GRPOTrainer(Trainer):
     # ------------------------------------------------------------------ the update
 
     def train_on(self, rollouts: Rollouts, advantages: Tensor, valid: Tensor) -> dict[str, float]:
-        """Makes `num_iterations` optimizer updates from the rollouts; `advantages` and `valid` are (P * G,)."""
+        """Makes `num_iterations` updates from each mini-batch of the rollouts; `advantages` and `valid` are (P * G,)."""
         settings = self.settings
-        completions = rollouts.completions
+        mini_batches = [batch for batch in self._mini_batches(rollouts, advantages, valid) if batch.sequences]
+        several = settings.num_iterations * len(mini_batches) > 1
+        before = [self._old_logprobs(batch.sequences) if several else {} for batch in mini_batches]
+        sums = _Sums()
+        losses, norms = [0.0], [0.0]
+        for iteration in range(settings.num_iterations if mini_batches else 0):
+            losses, norms = [], []
+            for number, (mini_batch, old) in enumerate(zip(mini_batches, before, strict=True)):
+                loss_fn = self._loss_of(mini_batch, rollouts, old, sums)
+                losses.append(self.accumulate(mini_batch.sequences, loss_fn, may_stop=iteration == number == 0))
+                norms.append(self._optimizer.step(self.rate))
+        found = {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms)}
+        tokens = sum(sequence.num_targets for batch in mini_batches for sequence in batch.sequences)
+        return {**found, **sums.means(self.ranks, tokens * settings.num_iterations)}
+
+    def _mini_batches(self, rollouts: Rollouts, advantages: Tensor, valid: Tensor) -> list[MiniBatch]:
+        """Cuts the rollouts into mini-batches of whole groups; each is averaged by itself."""
+        settings = self.settings
         counted = valid.tolist()
         if settings.mask_truncated_completions:
-            counted = [v and c.finished for v, c in zip(counted, completions, strict=True)]
-        lengths = [len(c.ids) if keep else 0 for c, keep in zip(completions, counted, strict=True)]
-        weights = token_weights(lengths, settings.loss_type, settings.max_new_tokens)
-        # without a KL term a completion of zero advantage has no gradient; the weights above still count its tokens
-        live = [i for i, keep in enumerate(counted) if keep and (settings.beta > 0 or advantages[i] != 0)]
-        sequences = [self._sequence(rollouts, i) for i in live]
-        totals = {"kl": 0.0, "clipped": 0.0}
-        before = self._old_logprobs(sequences) if settings.num_iterations > 1 and sequences else []
-        device = self.device
-        advantage_of, weight_of = advantages[live].to(device), torch.tensor(weights, device=device)[live]
+            counted = [v and c.finished for v, c in zip(counted, rollouts.completions, strict=True)]
+        size = (settings.mini_batch_size or len(rollouts.prompts)) * settings.num_generations_per_prompt
+        found = []
+        for start in range(0, len(counted), size):
+            numbers = range(start, min(start + size, len(counted)))
+            lengths = [len(rollouts.completions[i].ids) if counted[i] else 0 for i in numbers]
+            weights = token_weights(lengths, settings.loss_type, settings.max_new_tokens)
+            # without a KL term a completion of zero advantage has no gradient; the weights still count its tokens
+            live = [i for i in numbers if counted[i] and (self._kl_in_loss or advantages[i] != 0)]
+            found.append(
+                MiniBatch(
+                    live,
+                    [self._sequence(rollouts, i) for i in live],
+                    advantages[live].to(self.device),
+                    torch.tensor(weights, device=self.device)[[i - start for i in live]],
+                )
+            )
+        return found
+
+    def _loss_of(
+        self, mini_batch: MiniBatch, rollouts: Rollouts, before: dict[int, Tensor], sums: _Sums
+    ) -> Callable[[PackedBatch, list[int]], Tensor]:
+        """Returns the loss of a micro-batch. `before`: log-probabilities before the first of several updates, by number."""
+        settings, device = self.settings, self.device
+        correction = self.correction
 
         def loss_fn(batch: PackedBatch, indices: list[int]) -> Tensor:
             rows = torch.tensor(indices, device=device)[batch.rows_S]
+            order = [indices[i] for i in batch.order]
+            # before the pass with gradient: the backward pass of a sharded model follows its forward pass
+            reference = self._reference_logprobs(batch) if self._kl_in_loss else None
             logprobs = self.policy.logprobs(batch, settings.temperature)
-            old = logprobs.detach()
-            if settings.num_iterations > 1:
-                old = torch.cat([before[indices[i]] for i in batch.order]).to(device)
-            loss, ratio, clipped = clipped_policy_loss(
+            old = torch.cat([before[i] for i in order]).to(device) if before else logprobs.detach()
+            drawn = [rollouts.completions[mini_batch.numbers[i]].logprobs for i in order]
+            sampled = torch.tensor([value for values in drawn for value in values], device=device)
+            loss, _, clipped = policy_loss(
+                settings.loss_type,
                 logprobs,
                 old,
-                advantage_of[rows],
+                mini_batch.advantages[rows],
+                batch.rows_S,
+                batch.num_sequences,
                 clip_low=settings.clip_low,
                 clip_high=settings.clip_high,
                 dual_clip=settings.dual_clip,
             )
-            totals["clipped"] += clipped.sum().item()
-            if settings.beta > 0:
-                reference = self._reference_logprobs(batch)
+            sums.add(clipped=clipped.sum(), **mismatch(old, sampled)._asdict())
+            if correction != "none":
+                low, high = settings.importance_min, settings.importance_max
+                factor, bounded = importance_weights(
+                    old, sampled, batch.rows_S, batch.num_sequences, correction, low=low, high=high
+                )
+                loss = loss * factor
+                sums.add(bounded=bounded.sum())
+            if reference is not None:
+                ratio = (logprobs - old).exp()
                 loss = loss + settings.beta * kl_loss(logprobs, reference, ratio, settings.kl_estimator)
-                totals["kl"] += kl_estimate(logprobs.detach(), reference, settings.kl_estimator).sum().item()
-            return (loss * weight_of[rows]).sum()
+                sums.add(divergence=kl_estimate(logprobs.detach(), reference, settings.kl_estimator).sum())
+            return (loss * mini_batch.weights[rows]).sum()
 
-        loss, grad_norm = 0.0, 0.0
-        for iteration in range(settings.num_iterations if sequences else 0):
-            loss = self.accumulate(sequences, loss_fn, may_stop=iteration == 0)
-            grad_norm = self._optimizer.step(self.rate)
-        totals = self.ranks.sum(totals)
-        trained_tokens = sum(sequence.num_targets for sequence in sequences) * settings.num_iterations
-        found = {"loss": loss, "grad_norm": grad_norm}
-        if trained_tokens and settings.beta > 0:
-            found["kl"] = totals["kl"] / trained_tokens
-        if trained_tokens:
-            found["clip_fraction"] = totals["clipped"] / trained_tokens
+        return loss_fn
+
+    @property
+    def correction(self) -> Correction:
+        """How tokens are weighed by their probability in training over that in sampling."""
+        chosen = self.settings.importance_correction
+        if chosen == "auto":
+            return "token_truncate" if self.samples_elsewhere else "none"
+        return chosen
+
+    @property
+    def samples_elsewhere(self) -> bool:
+        """Whether completions come from another engine or from older weights than those that are trained."""
+        return False
+
+    @property
+    def _kl_in_loss(self) -> bool:
+        return self.settings.beta > 0 and not self.settings.use_kl_in_reward
+
+    def _kl_of_completions(self, rollouts: Rollouts, valid: Tensor) -> Tensor:
+        """Returns the estimated divergence from the reference, summed over the tokens of each completion, (P * G,), 0 where
+        its reward is missing: what KL in the reward subtracts (InstructGPT, arXiv 2203.02155, eq. 2)."""
+        counted = [i for i, keep in enumerate(valid.flatten().tolist()) if keep]
+        settings = self.settings
+
+        def values_of(batch: PackedBatch) -> Tensor:
+            logprobs = self.policy.logprobs(batch, settings.temperature)
+            return kl_estimate(logprobs, self._reference_logprobs(batch), settings.kl_estimator)
+
+        sums = self.sum_over_tokens([self._sequence(rollouts, i) for i in counted], values_of)
+        found = torch.zeros(valid.numel(), dtype=torch.float64)
+        found[counted] = sums.double().cpu()
         return found
+
+    def _num_scored_tokens(self, rollouts: Rollouts, valid: Tensor) -> int:
+        return sum(len(c.ids) for c, keep in zip(rollouts.completions, valid.flatten().tolist(), strict=True) if keep)
 
     @torch.no_grad()
     def _old_logprobs(self, sequences: list[TokenSequence]) -> dict[int, Tensor]:
@@ -301,6 +444,7 @@ class GRPOTrainer(Trainer):
 
     def _start(self, data: Prepared, validation: Prepared | None) -> None:
         settings = self.settings
+        self.data = data
         self.end_ids = end_tokens(self.policy.causal, self.tokenizer)
         self._special_ids = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         self._hidden_tokens: set[int] = set()
@@ -396,7 +540,8 @@ class GRPOTrainer(Trainer):
         super()._load_state(state)
         self.reward_sum, self.reward_steps = state.get("reward_sum", 0.0), state.get("reward_steps", 0)
 
-    def _reward_metrics(self, rollouts: Rollouts, rewards: Tensor, valid: Tensor, advantages: Tensor) -> dict[str, Any]:
+    def _reward_metrics(self, rollouts: Rollouts) -> dict[str, Any]:
+        rewards, valid = self.rewards_of(rollouts)
         counts = valid.sum(-1)
         means = (rewards * valid).sum(-1) / counts.clamp(min=1)
         variances = ((rewards - means[:, None]).square() * valid).sum(-1) / (counts - 1).clamp(min=1)
@@ -405,7 +550,7 @@ class GRPOTrainer(Trainer):
         measured = {
             "reward": ((rewards * valid).sum() / valid.sum().clamp(min=1)).item(),
             "reward_std": (variances.sqrt() * scored).sum().item() / max(int(scored.sum()), 1),
-            "flat_group_fraction": (advantages.view(rewards.shape) == 0).all(-1).float().mean().item(),
+            "flat_group_fraction": flat_groups(rewards, valid).float().mean().item(),
         }
         metrics: dict[str, Any] = {
             **(measured if valid.any() else {}),  # of no reward there is no mean
@@ -436,6 +581,37 @@ class GRPOTrainer(Trainer):
                 }
             )
         return found
+
+
+class _Sums:
+    """Sums over the tokens of a step's updates; their means are metrics."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+
+    def add(self, **values: Tensor) -> None:
+        numbers = torch.stack([value.double() for value in values.values()]).tolist()
+        for name, number in zip(values, numbers, strict=True):
+            self.sums[name] = self.sums.get(name, 0.0) + number
+
+    def means(self, ranks: Ranks, trained_tokens: int) -> dict[str, float]:
+        """Returns the metrics over the sums of all ranks; of what was not measured there is none."""
+        totals: dict[str, float] = {}
+        for part in ranks.gather(lambda: self.sums):
+            for name, value in part.items():
+                totals[name] = totals.get(name, 0.0) + value
+        known = totals.pop("tokens", 0.0)
+        measured = {name: known if name in ("kl", "error") else trained_tokens for name in totals}
+        return {_METRICS[name]: value / measured[name] for name, value in totals.items() if measured[name]}
+
+
+_METRICS = {
+    "divergence": "kl",
+    "clipped": "clip_fraction",
+    "kl": "rollout_kl",
+    "error": "rollout_logprob_error",
+    "bounded": "importance_bounded_fraction",
+}
 
 
 def _mean_parts(outcomes: list[RewardOutcome]) -> dict[str, float]:

@@ -78,6 +78,10 @@ class Passes:
 
     def sum_logprobs(self, policy: Policy, sequences: list[TokenSequence], temperature: float = 1.0) -> Tensor:
         """Returns the summed log-probability of the trained tokens of each sequence, (len(sequences),), without gradient."""
+        return self.sum_over_tokens(sequences, lambda batch: policy.logprobs(batch, temperature))
+
+    def sum_over_tokens(self, sequences: list[TokenSequence], values_of: Callable[[PackedBatch], Tensor]) -> Tensor:
+        """Returns the sum of `values_of(batch)`, (S,), over the trained tokens of each sequence, (len(sequences),), without gradient."""
         sums = torch.zeros(len(sequences), device=self.device)
         shares = self._shares(sequences)
 
@@ -88,9 +92,7 @@ class Passes:
             for indices in self.microbatches([sequences[i] for i in mine]):
                 self.poll()
                 batch = pack([sequences[mine[i]] for i in indices], self.device)
-                found[torch.tensor(indices, device=self.device)] = batch.per_sequence(
-                    policy.logprobs(batch, temperature)
-                )
+                found[torch.tensor(indices, device=self.device)] = batch.per_sequence(values_of(batch))
             return found.tolist()
 
         for share, found in zip(shares, self.ranks.gather(compute), strict=True):

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from nemo_rl.objectives.advantages import EPSILON, RELATIVE_ZERO, baseline_and_std, group_advantages
+from nemo_rl.objectives.advantages import EPSILON, RELATIVE_ZERO, baseline_and_std, flat_groups, group_advantages
 
 exact = settings(deadline=None, derandomize=True, max_examples=80)
 
 HALF = math.sqrt(0.5)
 
 
-def one_group(rewards: list[float], valid: list[bool] | None = None, **options: bool) -> list[float]:
+def one_group(
+    rewards: list[float], valid: list[bool] | None = None, leave_one_out: bool = True, **options: Any
+) -> list[float]:
     mask = None if valid is None else torch.tensor([valid])
+    options = {"statistics": "leave_one_out" if leave_one_out else "group", **options}
     return group_advantages(torch.tensor([rewards], dtype=torch.float64), mask, **options)[0].tolist()
 
 
@@ -224,3 +228,22 @@ def test_leave_one_out_without_normalisation_is_the_scaled_distance_from_the_mea
     mean = math.fsum(rewards) / n
     expected = [n / (n - 1) * (r - mean) for r in rewards]
     assert one_group(rewards, normalize=False) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("winners", [1, 2, 15])
+def test_the_mean_of_the_others_over_the_deviation_of_all_has_no_jump(winners: int):
+    """Of 16, one right has more advantage than two right have each, and the sum is zero."""
+    rewards = [1.0] * winners + [0.0] * (16 - winners)
+    found = one_group(rewards, statistics="leave_one_out_mean")
+    mean = winners / 16
+    std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / 15)
+    others = [(sum(rewards) - r) / 15 for r in rewards]
+    assert found == pytest.approx([(r - o) / (std + EPSILON) for r, o in zip(rewards, others, strict=True)], abs=1e-6)
+    assert sum(found) == pytest.approx(0.0, abs=1e-4)
+
+
+def test_a_group_is_flat_if_no_two_of_its_valid_rewards_differ():
+    rewards = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.1, 0.1, 7.0], [1.0, 2.0, 3.0]])
+    valid = torch.tensor([[True] * 3, [True] * 3, [True, True, False], [False, True, False]])
+    assert flat_groups(rewards, valid).tolist() == [True, False, True, True]
+    assert flat_groups(rewards).tolist() == [True, False, False, False]

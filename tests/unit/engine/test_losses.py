@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nemo_rl.objectives.losses import clipped_policy_loss, kl_estimate, kl_loss, preference_loss, token_weights
+from nemo_rl.objectives.correction import importance_weights, mismatch
+from nemo_rl.objectives.losses import (
+    clipped_policy_loss,
+    kl_estimate,
+    kl_loss,
+    preference_loss,
+    token_weights,
+)
+from nemo_rl.objectives.losses import (
+    policy_loss as named_policy_loss,
+)
 
 exact = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -94,6 +104,106 @@ def test_policy_loss_is_the_formula(log_ratio, advantage, low, high, dual):
     assert loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
+# ------------------------------------------------------------------ GSPO and CISPO
+
+sequences = st.lists(
+    st.tuples(st.lists(st.tuples(st.floats(-3, 0), st.floats(-3, 0)), min_size=1, max_size=5), st.floats(-2, 2)),
+    min_size=1,
+    max_size=4,
+)
+
+
+def flat(case: list[tuple[list[tuple[float, float]], float]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities, old ones, advantages and sequence numbers of all tokens, the sequences in reverse order."""
+    rows = [(i, token, advantage) for i, (tokens, advantage) in reversed(list(enumerate(case))) for token in tokens]
+    new, old = (torch.tensor([token[k] for _, token, _ in rows], dtype=torch.float64) for k in (0, 1))
+    return new, old, torch.tensor([a for _, _, a in rows], dtype=torch.float64), torch.tensor([i for i, _, _ in rows])
+
+
+@exact
+@given(sequences, st.floats(0, 0.5), st.floats(0, 0.5))
+def test_gspo_clips_one_ratio_for_each_sequence(case, low, high):
+    new, old, advantages, rows = flat(case)
+    new.requires_grad_()
+    loss, ratio, _ = named_policy_loss("gspo", new, old, advantages, rows, len(case), clip_low=low, clip_high=high)
+    total = 0.0
+    for i, (tokens, advantage) in enumerate(case):
+        s = math.exp(sum(a - b for a, b in tokens) / len(tokens))
+        expected = -min(s * advantage, min(max(s, 1 - low), 1 + high) * advantage)
+        total += expected
+        assert loss[rows == i].tolist() == pytest.approx([expected] * len(tokens), rel=1e-9, abs=1e-12)
+        assert ratio[rows == i].tolist() == pytest.approx([s] * len(tokens))
+    weights = torch.tensor(token_weights([len(tokens) for tokens, _ in case], "gspo", 5), dtype=torch.float64)
+    assert (loss * weights[rows]).sum().item() == pytest.approx(total / len(case), rel=1e-9, abs=1e-12)
+
+
+def test_gspo_has_the_gradient_of_its_paper():
+    """arXiv 2507.18071, eq. 10, for one sequence whose ratio is not clipped: -s A / n for each token."""
+    new = torch.tensor([-1.0, -0.5, -2.0], dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([-1.1, -0.4, -2.2], dtype=torch.float64)
+    rows, advantages = torch.zeros(3, dtype=torch.long), torch.full((3,), 1.5, dtype=torch.float64)
+    loss, _, _ = named_policy_loss("gspo", new, old, advantages, rows, 1, clip_low=0.2, clip_high=0.2)
+    (found,) = torch.autograd.grad(loss.mean(), new)
+    s = math.exp((0.1 - 0.1 + 0.2) / 3)
+    assert found.tolist() == pytest.approx([-s * 1.5 / 3] * 3)
+
+
+@exact
+@given(sequences, st.floats(0, 1), st.floats(0, 1))
+def test_cispo_clips_the_weight_and_keeps_the_gradient(case, low, high):
+    new, old, advantages, rows = flat(case)
+    new.requires_grad_()
+    loss, _, clipped = named_policy_loss("cispo", new, old, advantages, rows, len(case), clip_low=low, clip_high=high)
+    (found,) = torch.autograd.grad(loss.sum(), new)
+    for t in range(len(new)):
+        ratio = math.exp(new[t].item() - old[t].item())
+        weight = min(max(ratio, 1 - low), 1 + high) * advantages[t].item()
+        assert loss[t].item() == pytest.approx(-weight * new[t].item(), rel=1e-9, abs=1e-12)
+        assert found[t].item() == pytest.approx(-weight, rel=1e-9, abs=1e-12)
+        if abs(ratio - (1 - low)) > 1e-9 and abs(ratio - (1 + high)) > 1e-9:
+            assert bool(clipped[t]) == (not 1 - low <= ratio <= 1 + high)
+
+
+# ------------------------------------------------------------------ importance correction
+
+
+@exact
+@given(
+    sequences,
+    st.sampled_from(["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]),
+    st.one_of(st.none(), st.floats(0, 0.9)),
+    st.one_of(st.none(), st.floats(1.0, 4)),
+)
+def test_importance_weights_are_their_definition(case, kind, low, high):
+    new, sampled, _, rows = flat(case)
+    found, bounded = importance_weights(new, sampled, rows, len(case), kind, low=low, high=high)
+    for t in range(len(new)):
+        of_sequence = kind.startswith("sequence")
+        tokens = case[int(rows[t])][0] if of_sequence else [(new[t].item(), sampled[t].item())]
+        ratio = math.exp(sum(a - b for a, b in tokens)) if kind != "none" else 1.0
+        outside = kind != "none" and ((low is not None and ratio < low) or (high is not None and ratio > high))
+        if any(bound is not None and abs(ratio - bound) < 1e-9 for bound in (low, high)):
+            continue
+        expected = ratio
+        if outside:
+            expected = 0.0 if kind.endswith("mask") else (low if low is not None and ratio < low else high)
+        assert found[t].item() == pytest.approx(expected, rel=1e-9)
+        assert bool(bounded[t]) == outside
+
+
+def test_what_was_not_measured_is_neither_weighed_nor_counted():
+    new = torch.tensor([-1.0, -2.0, -1.5], requires_grad=True)
+    sampled = torch.tensor([-1.2, math.nan, -1.1])
+    weights, _ = importance_weights(new, sampled, torch.zeros(3, dtype=torch.long), 1, "token_truncate", high=2.0)
+    assert weights.tolist() == pytest.approx([math.exp(0.2), 1.0, math.exp(-0.4)])
+    assert not weights.requires_grad
+    found = mismatch(new, sampled)
+    assert found.tokens.item() == 2
+    assert found.error.item() == pytest.approx(0.6)
+    expected = sum(math.exp(d) - 1 - d for d in (0.2, -0.4))
+    assert found.kl.item() == pytest.approx(expected, rel=1e-5)
+
+
 # ------------------------------------------------------------------ KL
 
 
@@ -154,18 +264,18 @@ lengths = st.lists(st.integers(0, 20), min_size=1, max_size=12)
 
 
 @exact
-@given(lengths)
-def test_dapo_averages_over_all_tokens(found: list[int]):
-    weights = token_weights(found, "dapo", 20)
+@given(lengths, st.sampled_from(["dapo", "cispo"]))
+def test_dapo_averages_over_all_tokens(found: list[int], kind: str):
+    weights = token_weights(found, kind, 20)
     total = sum(found)
     assert sum(n * w for n, w in zip(found, weights, strict=True)) == pytest.approx(1.0 if total else 0.0)
     assert len(set(weights)) == 1
 
 
 @exact
-@given(lengths)
-def test_grpo_gives_each_completion_the_same_weight(found: list[int]):
-    weights = token_weights(found, "grpo", 20)
+@given(lengths, st.sampled_from(["grpo", "gspo"]))
+def test_grpo_gives_each_completion_the_same_weight(found: list[int], kind: str):
+    weights = token_weights(found, kind, 20)
     counted = sum(1 for n in found if n)
     for n, w in zip(found, weights, strict=True):
         assert n * w == pytest.approx(1 / counted if n else 0.0)

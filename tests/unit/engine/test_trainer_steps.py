@@ -58,25 +58,36 @@ def slow_grpo(
             with torch.no_grad():
                 known = plain_logprobs(reference, prompt + completion.ids, settings.temperature)[len(prompt) - 1 :]
         tokens = []
+        several = settings.num_iterations > 1 or settings.mini_batch_size is not None
+        olds = torch.tensor(completion.logprobs) if several else logprobs.detach()
+        of_sequence = (logprobs - olds).mean().exp()
         for t, logprob in enumerate(logprobs):
-            old = completion.logprobs[t] if settings.num_iterations > 1 else logprob.detach()
-            ratio = (logprob - old).exp()
+            ratio = (logprob - olds[t]).exp()
             advantage = advantages[i].item()
-            clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
-            surrogate = torch.min(ratio * advantage, clipped * advantage)
+            weighed = of_sequence if settings.loss_type == "gspo" else ratio
+            clipped = weighed.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+            surrogate = torch.min(weighed * advantage, clipped * advantage)
+            if settings.loss_type == "cispo":
+                surrogate = clipped.detach() * advantage * logprob
             if settings.dual_clip is not None and advantage < 0:
                 surrogate = torch.max(surrogate, torch.tensor(settings.dual_clip * advantage))
             loss = -surrogate
+            if settings.importance_correction == "token_truncate":
+                drawn = math.exp(olds[t].item() - completion.logprobs[t])
+                loss = loss * min(drawn, settings.importance_max)
+            if settings.importance_correction == "sequence_mask":
+                drawn = math.exp(olds.sum().item() - sum(completion.logprobs))
+                loss = loss * (drawn if settings.importance_min <= drawn <= settings.importance_max else 0.0)
             if reference is not None:
                 d = known[t] - logprob
                 estimate = {"k1": -d, "k2": d**2 / 2, "k3": d.exp() - 1 - d}[settings.kl_estimator]
                 loss = loss + settings.beta * ratio * estimate
             tokens.append(loss)
         terms.append(tokens)
-    if settings.loss_type == "dapo":
+    if settings.loss_type in ("dapo", "cispo"):
         every = [token for tokens in terms for token in tokens]
         total = torch.stack(every).mean()
-    elif settings.loss_type == "grpo":
+    elif settings.loss_type in ("grpo", "gspo"):
         total = torch.stack([torch.stack(tokens).mean() for tokens in terms]).mean()
     else:
         total = torch.stack([torch.stack(tokens).sum() for tokens in terms]).sum() / (
@@ -108,6 +119,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "k1": {"beta": 0.2, "kl_estimator": "k1"},
     "k2": {"beta": 0.2, "kl_estimator": "k2", "loss_type": "dr_grpo"},
     "k3": {"beta": 0.2, "kl_estimator": "k3", "num_iterations": 2, "temperature": 1.3},
+    "gspo": {"loss_type": "gspo", "num_iterations": 2, "clip_low": 0.03, "clip_high": 0.04},
+    "gspo at the weights that sampled": {"loss_type": "gspo", "beta": 0.1},
+    "cispo": {"loss_type": "cispo", "num_iterations": 2, "clip_low": 1.0, "clip_high": 0.28},
+    "truncated importance": {"importance_correction": "token_truncate", "importance_max": 1.1},
+    "masked importance": {
+        **{"importance_correction": "sequence_mask", "importance_min": 0.5, "importance_max": 1.5},
+        **{"loss_type": "grpo", "beta": 0.1},
+    },
     "truncated": {"mask_truncated_completions": True},
     "truncated grpo": {"mask_truncated_completions": True, "loss_type": "grpo", "beta": 0.1},
 }
@@ -175,7 +194,35 @@ def test_all_updates_of_a_batch_compare_with_the_policy_before_the_first(budget:
     assert metrics["clip_fraction"] > 0
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+def test_each_mini_batch_is_an_update_of_its_own_from_the_policy_before_the_first():
+    model = tiny.make_model("qwen2")
+    trainer = grpo(model, mini_batch_size=2, weight_decay=0.0, tokens_per_microbatch=40, loss_type="gspo")
+    trainer.rate = 1e-3
+    rollouts = frozen_rollouts(model, drift=0.1)  # three prompts: a mini-batch of two, and one of one
+    advantages, valid = some_advantages(rollouts), torch.ones(12, dtype=torch.bool)
+    update_an_older_policy(trainer, rollouts)
+    gradients = gradients_of(trainer)
+    models: list[nn.Module] = []
+    step = trainer.optimizer.step
+
+    def remember(rate: float) -> float:
+        models.append(copy.deepcopy(model))
+        return step(rate)
+
+    trainer.optimizer.step = remember
+    metrics = trainer.train_on(rollouts, advantages, valid)
+    losses = []
+    for (first, last), updated, found in zip([(0, 2), (2, 3)], models, gradients, strict=True):
+        part = slice(first * SAMPLES, last * SAMPLES)
+        of_part = Rollouts(rollouts.prompts[first:last], rollouts.completions[part], [], [], {})
+        updated.zero_grad()
+        loss, expected = slow_grpo(updated, None, of_part, advantages[part], valid[part], trainer.settings)
+        losses.append(loss)
+        assert relative(found, expected) <= EXACT
+    assert metrics["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "gspo"])
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_grpo_gradient_does_not_depend_on_microbatches(loss_type: str, budget: int):
     model = tiny.make_model("qwen2")
@@ -187,7 +234,7 @@ def test_grpo_gradient_does_not_depend_on_microbatches(loss_type: str, budget: i
         trainer.reference = Policy(tiny.neighbour_of("qwen2"), "fp32")
         results.append(step_grpo(trainer, rollouts, advantages, valid))
     assert relative(results[0][1], results[1][1]) <= 1e-6
-    for name in ("loss", "kl", "clip_fraction"):
+    for name in ("loss", "kl", "clip_fraction", "rollout_kl", "rollout_logprob_error"):
         assert results[0][0][name] == pytest.approx(results[1][0][name], rel=1e-5, abs=1e-7)
 
 

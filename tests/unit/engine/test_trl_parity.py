@@ -92,6 +92,7 @@ def trl_grpo(
     advantages: Tensor,
     reference: nn.Module | None,
     with_old: bool,
+    importance: Tensor | None = None,
     **options: Any,
 ) -> tuple[float, Tensor]:
     from datasets import Dataset
@@ -124,6 +125,8 @@ def trl_grpo(
     inputs["num_items_in_batch"] = inputs["completion_mask"].sum()
     if with_old:
         inputs["old_per_token_logps"] = _padded_values([c.logprobs for c in rollouts.completions])
+    if importance is not None:
+        trainer.use_vllm, inputs["importance_sampling_ratio"] = True, importance
     if reference is not None:
         with torch.no_grad():
             known = [
@@ -158,6 +161,13 @@ GRPO_VARIANTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"loss_type": "dapo", "beta": 0.2}, {}),
     ({"loss_type": "dr_grpo", "beta": 0.2, "num_iterations": 2, "temperature": 1.2}, {}),
     ({"loss_type": "grpo", "beta": 0.05, "num_iterations": 2}, {}),
+    # TRL's GSPO is its grpo with ratios of sequences
+    (
+        {"loss_type": "gspo", "num_iterations": 2, "clip_low": 0.03, "clip_high": 0.04},
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.03, "epsilon_high": 0.04},
+    ),
+    # TRL's bound is that of the ratio itself, and there is none below
+    ({"loss_type": "cispo", "num_iterations": 2, "clip_low": 1.0, "clip_high": 0.28}, {"epsilon_high": 1.28}),
 ]
 
 
@@ -173,7 +183,7 @@ def test_grpo_loss_and_gradient(trl, tokenizer, tmp_path: Path, ours: dict[str, 
     with_old = ours.get("num_iterations", 1) > 1
     shared = {name: ours[name] for name in ("loss_type", "temperature", "beta", "num_iterations") if name in ours}
     expected_loss, expected = trl_grpo(
-        trl, tokenizer, tmp_path, rollouts, advantages, reference, with_old, **{"beta": 0.0, **shared}, **theirs
+        trl, tokenizer, tmp_path, rollouts, advantages, reference, with_old, **{"beta": 0.0, **shared, **theirs}
     )
     trainer = grpo(model, tokens_per_microbatch=70, **ours)
     trainer.reference = Policy(reference, "fp32") if reference is not None else None
@@ -182,6 +192,35 @@ def test_grpo_loss_and_gradient(trl, tokenizer, tmp_path: Path, ours: dict[str, 
     metrics = trainer.train_on(rollouts, advantages, torch.ones(len(advantages), dtype=torch.bool))
     assert abs(metrics["loss"] - expected_loss) <= LOSS
     assert relative(gradients[0], expected) <= GRADIENT
+
+
+@pytest.mark.parametrize("kind", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_importance_correction(trl, tokenizer, tmp_path: Path, kind: str):
+    """The factor by TRL's lines for samples of vLLM (grpo_trainer.py, `_generate_and_score_completions`), padded; TRL applies it."""
+    model = tiny.make_model(FAMILY)
+    rollouts = frozen_rollouts(model, drift=0.5)
+    advantages = some_advantages(rollouts)
+    rows = []
+    with torch.no_grad():
+        for i, completion in enumerate(rollouts.completions):
+            prompt = rollouts.prompts[i // SAMPLES].ids
+            rows.append(plain_logprobs(model, prompt + completion.ids)[len(prompt) - 1 :].tolist())
+    difference = _padded_values(rows) - _padded_values([c.logprobs for c in rollouts.completions])
+    if kind.startswith("sequence"):
+        difference = difference.sum(-1, keepdim=True)
+    ratio = difference.exp()
+    factor = ratio.clamp(0.8, 1.3) if kind.endswith("truncate") else ratio.masked_fill((ratio < 0.8) | (ratio > 1.3), 0)
+    assert (factor != ratio).any()
+    options = {"beta": 0.0, "loss_type": "dapo"}
+    expected_loss, expected = trl_grpo(
+        trl, tokenizer, tmp_path, rollouts, advantages, None, False, importance=factor, **options
+    )
+    trainer = grpo(model, importance_correction=kind, importance_min=0.8, importance_max=1.3, tokens_per_microbatch=70)
+    gradients = gradients_of(trainer)
+    metrics = trainer.train_on(rollouts, advantages, torch.ones(len(advantages), dtype=torch.bool))
+    assert abs(metrics["loss"] - expected_loss) <= LOSS
+    assert relative(gradients[0], expected) <= GRADIENT
+    assert 0 < metrics["importance_bounded_fraction"] < 1
 
 
 def test_masking_truncated_completions(trl, tokenizer, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -351,3 +352,84 @@ def test_what_cannot_be_saved_fails_before_the_first_step(tiny_model: str, tmp_p
     with pytest.raises(KeyError, match="experts"):
         nemo_rl.train(tiny_model, PROMPTS, share_of_a, max_steps=3, output_dir=tmp_path, **SHORT_GRPO, **QUIET)
     assert not [line for file in tmp_path.rglob("metrics.jsonl") for line in file.read_text().splitlines()]
+
+
+def test_rows_whose_completions_score_alike_are_replaced_by_other_rows(
+    tiny_model: str, tmp_path: Path, monkeypatch
+) -> None:
+    """Dynamic sampling: odd rows always score 0; they make way for others, as far as the rounds go."""
+    from nemo_rl.trainers.grpo import GRPOTrainer
+
+    trained: list[list[str]] = []
+    inner = GRPOTrainer.train_on
+
+    def train_on(self: Any, rollouts: Any, *values: Any) -> Any:
+        trained.append([prompt.row.prompt for prompt in rollouts.prompts])
+        return inner(self, rollouts, *values)
+
+    monkeypatch.setattr(GRPOTrainer, "train_on", train_on)
+
+    calls = itertools.count(1)
+
+    def only_even(prompt: str, response: str) -> float:
+        return 0.0 if int(prompt[:-1]) % 2 else float(next(calls))
+
+    def run(rounds: int) -> tuple[list[dict[str, Any]], int]:
+        trained.clear()
+        options = {**SHORT_GRPO, **QUIET, "output_dir": tmp_path / str(rounds), "max_steps": 2}
+        history = nemo_rl.train(tiny_model, PROMPTS, only_even, dynamic_sampling_rounds=rounds, **options).history
+        return history, sum(int(prompt[:-1]) % 2 for prompts in trained for prompt in prompts)
+
+    plain, odd = run(0)
+    assert odd >= 2
+    assert sum(row["flat_group_fraction"] * 4 for row in plain) == odd
+    assert "resampled_groups" not in plain[0]
+    varied, left = run(3)
+    assert left < odd
+    assert all(len(set(prompts)) == 4 for prompts in trained), "a batch is as large as ever, of different rows"
+    drawn_odd = sum(row["flat_group_fraction"] * (4 + row["resampled_groups"]) for row in varied)
+    assert left == pytest.approx(drawn_odd - sum(row["resampled_groups"] for row in varied))
+
+
+def test_kl_in_the_reward_is_subtracted_before_the_advantages(tiny_model: str, tmp_path: Path, monkeypatch) -> None:
+    from nemo_rl.trainers import grpo
+
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    inner = grpo.group_advantages
+
+    def advantages(rewards: torch.Tensor, valid: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append((rewards.clone(), valid))
+        return inner(rewards, valid, **options)
+
+    monkeypatch.setattr(grpo, "group_advantages", advantages)
+    options = {**SHORT_GRPO, "learning_rate": 1e-2, "beta": 0.5, "kl_estimator": "k1", **QUIET}
+    result = nemo_rl.train(
+        tiny_model, PROMPTS, share_of_a, max_steps=2, use_kl_in_reward=True, output_dir=tmp_path, **options
+    )
+    first, second = result.history
+    assert first["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert seen[0][0].mean().item() == pytest.approx(first["reward"], abs=1e-6)
+    tokens = second["completion_length"] * 16
+    assert second["kl"] != 0.0
+    assert second["reward"] - seen[1][0].mean().item() == pytest.approx(0.5 * second["kl"] * tokens / 16, rel=1e-4)
+
+
+def test_the_mismatch_of_sampling_and_training_is_measured(tiny_model: str, tmp_path: Path) -> None:
+    result = nemo_rl.train(tiny_model, PROMPTS, share_of_a, max_steps=1, output_dir=tmp_path, **SHORT_GRPO, **QUIET)
+    assert 0 <= result.metrics["rollout_logprob_error"] < 1e-5
+    assert abs(result.metrics["rollout_kl"]) < 1e-6
+    assert "importance_bounded_fraction" not in result.metrics
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"loss_type": "cispo", "dual_clip": 3.0}, "cispo, which has no such bound"),
+        ({"use_leave_one_out_baseline": False, "advantage_statistics": "leave_one_out"}, "contradict each other"),
+        ({"importance_min": 3.0}, "importance_min 3 above importance_max 2"),
+        ({"use_kl_in_reward": True}, "set beta above 0"),
+    ],
+)
+def test_objectives_that_do_not_fit_together_are_refused(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        nemo_rl.train("nowhere", PROMPTS, share_of_a, output_dir=tmp_path, **settings, **QUIET)
