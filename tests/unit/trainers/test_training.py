@@ -388,7 +388,7 @@ def test_rows_whose_completions_score_alike_are_replaced_by_other_rows(
     assert left < odd
     assert all(len(set(prompts)) == 4 for prompts in trained), "a batch is as large as ever, of different rows"
     drawn_odd = sum(row["flat_group_fraction"] * (4 + row["resampled_groups"]) for row in varied)
-    assert left == pytest.approx(drawn_odd - sum(row["resampled_groups"] for row in varied))
+    assert left == pytest.approx(drawn_odd - sum(row["resampled_groups"] for row in varied), abs=1e-4)
 
 
 def test_kl_in_the_reward_is_subtracted_before_the_advantages(tiny_model: str, tmp_path: Path, monkeypatch) -> None:
