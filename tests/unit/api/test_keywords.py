@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -113,11 +114,24 @@ NUMERIC = {
 }
 
 
+_CONTRADICTIONS: list[tuple[Callable[[dict[str, Any]], bool], str]] = [
+    (lambda flat: "advantage_statistics" in flat, "use_leave_one_out_baseline"),
+    (lambda flat: flat.get("loss_type") == "cispo", "dual_clip"),
+    (lambda flat: not flat.get("beta"), "use_kl_in_reward"),
+    (lambda flat: True, "importance_min"),
+]
+"""Settings that are refused together with others, and which of them is left out."""
+
+
 @st.composite
 def _calls(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     algorithm = draw(st.sampled_from(ALGORITHMS))
     chosen = draw(st.lists(st.sampled_from(NUMERIC[algorithm]), unique=True, max_size=12))
-    return algorithm, {name: draw(_field_values(name, algorithm), label=name) for name in chosen}
+    flat = {name: draw(_field_values(name, algorithm), label=name) for name in chosen}
+    for kept, left_out in _CONTRADICTIONS:
+        if kept(flat):
+            flat.pop(left_out, None)
+    return algorithm, flat
 
 
 @given(_calls())
