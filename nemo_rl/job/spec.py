@@ -189,6 +189,8 @@ class TrainingSpec(Section):
     """Recompute activations in the backward pass: less memory, about a quarter slower. Default false."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of forward and backward; weights and optimizer stay fp32. auto is bf16 on CUDA, fp32 on CPU. Default auto."""
+    sharding: Literal["auto", "full", "none"] = "auto"
+    """full: each rank keeps a part of the weights, gradients and optimizer, and blocks are made whole as passes come to them (FSDP2); none: each rank keeps them whole. auto is full on more than one rank. Default auto."""
     lora_rank: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Train low-rank adapters of this rank instead of all weights (needs the extra lora). Default none: full training."""
     lora_alpha: Annotated[float, Field(gt=0)] | None = None

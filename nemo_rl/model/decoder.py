@@ -131,7 +131,8 @@ class NativeDecoder:
         """
         cos, sin = self.rotary(batch.positions_N, dtype)
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        x = F.embedding(batch.ids_N, self.backbone.embed_tokens.weight)
+        embedding = self.backbone.embed_tokens
+        x = F.embedding(batch.ids_N, embedding.weight, embedding.padding_idx)  # the padding token's row is not trained
         for layer in self.backbone.layers:
             if recompute and torch.is_grad_enabled():
                 x = checkpoint(self._layer, layer, x, cos, sin, batch, dtype, use_reentrant=False)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from nemo_rl.model.adapters import add_adapters
 from nemo_rl.model.dropout import switch_off_dropout
 from nemo_rl.model.kinds import check_kind, describe
 from nemo_rl.run.dtypes import remember_dtypes
+
+if TYPE_CHECKING:
+    from nemo_rl.model.sharding import ShardedModel
 
 log = logging.getLogger(__name__)
 
@@ -81,19 +84,78 @@ def load_model(name: str, training: TrainingSpec, device: torch.device) -> nn.Mo
     Weights are fp32 whatever the checkpoint's dtype: with bf16 weights, updates at usual learning rates round to nothing.
     Checkpoints of the run are saved in the dtype that plain transformers loads the model in. Raises ValueError if it cannot be loaded.
     """
+    model, found = _read(name, training, dtype=torch.float32)
+    _check_complete(name, model, found)
+    return prepare_model(model, training, device, as_loaded=_plain_dtypes(name, training.trust_remote_code))
+
+
+def load_sharded(
+    name: str,
+    training: TrainingSpec,
+    device: torch.device,
+    shard: Callable[[nn.Module], ShardedModel],
+    *,
+    dtype: torch.dtype = torch.float32,
+    files: str | None = None,
+) -> tuple[nn.Module, ShardedModel]:
+    """Returns the causal language model of a hub name or directory and its shards, without dropout. Collective.
+
+    `shard` gets the model before its weights are read: then each rank reads its own part of each weight, in `dtype`, from the
+    slices of safetensors files. Files of other kinds are read whole by each rank, which a warning says. `files`: a directory
+    that has the weights, a checkpoint of this model for example.
+    """
+    made: list[ShardedModel] = []
+    with _distributed_by(lambda model: made.append(shard(model)), device):
+        from transformers.distributed import DistributedConfig
+
+        model, found = _read(files or name, training, dtype=dtype, distributed_config=DistributedConfig())
+    del model.config.distributed_config
+    model.config._name_or_path = model.name_or_path = name
+    _check_complete(name, model, found)
+    check_kind(model)
+    remember_dtypes(model, training.checkpoint_dtype == "fp32", _plain_dtypes(name, training.trust_remote_code))
+    switch_off_dropout(model)
+    model.eval()
+    return model, made[0]
+
+
+@contextmanager
+def _distributed_by(shard: Callable[[Any], None], device: torch.device) -> Iterator[None]:
+    """Within it transformers, which reads its own part of each weight on each rank, leaves to `shard` which parts there are."""
+    from transformers import PreTrainedModel
+
+    def on_device(cls: Any, config: Any, device_map: Any = None) -> tuple[Any, Any, None]:
+        return config, device if device.type == "cuda" else None, None
+
+    def distribute(cls: Any, model: Any, config: Any, mesh: Any) -> Any:
+        model.tie_weights()
+        shard(model)
+        return model
+
+    kept = {name: vars(PreTrainedModel).get(name) for name in ("prepare_distribute_model", "maybe_distribute_model")}
+    changed: Any = PreTrainedModel
+    changed.prepare_distribute_model = classmethod(on_device)
+    changed.maybe_distribute_model = classmethod(distribute)
+    try:
+        yield
+    finally:
+        for name, method in kept.items():
+            delattr(changed, name) if method is None else setattr(changed, name, method)
+
+
+def _read(name: str, training: TrainingSpec, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Returns a model and what transformers says of its weights. Raises ValueError if it cannot be loaded."""
     from transformers import AutoModelForCausalLM
 
     try:
         with _without_progress_bar():
-            model, found = AutoModelForCausalLM.from_pretrained(
-                name, dtype=torch.float32, trust_remote_code=training.trust_remote_code, output_loading_info=True
+            return AutoModelForCausalLM.from_pretrained(
+                name, trust_remote_code=training.trust_remote_code, output_loading_info=True, **options
             )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a file or a family's code raises, the cause is named
         raise ValueError(_not_loadable("model", name, error)) from error
-    _check_complete(name, model, found)
-    return prepare_model(model, training, device, as_loaded=_plain_dtypes(name, training.trust_remote_code))
 
 
 def _plain_dtypes(name: str, trust_remote_code: bool) -> dict[str, torch.dtype] | None:
@@ -157,6 +219,8 @@ def prepare_model(
     training: TrainingSpec,
     device: torch.device,
     as_loaded: dict[str, torch.dtype] | None = None,
+    *,
+    adapters: bool = True,
 ) -> nn.Module:
     """Makes a loaded model ready for training: fp32, on the device, no dropout, adapters if asked. Returns it.
 
@@ -167,7 +231,7 @@ def prepare_model(
     model = model.to(device=device, dtype=torch.float32)
     switch_off_dropout(model)
     model.eval()  # no layer of a causal model but dropout depends on the mode; gradients flow in either
-    if training.lora_rank is not None:
+    if adapters and training.lora_rank is not None:
         model = add_adapters(model, training)
     return model
 

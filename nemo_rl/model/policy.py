@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,12 @@ from nemo_rl.model.packing import PackedBatch
 from nemo_rl.model.probe import SHORT, Probe, exact, reset_positions
 from nemo_rl.model.proof import check_causal, choose_path, length_limit
 
+if TYPE_CHECKING:
+    from nemo_rl.model.sharding import ShardedModel
+
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
 PATHS = ("hidden", "logits", "hidden, one by one", "logits, one by one")
 """Ways to log-probabilities through transformers' own modules, from fast to slow: sequences padded to views, or each by itself;
@@ -36,13 +40,19 @@ class Policy:
     """
 
     def __init__(
-        self, model: nn.Module, precision: str = "auto", recompute: bool = False, longest: int | None = None
+        self,
+        model: nn.Module,
+        precision: str = "auto",
+        recompute: bool = False,
+        longest: int | None = None,
+        sharded: ShardedModel | None = None,
     ) -> None:
         """`recompute`: make activations again in the backward pass. `longest`: tokens of the longest sequence of the run.
+        `sharded`: the model's shards, where ranks share its weights; then every call here is collective.
 
         Raises ValueError for a model that is not a causal language model, or that no way computes right.
         """
-        self.model = model
+        self.model, self.sharded = model, sharded
         self.recompute = recompute
         self.device = next(model.parameters()).device
         self.dtype = compute_dtype(precision, self.device)
@@ -54,7 +64,7 @@ class Policy:
         self.native: NativeDecoder | None = None
         self.probe = Probe(self.causal, longest)
         self.path = self._choose_path()
-        if self.path != "packed":
+        if self.path != "packed" and sharded is None:
             log.info("log-probabilities by transformers' own forward (%s)", unsupported(self.causal) or self.path)
 
     @property
@@ -79,6 +89,32 @@ class Policy:
 
     def by_path(self, batch: PackedBatch, temperature: float, path: str) -> Tensor:
         """Returns the log-probability of each trained token, (S,), by one of the ways."""
+        return self.run(lambda: self._by_path(batch, temperature, path))
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Returns what `work` returns, which calls the model or reads its weights; through it a sharded one has them."""
+        return work() if self.sharded is None else self.sharded.run(work)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Within it a sharded model is whole on each rank, for forward passes without gradient."""
+        with self.sharded.gathered() if self.sharded is not None else nullcontext():
+            yield
+
+    def worst(self, values: Tensor) -> Tensor:
+        """Returns the largest of each value over the ranks of a sharded model, so that all of them decide the same."""
+        return values if self.sharded is None else self.sharded.largest(values)
+
+    def norm(self, vector: Tensor) -> Tensor:
+        """Returns the norm of a vector, of which each rank of a sharded model has a part."""
+        return vector.norm() if self.sharded is None else self.sharded.norm(vector)
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether each sequence is a forward pass of its own."""
+        return self.path.endswith("one by one")
+
+    def _by_path(self, batch: PackedBatch, temperature: float, path: str) -> Tensor:
         if path == "packed":
             assert self.native is not None
             hidden = self.native.hidden(batch, self.dtype, self.recompute)
@@ -147,7 +183,8 @@ class Policy:
         """Within it all ways compute in float32, as proofs need it."""
         dtype, self.dtype = self.dtype, torch.float32
         try:
-            yield
+            with self.sharded.in_float32() if self.sharded is not None else nullcontext():
+                yield
         finally:
             self.dtype = dtype
 
@@ -166,13 +203,14 @@ class Policy:
 
     def _proved_path(self) -> str:
         check_causal(self, self.probe)
-        if unsupported(self.causal) is None:
+        if self.sharded is None and unsupported(self.causal) is None:
             self.native = NativeDecoder(self.causal)
             with suppress(ValueError):
                 return choose_path(self, self.probe, ["packed"])
             self.native = None
         with exact(self.causal):
-            self.head_facts = measure_head(self.causal, self.probe.ids(min(12, self.probe.longest), 3))
+            ids = self.probe.ids(min(12, self.probe.longest), 3)
+            self.head_facts = self.run(lambda: measure_head(self.causal, ids))
         paths = [path for path in PATHS if self.head_facts is not None or path.startswith("logits")]
         if self.recompute:
             return self._path_with_recomputing(paths)

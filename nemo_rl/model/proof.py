@@ -12,6 +12,7 @@ from nemo_rl.errors import NonFiniteTraining
 from nemo_rl.model.kinds import describe
 from nemo_rl.model.packing import TokenSequence, pack
 from nemo_rl.model.probe import TOLERANCE, Probe, exact, plain_logprobs
+from nemo_rl.model.sharding import local
 
 if TYPE_CHECKING:
     from nemo_rl.model.policy import Policy
@@ -34,7 +35,7 @@ def check_causal(policy: Policy, probe: Probe) -> None:
     other = ids[:-3] + probe.ids(3, 2)
     try:
         with torch.no_grad(), exact(policy.causal):
-            first, second = plain_logprobs(policy.causal, ids), plain_logprobs(policy.causal, other)
+            first, second = _plain(policy, ids), _plain(policy, other)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -68,7 +69,7 @@ def length_limit(policy: Policy, probe: Probe) -> int | None:
     @torch.no_grad()
     def depends(length: int) -> bool:
         with exact(policy.causal):
-            whole, less = plain_logprobs(policy.causal, ids[:length]), plain_logprobs(policy.causal, ids[: length - 1])
+            whole, less = _plain(policy, ids[:length]), _plain(policy, ids[: length - 1])
         return (whole[:-1] - less).abs().max().item() > TOLERANCE
 
     if not depends(probe.longest):
@@ -120,24 +121,28 @@ def _errors(policy: Policy, probe: Probe, path: str, seed: int) -> tuple[Tensor,
         with torch.no_grad():
             truth = torch.cat([_trained(policy, s) for s in sequences])
             errors = (_by_path(policy, sequences, path) - truth).abs()
-        errors = torch.nan_to_num(errors, nan=torch.inf)
+        errors = policy.worst(torch.nan_to_num(errors, nan=torch.inf))
         parameters = _compared(policy)
         if not parameters or bool((errors > TOLERANCE).float().mean() > CHANCE):
             return errors, 0.0
         sequences = probe.sequences(min(probe.longest, GRADIENT_TOKENS), seed)
-        plain = torch.zeros(sum(p.numel() for p in parameters), device=policy.device)
+        plain = torch.zeros(sum(local(p).numel() for p in parameters), device=policy.device)
         weights = [_weights(s, i).to(policy.device) for i, s in enumerate(sequences)]
         for sequence, weight in zip(sequences, weights, strict=True):
-            plain += _gradient((_trained(policy, sequence) * weight).sum(), parameters)
-        found = _gradient((_by_path(policy, sequences, path) * torch.cat(weights)).sum(), parameters)
-        off = (found - plain).norm() / plain.norm().clamp(min=1e-20)
+            plain += _gradient(policy, (_trained(policy, sequence) * weight).sum(), parameters)
+        found = _gradient(policy, (_by_path(policy, sequences, path) * torch.cat(weights)).sum(), parameters)
+        off = policy.norm(found - plain) / policy.norm(plain).clamp(min=1e-20)
         return errors, off.item() if torch.isfinite(off) else float("inf")
 
 
 def _trained(policy: Policy, sequence: TokenSequence) -> Tensor:
     """Returns the plain model's log-probabilities of the trained tokens."""
     policy.set_recomputing(False)
-    return plain_logprobs(policy.causal, sequence.ids)[sequence.first_target - 1 :]
+    return _plain(policy, sequence.ids)[sequence.first_target - 1 :]
+
+
+def _plain(policy: Policy, ids: list[int]) -> Tensor:
+    return policy.run(lambda: plain_logprobs(policy.causal, ids))
 
 
 def _by_path(policy: Policy, sequences: list[TokenSequence], path: str) -> Tensor:
@@ -151,10 +156,17 @@ def _weights(sequence: TokenSequence, number: int) -> Tensor:
     return torch.rand(sequence.num_targets, generator=torch.Generator().manual_seed(number)) + 0.5
 
 
-def _gradient(loss: Tensor, parameters: list[Tensor]) -> Tensor:
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+def _gradient(policy: Policy, loss: Tensor, parameters: list[Tensor]) -> Tensor:
+    """Returns the gradients of the parameters as one vector; of sharded ones this rank's part."""
+    if policy.sharded is None:
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    else:  # its hooks take part in whole backward passes alone
+        loss.backward()
+        found = tuple(p.grad for p in parameters)
+        for parameter in policy.trainable:
+            parameter.grad = None
     return torch.cat(
-        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)]
+        [local(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)]
     )
 
 

@@ -6,18 +6,20 @@ import contextlib
 import json
 import logging
 import pickle
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from nemo_rl.run import unpickle
 from nemo_rl.run.checkpoint import is_distributed, is_rank_zero
@@ -28,6 +30,8 @@ log = logging.getLogger(__name__)
 ADAPTER = "adapter"
 _LORA_PREFIX = "base_model.model."
 _MASTER = "master"
+FILE_BYTES = 2 * 2**30
+"""A sharded model is saved in files of about this size, which the first rank makes one after the other."""
 
 # --- the model ------------------------------------------------------------------------------------------------------
 
@@ -35,6 +39,9 @@ _MASTER = "master"
 def save_model(path: Path, model: Any) -> None:
     """The Hugging Face files, in the dtype that the model had when it was loaded; of a LoRA model the merged weights, and
     the adapter beside them as it is. Every rank calls it."""
+    if not _is_lora(model) and any(isinstance(p, DTensor) for p in model.parameters()):
+        _save_parts(path, model)
+        return
     weights, dtypes = _full_state_dict(model), dtypes_of(model)
     if not is_rank_zero():
         return
@@ -48,6 +55,121 @@ def save_model(path: Path, model: Any) -> None:
         model.save_pretrained(path, state_dict=weights)
         if main is not None:
             _say_dtype(path / "config.json", main)
+
+
+# --- a sharded model, part by part
+
+
+def _save_parts(path: Path, model: Any) -> None:
+    """Writes a sharded model block by block: the first rank never holds more of it than one file and one block."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    weights = _without_tied(model)
+    saved, main = _saved_dtypes(weights, dtypes_of(model))
+    files = _Files(path) if is_rank_zero() else None
+    for names in _by_block(weights):
+        part = {}
+        for name in names:
+            tensor = weights[name].detach()
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if files is not None:
+                part[name] = whole.to("cpu", saved.get(name, whole.dtype), copy=True)
+            del whole
+        if files is not None:
+            files.add(revert_weight_conversion(model, part))
+    if files is not None:
+        with _quiet_transformers(), _valid_generation_config(model):
+            model.save_pretrained(path, state_dict={})  # all but the weights
+        files.close()
+        if main is not None:
+            _say_dtype(path / "config.json", main)
+
+
+def _without_tied(model: Any) -> dict[str, Any]:
+    """The weights and buffers that are saved, each tensor under one name only."""
+    found = model.state_dict(keep_vars=True)
+    for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
+        found.pop(name, None)
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if target in found and found[target] is found.get(source):
+            del found[target]
+    first: dict[int, str] = {}
+    return {name: tensor for name, tensor in found.items() if first.setdefault(id(tensor), name) == name}
+
+
+def _saved_dtypes(weights: dict[str, Any], dtypes: Dtypes) -> tuple[dict[str, torch.dtype], torch.dtype | None]:
+    """In which dtypes the weights are saved, by name, and the first of them; none and None where all stay as they are."""
+    if not dtypes.narrow:
+        return {}, None
+    found = {name: dtypes.saved(name) for name, tensor in weights.items() if tensor.is_floating_point()}
+    saved = {name: dtype for name, dtype in found.items() if dtype is not None}
+    half = [weights[name].detach() for name, dtype in saved.items() if dtype == torch.float16]
+    if half:
+        parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in half]
+        most = torch.stack([part.abs().max() if part.numel() else part.new_zeros(()) for part in parts]).max()
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        if most.item() > torch.finfo(torch.float16).max:
+            log.warning(
+                "the checkpoint is saved in float32: a weight has grown to %.3g, more than float16 can hold", most
+            )
+            return {}, None
+    return saved, next(iter(saved.values()), None)
+
+
+def _by_block(names: Iterable[str]) -> list[list[str]]:
+    """The names of weights by the block that they are in, in order; those of no block by themselves."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        block = re.match(r".*?\.\d+(?=\.)", name)
+        parts.setdefault(block.group() if block else name, []).append(name)
+    return list(parts.values())
+
+
+class _Files:
+    """Safetensors files that are written as they are full, and their index."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.open: dict[str, Tensor] = {}
+        self.written: list[list[str]] = []
+        self.bytes = self.numbers = 0
+
+    def add(self, weights: dict[str, Tensor]) -> None:
+        self.open |= {name: tensor.contiguous() for name, tensor in weights.items()}
+        if _bytes(self.open) >= FILE_BYTES:
+            self._write()
+
+    def close(self) -> None:
+        """Gives the files the names by which they are loaded; one alone needs no index."""
+        if self.open or not self.written:
+            self._write()
+        count = len(self.written)
+        if count == 1:
+            self._name(0).replace(self.path / "model.safetensors")
+            return
+        (self.path / "model.safetensors").unlink(missing_ok=True)
+        where = {}
+        for i, names in enumerate(self.written):
+            file = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+            self._name(i).replace(self.path / file)
+            where |= dict.fromkeys(names, file)
+        about = {"total_size": self.bytes, "total_parameters": self.numbers}
+        index = json.dumps({"metadata": about, "weight_map": where}, indent=2, sort_keys=True)
+        (self.path / "model.safetensors.index.json").write_text(index + "\n", encoding="utf-8")
+
+    def _write(self) -> None:
+        save_file(self.open, self._name(len(self.written)), metadata={"format": "pt"})
+        self.bytes += _bytes(self.open)
+        self.numbers += sum(tensor.numel() for tensor in self.open.values())
+        self.written.append(list(self.open))
+        self.open = {}
+
+    def _name(self, number: int) -> Path:
+        return self.path / f"part-{number + 1}.safetensors"
+
+
+def _bytes(weights: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
 
 
 def _to_saved_dtypes(weights: dict[str, Tensor], dtypes: Dtypes) -> torch.dtype | None:

@@ -103,7 +103,8 @@ def live_weights(model: Any) -> str:
     """Digest of names, shapes and a sample of the weights of a model in memory."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
+        here: Any = parameter.detach()
+        flat = (here.to_local() if hasattr(here, "to_local") else here).reshape(-1)  # of shards those of this rank
         sample = flat[:: max(1, flat.numel() // _SAMPLES)][: 2 * _SAMPLES].double().cpu().numpy()
         digest.update(f"{name} {tuple(parameter.shape)} ".encode())
         digest.update(sample.tobytes())

@@ -85,10 +85,9 @@ class Ranks:
     def __init__(self, rank: int = 0, size: int = 1, store: Any = None, key: bytes = b"") -> None:
         """`store` holds what ranks tell each other beside the exchanges, `key` proves that a message is of this group."""
         self.rank, self.size, self._store, self._key = rank, size, store, key
-        self._exchanges = count()
+        self._exchanges = 0
         self.requested: Callable[[], str | None] = lambda: None
-        run = next(_runs)
-        self._asked = f"nemo_rl/asked/{run}"
+        self._run = run = next(_runs)
         self._left = f"nemo_rl/left/{run}"
         self._alive = f"nemo_rl/alive/{run}"
         self._heard: Any = None
@@ -98,6 +97,13 @@ class Ranks:
         """When this rank worked, or heard from one that does; on the clock of time.monotonic."""
         self._agreed = False
         self._in_flight = False
+        self._pass_groups: dict[str, Any] = {}
+        self._left_groups: list[Any] = []
+
+    @property
+    def _asked(self) -> str:
+        """The key by which a rank asks the others to leave their work and come to the next exchange."""
+        return f"nemo_rl/asked/{self._run}/{self._exchanges}"
 
     @property
     def is_first(self) -> bool:
@@ -125,12 +131,15 @@ class Ranks:
                 self._ask(outcome.signal or "")
             if outcome.signal or outcome.error or outcome.asked:
                 content = _encoded(outcome)
+            asked = self._asked
             outcomes = self._exchange(outcome, content)
         except RankFailed:
             if failure is not None:
                 raise failure
             raise
         self._agreed = any(other.error or other.signal or other.asked for other in outcomes)
+        if self._agreed:
+            self._leave_pass()
         if failure is not None:
             raise failure
         for rank, other in enumerate(outcomes):
@@ -138,12 +147,12 @@ class Ranks:
                 raise _error_of(rank, other)
         if self._agreed:
             signals = [other.signal for other in outcomes if other.signal]
-            raise Interrupted(signals[0] if signals else self._store.get(self._asked))
+            raise Interrupted(signals[0] if signals else self._store.get(asked))
         return [other.value for other in outcomes]
 
     def _exchange(self, outcome: _Outcome, content: bytes) -> list[_Outcome]:
         """Returns the outcomes of all ranks; `content` is this one's in the form in which it travels."""
-        number = next(self._exchanges)
+        number = self._exchanges
         place = f"exchange {number} by rank "
         data = torch.frombuffer(bytearray(wire.sign(self._key, f"{place}{self.rank}", content)), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.long) for _ in range(self.size)]
@@ -156,10 +165,40 @@ class Ranks:
         for rank, (part, size) in enumerate(zip(parts, sizes, strict=True)):
             content = wire.verify(self._key, f"{place}{rank}", part[: int(size)].numpy().tobytes())
             outcomes.append(outcome if rank == self.rank else _decoded(content))
+        self._exchanges += 1
         return outcomes
 
-    def _wait(self, begin: Callable[[], Any]) -> None:
-        """Waits for a collective in Python, where signals are seen, and not for ranks that will never come."""
+    def send(self, tensor: torch.Tensor, begin: Callable[[Any], Any]) -> None:
+        """Sends parts of a model within a pass: `begin(group)` starts the collective operation and returns its handle.
+
+        Unlike all else that is collective it may be called within the work given to `gather`: passes have a group of their own,
+        which is given up where a rank leaves its pass.
+        """
+        group = self._pass_groups.get(tensor.device.type)
+        if group is None:
+            backend = "nccl" if tensor.device.type == "cuda" else "gloo"
+            seconds = KERNEL_SECONDS if backend == "nccl" else COLLECTIVE_SECONDS
+            group = dist.new_group(backend=backend, timeout=timedelta(seconds=seconds))
+            self._pass_groups[tensor.device.type] = group
+        if tensor.device.type == "cuda":
+            begin(group).wait()  # on the stream; the host goes on
+            return
+        self._wait(lambda: begin(group), within_pass=True)
+
+    def _leave_pass(self) -> None:
+        """Gives up the groups in which another rank may still wait for this one; the next pass makes new ones."""
+        for kind, group in self._pass_groups.items():
+            if kind == "cuda":
+                with contextlib.suppress(RuntimeError, ValueError):
+                    dist.distributed_c10d._abort_process_group(group)
+        self._left_groups += self._pass_groups.values()  # to end one is to wait for what is on its way in it
+        self._pass_groups.clear()
+
+    def _wait(self, begin: Callable[[], Any], within_pass: bool = False) -> None:
+        """Waits for a collective in Python, where signals are seen, and not for ranks that will never come.
+
+        Within a pass it is left where another rank left it.
+        """
         pause = 1e-4
         self.heard_at = time.monotonic()
         try:
@@ -167,11 +206,13 @@ class Ranks:
             operation = begin()
             while not operation.is_completed():
                 time.sleep(pause)
-                pause = min(2 * pause, 0.02)
+                pause = min(2 * pause, 0.002 if within_pass else 0.02)
                 if self._may_look():
-                    self._look()
+                    asked = self._look()
                     self._listen()
-                    if signal := self.requested():
+                    if within_pass and asked:
+                        raise _Asked
+                    if not within_pass and (signal := self.requested()):
                         self._ask(signal)
             self._in_flight = False
             operation.wait()
@@ -453,4 +494,5 @@ def _error_of(rank: int, outcome: _Outcome) -> BaseException:
     if error is None:
         return RankFailed(f"another rank ended this run, rank {rank}: {outcome.error}")
     error.add_note(f"on rank {rank}, which ended this run")
+    error.rank = rank  # type: ignore[attr-defined]
     return error

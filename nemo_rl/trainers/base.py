@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+
 from nemo_rl.api.result import TrainResult
 from nemo_rl.data.clock import set_clock, writes_the_time
 from nemo_rl.data.module import train_and_validation
@@ -20,11 +22,20 @@ from nemo_rl.data.prepare import Prepared, describe_example, prepare
 from nemo_rl.data.templates import end_tokens_of, with_template
 from nemo_rl.display.terminal import NullDisplay, make_display
 from nemo_rl.job.spec import Algorithm, RLTrainingJobSpec
+from nemo_rl.model.adapters import add_adapters
 from nemo_rl.model.ends import known_ends, teach_ends
 from nemo_rl.model.limits import check_positions, check_tokens
-from nemo_rl.model.load import choose_device, limit_threads, load_model, load_tokenizer, prepare_model
+from nemo_rl.model.load import (
+    choose_device,
+    compute_dtype,
+    limit_threads,
+    load_model,
+    load_sharded,
+    load_tokenizer,
+    prepare_model,
+)
 from nemo_rl.model.policy import Policy
-from nemo_rl.model.sharding import ShardedModel
+from nemo_rl.model.sharding import Distributed, Replicas, ShardedModel, is_sharded
 from nemo_rl.run.checkpoint import Checkpoint, CheckpointStore
 from nemo_rl.run.directory import (
     METRICS_FILE,
@@ -92,6 +103,7 @@ class Trainer(Passes, ABC):
         self.device = choose_device(config.resources.gpus_per_node)
         self.ranks = Ranks()
         self.sharded: ShardedModel | None = None
+        """The trained model's shards, where ranks share its weights."""
         self.current_step = 0
         self.making_step, self.making_epoch = 0, 0
         self.should_stop = False
@@ -274,6 +286,9 @@ class Trainer(Passes, ABC):
         metrics, metric = self.evaluate(validation)
         return {**metrics, "validation_seconds": time.perf_counter() - started}, metric
 
+    def say(self, sentence: str) -> None:
+        self.display.note(sentence)
+
     def agree_to_stop(self) -> None:
         """Stops all ranks where one was asked to."""
         self.should_stop = any(self.ranks.gather(lambda: self.should_stop))
@@ -292,7 +307,7 @@ class Trainer(Passes, ABC):
 
     def save_to(self, store: CheckpointStore, state: dict[str, Any], metric: float | None) -> Path:
         """Saves the current step with this state. Every rank calls it."""
-        path = store.save(
+        return store.save(
             self.current_step,
             model=self.model,
             tokenizer=self.tokenizer,
@@ -300,15 +315,10 @@ class Trainer(Passes, ABC):
             state=state,
             metric=metric,
         )
-        if self.sharded is not None:
-            self.sharded.make_whole()
-        return path
 
     def _prove_saving(self, store: CheckpointStore) -> None:
         """Writes a checkpoint and removes it: what cannot be saved, or has no room, fails before anything is trained."""
         store.try_out(model=self.model, tokenizer=self.tokenizer, optimizer=self._optimizer.adamw, state=self.state())
-        if self.sharded is not None:
-            self.sharded.make_whole()
 
     # ------------------------------------------------------------------ what algorithms fill in
 
@@ -363,13 +373,15 @@ class Trainer(Passes, ABC):
         return prepare(self.algorithm, dataset, self.tokenizer, self.training, self.settings, needed=needed)
 
     def _load(self, store: CheckpointStore, checkpoint: Checkpoint | None) -> None:
-        if self.model is None:
+        live = self.model
+        if is_sharded(self.training.sharding, self.ranks):
+            self._load_shards(store, checkpoint)
+        elif live is None:
             self.model = load_model(self._model_name(), self.training, self.device)
         elif not hasattr(self, "policy"):
-            if checkpoint is not None and self.needs_reference:
-                self._start_model = copy.deepcopy(self.model)
+            self._keep_the_start(checkpoint)
             self.model = prepare_model(self.model, self.training, self.device)
-        if checkpoint is not None:
+        if checkpoint is not None and (self.sharded is None or live is not None or self.training.lora_rank is not None):
             store.load_model_weights(checkpoint, self.model)
         teach_ends(self.model, self._further_ends())
         limit_threads(getattr(self.model.config.get_text_config(), "hidden_size", 1024))
@@ -378,14 +390,14 @@ class Trainer(Passes, ABC):
             self.training.precision,
             self.training.activation_checkpointing,
             longest=self.training.max_sequence_length,
+            sharded=self.sharded,
         )
-        self._shard(resuming=checkpoint is not None)
-        trained = self.sharded.shards if self.sharded is not None else self.policy.trainable
-        self.optimizer = Optimizer(trained, self.training, self.sharded)
+        distributed: Distributed | None = self.sharded
+        if distributed is None and self.ranks.size > 1:
+            distributed = Replicas(self.ranks)
+        self.optimizer = Optimizer(self.policy.trainable, self.training, distributed)
         if checkpoint is not None:
             store.load_optimizer(checkpoint, self.optimizer.adamw)
-        if self.sharded is not None:
-            self.sharded.make_whole()
 
     def _check_fits(self, *sets: Prepared | None) -> None:
         """Raises ValueError for tokens beyond the model's embedding and sequences beyond its table of positions."""
@@ -404,10 +416,33 @@ class Trainer(Passes, ABC):
         own = [] if self.tokenizer.eos_token_id is None else [int(self.tokenizer.eos_token_id)]
         return [*own, *end_tokens_of(self.tokenizer, self.training.chat_template_kwargs)]
 
-    def _shard(self, resuming: bool) -> None:
-        """Shards the model over the ranks; `resuming`: it has the weights of a checkpoint."""
-        if self.ranks.size > 1:
-            self.sharded = ShardedModel(self.model, self.ranks, self.device)
+    def _keep_the_start(self, checkpoint: Checkpoint | None) -> None:
+        """Keeps a copy of a model that was given, where it is to be compared with and will not be as it is."""
+        if self.needs_reference and (checkpoint is not None or is_sharded(self.training.sharding, self.ranks)):
+            self._start_model = copy.deepcopy(self.model)
+
+    def _load_shards(self, store: CheckpointStore, checkpoint: Checkpoint | None) -> None:
+        """Loads the model so that each rank has its part of it; one that was given is whole on each rank until then."""
+        lora = self.training.lora_rank is not None
+        dtype = compute_dtype(self.training.precision, self.device) if lora else torch.float32
+        if self.model is None:
+            files = str(checkpoint.path) if checkpoint is not None and not lora else None
+            self.model, self.sharded = load_sharded(
+                self._model_name(), self.training, self.device, self._sharded, dtype=dtype, files=files
+            )
+        elif not hasattr(self, "policy"):
+            self._keep_the_start(checkpoint)
+            self.model = prepare_model(self.model, self.training, self.device, adapters=False).to(dtype)
+            self.sharded = self._sharded(self.model)
+        else:
+            return
+        if lora:
+            self.model.requires_grad_(False)
+            with self.sharded.gathered():
+                self.model = add_adapters(self.model, self.training)
+
+    def _sharded(self, model: Any) -> ShardedModel:
+        return ShardedModel(model, self.ranks, self.device, compute_dtype(self.training.precision, self.device))
 
     @property
     def needs_reference(self) -> bool:
@@ -421,13 +456,23 @@ class Trainer(Passes, ABC):
                 "the model that was given has been trained since the run began, and the run compares with the model as it was "
                 "then; load the model again, and give it to the same call"
             )
-        training = self.training.model_copy(update={"lora_rank": None})
         if self._start_model is not None:
-            model = prepare_model(self._start_model, training, self.device)
-        else:
-            model = load_model(self._model_name(), training, self.device)
+            model = prepare_model(self._start_model, self.training, self.device, adapters=False)
+            return self._frozen_policy(model)
+        if is_sharded(self.training.sharding, self.ranks):
+            dtype = compute_dtype(self.training.precision, self.device)
+            model, sharded = load_sharded(self._model_name(), self.training, self.device, self._sharded, dtype=dtype)
+            return self._frozen_policy(model, sharded)
+        training = self.training.model_copy(update={"lora_rank": None})
+        return self._frozen_policy(load_model(self._model_name(), training, self.device))
+
+    def _frozen_policy(self, model: Any, sharded: ShardedModel | None = None) -> Policy:
+        model.requires_grad_(False)
+        if sharded is None and is_sharded(self.training.sharding, self.ranks):
+            model = model.to(compute_dtype(self.training.precision, self.device))
+            sharded = self._sharded(model)
         longest = self.training.max_sequence_length
-        return Policy(model.requires_grad_(False), self.training.precision, longest=longest)
+        return Policy(model, self.training.precision, longest=longest, sharded=sharded)
 
     def save_checkpoint(self, path: Path | str) -> Path:
         """Writes model, tokenizer and trainer state to a directory that `AutoModelForCausalLM.from_pretrained` loads.
@@ -437,7 +482,7 @@ class Trainer(Passes, ABC):
         from nemo_rl.run.checkpoint import write_checkpoint
 
         optimizer = self.optimizer.adamw if self.optimizer is not None else None
-        written = write_checkpoint(
+        return write_checkpoint(
             Path(path),
             step=self.current_step,
             model=self.model,
@@ -445,9 +490,6 @@ class Trainer(Passes, ABC):
             optimizer=optimizer,
             state=self.state() if optimizer is not None else {},
         )
-        if self.sharded is not None:
-            self.sharded.make_whole()
-        return written
 
     def load_checkpoint(self, path: Path | str) -> None:
         """Loads model weights and, where they are there, optimizer state and step from such a directory."""
@@ -457,8 +499,6 @@ class Trainer(Passes, ABC):
         if self.model is None:
             self.model = load_model(str(path), self.training, self.device)
         load_into(checkpoint, self.model, self.optimizer.adamw if self.optimizer is not None else None)
-        if self.sharded is not None:
-            self.sharded.make_whole()
         self.current_step = checkpoint.step
 
     # ------------------------------------------------------------------ words

@@ -83,6 +83,10 @@ class DPOTrainer(Trainer):
             self._start_policy = self.policy if self.current_step == 0 else self.initial_policy()
         return self._start_policy
 
+    def policies(self) -> list[Policy]:
+        start = getattr(self, "_start_policy", None)
+        return [self.policy, *([start] if start is not None and start is not self.policy else [])]
+
     def _reference(self, policy: Policy, examples: list[PairExample]) -> Tensor:
         """Returns (pairs, 2): the summed log-probability of each chosen and rejected completion."""
         return self.sum_logprobs(policy, _sequences(examples)).view(-1, 2)
@@ -102,7 +106,7 @@ class DPOTrainer(Trainer):
             totals["rejected"] += rejected.sum().item() / len(examples)
             return loss.sum() / len(examples) - self.settings.nll_weight * sums[:, 0].sum() / chosen_tokens
 
-        loss = self.accumulate(sequences, loss_fn, split_groups=False)
+        loss = self.accumulate(sequences, loss_fn, sums=totals, split_groups=False)
         totals = self.ranks.sum(totals)
         grad_norm = self._optimizer.step(self.rate)
         return {

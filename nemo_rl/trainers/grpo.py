@@ -6,7 +6,7 @@ import copy
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from nemo_rl.data.prepare import Prepared, PromptExample
 from nemo_rl.environments.arguments import RAW
 from nemo_rl.environments.runner import RewardCall, RewardOutcome, RewardRunner, preflight
 from nemo_rl.environments.signature import bind_rewards
-from nemo_rl.model.packing import PackedBatch, TokenSequence, pack
+from nemo_rl.model.packing import PackedBatch, TokenSequence
 from nemo_rl.model.policy import Policy
 from nemo_rl.objectives.advantages import flat_groups, group_advantages
 from nemo_rl.objectives.correction import Correction, importance_weights, mismatch
@@ -133,7 +133,8 @@ class GRPOTrainer(Trainer):
             generated = time.perf_counter()
             return list(zip(groups, responses, map(self.runner.wait, futures), strict=True))
 
-        drawn = self.ranks.map(examples, [len(example.ids) for example in examples], draw)
+        with self._weights_to_sample():
+            drawn = self.ranks.map(examples, [len(example.ids) for example in examples], draw)
         seconds = {**synced, "generate_seconds": generated - started, "reward_seconds": time.perf_counter() - generated}
         return Rollouts(
             examples,
@@ -171,6 +172,12 @@ class GRPOTrainer(Trainer):
         draw = random.Random(f"{self.training.seed} {step} {number}")
         drawn = draw.sample(range(size), min(size, count + len(known)))
         return [self.data.examples[i] for i in [i for i in drawn if i not in known][:count]]
+
+    @contextmanager
+    def _weights_to_sample(self) -> Iterator[None]:
+        """Within it the weights are whole on each rank, where its own process samples."""
+        with self.policy.gathered() if isinstance(self.rollout_engine, InProcess) else nullcontext():
+            yield
 
     def _generate(
         self, examples: list[PromptExample], step: int
@@ -271,7 +278,8 @@ class GRPOTrainer(Trainer):
             losses, norms = [], []
             for number, (mini_batch, old) in enumerate(zip(mini_batches, before, strict=True)):
                 loss_fn = self._loss_of(mini_batch, rollouts, old, sums)
-                losses.append(self.accumulate(mini_batch.sequences, loss_fn, may_stop=iteration == number == 0))
+                may_stop = iteration == number == 0
+                losses.append(self.accumulate(mini_batch.sequences, loss_fn, sums=sums.sums, may_stop=may_stop))
                 norms.append(self._optimizer.step(self.rate))
         found = {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms)}
         tokens = sum(sequence.num_targets for batch in mini_batches for sequence in batch.sequences)
@@ -385,21 +393,23 @@ class GRPOTrainer(Trainer):
 
         Those of the rollout are computed by other kernels: their rounding alone would count as a change of the policy.
         """
-        share = self._shares(sequences)[self.ranks.rank]
 
         def compute() -> dict[int, Tensor]:
             found: dict[int, Tensor] = {}
-            for plan in self.microbatches([sequences[i] for i in share]):
-                self.poll()
-                indices = [share[i] for i in plan]
-                batch = pack([sequences[i] for i in indices], self.device)
+            for batch, indices, _ in self.passes(sequences):
                 values = self.policy.logprobs(batch, self.settings.temperature).detach()
                 sizes = [sequences[indices[i]].num_targets for i in batch.order]
                 for i, part in zip(batch.order, values.split(sizes), strict=True):
                     found[indices[i]] = part.clone()
             return found
 
-        return self.ranks.together(compute)
+        kept: list[dict[int, Tensor]] = []
+
+        def keep() -> None:
+            kept[:] = [compute()]
+
+        self.together(keep)
+        return kept[0]
 
     def _sequence(self, rollouts: Rollouts, i: int) -> TokenSequence:
         group = i // self.settings.num_generations_per_prompt
@@ -469,23 +479,22 @@ class GRPOTrainer(Trainer):
         for warning in self.ranks.together(first_calls):
             self.display.note(warning)
 
+    def policies(self) -> list[Policy]:
+        reference = getattr(self, "reference", None)
+        return [self.policy, *([reference] if reference is not None else [])]
+
     @property
     def needs_reference(self) -> bool:
         return self.settings.beta > 0 and self.training.lora_rank is None
 
-    def _shard(self, resuming: bool) -> None:
-        if self.ranks.size > 1 and self.needs_reference and not resuming:
-            self._start_model = copy.deepcopy(self.model)  # sharded models cannot be copied
-        super()._shard(resuming)
-
     def initial_policy(self) -> Policy:
-        if self.current_step == 0 and self._start_model is None:
-            frozen = copy.deepcopy(self.model).requires_grad_(False)
-            return Policy(frozen, self.training.precision, longest=self.training.max_sequence_length)
+        if self.current_step == 0 and self.policy.sharded is None:  # a sharded model cannot be copied
+            return self._frozen_policy(copy.deepcopy(self.model))
         return super().initial_policy()
 
     def _new_engine(self) -> RolloutEngine:
-        prove_rollouts(self.policy)
+        with self.policy.gathered():
+            prove_rollouts(self.policy)
         return InProcess(self.end_ids)
 
     def _release(self) -> None:
@@ -514,7 +523,8 @@ class GRPOTrainer(Trainer):
 
         self._sync_weights()
         examples = validation.examples
-        scored = self.ranks.map(examples, [len(example.ids) for example in examples], score)
+        with self._weights_to_sample():
+            scored = self.ranks.map(examples, [len(example.ids) for example in examples], score)
         values = [outcome.value for outcome in scored if outcome.value is not None]
         metrics: dict[str, float] = {"validation_reward_errors": sum(outcome.error is not None for outcome in scored)}
         if not values:

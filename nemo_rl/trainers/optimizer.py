@@ -12,7 +12,7 @@ from nemo_rl.errors import NonFiniteTraining
 from nemo_rl.job.spec import TrainingSpec
 
 if TYPE_CHECKING:
-    from nemo_rl.model.sharding import ShardedModel
+    from nemo_rl.model.sharding import Distributed
 
 MAX_NON_FINITE_STEPS = 5
 """Steps in a row with a NaN or infinite gradient after which training gives up."""
@@ -43,14 +43,13 @@ def learning_rate(training: TrainingSpec, step: int, total_steps: int, first_tot
 class Optimizer:
     """AdamW over the trainable parameters; matrices decay, biases and norms do not.
 
-    On several ranks `sharded` is the model that the parameters are the shards of: its gradients are summed over the ranks
-    before a step and its weights made whole after it.
+    On several ranks `distributed` sums gradients over them before a step.
     """
 
     def __init__(
-        self, parameters: list[nn.Parameter], training: TrainingSpec, sharded: ShardedModel | None = None
+        self, parameters: list[nn.Parameter], training: TrainingSpec, distributed: Distributed | None = None
     ) -> None:
-        self.parameters, self.training, self.sharded = parameters, training, sharded
+        self.parameters, self.training, self.distributed = parameters, training, distributed
         self.non_finite_steps = 0
         matrices = [p for p in parameters if p.ndim >= 2]
         others = [p for p in parameters if p.ndim < 2]
@@ -68,16 +67,10 @@ class Optimizer:
 
         A step whose gradient is not finite is left out; NonFiniteTraining is raised after several in a row.
         """
-        if self.sharded is None:
-            return self._step(rate)
-        self.sharded.reduce()
-        norm = self._step(rate)
-        self.sharded.make_whole()
-        return norm
-
-    def _step(self, rate: float) -> float:
+        if self.distributed is not None:
+            self.distributed.reduce(self.parameters)
         total = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        norm = float(total.full_tensor() if self.sharded is not None else total)
+        norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total)
         if not math.isfinite(norm):
             self.adamw.zero_grad(set_to_none=True)
             self.non_finite_steps += 1

@@ -88,6 +88,22 @@ def completions_of(output: Path) -> list[tuple[Any, ...]]:
     return [(line["step"], line["prompt"], line["completion"], line["reward"]) for line in lines]
 
 
+def write_family(folder: Path, tokenizer: str, kind: str, **settings: Any) -> str:
+    """Writes a randomly initialised model of a type of transformers beside the characters' tokenizer; returns the folder."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    known = AutoTokenizer.from_pretrained(tokenizer)
+    known.save_pretrained(folder)
+    small = {"vocab_size": len(known), "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    small |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": 1}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **small, bos_token_id=None, **settings)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_model(tmp_path_factory.mktemp("tiny-model"))

@@ -113,7 +113,37 @@ class RaiseOnRank1(SignalRank):
             raise KeyError("the callback of rank 1")
 
 
+class InPass(SignalRank):
+    """Raises in the middle of a forward pass, in the last block, on rank 1 alone: where the others wait for its weights."""
+
+    def __init__(self, error: type[Exception], tokens: int, step: int = 1) -> None:
+        self.error, self.tokens, self.step, self.now = error, tokens, step, 0
+
+    def on_train_begin(self, trainer: Any) -> None:
+        def refuse(block: Any, args: Any, kwargs: Any) -> None:
+            if self.now >= self.step and args[0].shape[0] * args[0].shape[1] > self.tokens:
+                raise self.error("in a block of rank 1")
+
+        if trainer.ranks.rank == 1:
+            trainer.policy.causal.model.layers[-1].register_forward_pre_hook(refuse, with_kwargs=True)
+
+    def on_step_begin(self, trainer: Any, step: int) -> None:
+        self.now = step
+
+    def on_train_end(self, trainer: Any, result: Any) -> None:
+        if trainer.ranks.is_first:
+            Path(f"{trainer.run_dir}.budget").write_text(str(trainer.budget_share))
+
+
+def out_of_memory() -> InPass:
+    import torch
+
+    return InPass(torch.OutOfMemoryError, 30)
+
+
 CALLBACKS = {
+    "out of memory": out_of_memory,
+    "fails in a pass": lambda: InPass(ZeroDivisionError, 0, step=2),
     "signal 0": lambda: SignalRank(0, 3),
     "signal 1": lambda: SignalRank(1, 3),
     "evaluation 1": lambda: SignalInEvaluation(1, 2),

@@ -6,10 +6,11 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from unit.distributed.conftest import Launcher, assert_same_run, metrics_of
+from unit.distributed.conftest import Launcher, assert_same_run, metrics_of, write_family
 
 pytestmark = pytest.mark.slow
 
@@ -23,6 +24,58 @@ CASES = {
     "batches smaller than the ranks": {"algorithm": "grpo", "rows": 5, "keywords": {"max_steps": 4}},
     "micro-batches": {"algorithm": "sft", "rows": 5, "keywords": {"max_steps": 4, "tokens_per_microbatch": 8}},
 }
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        "num_hidden_layers": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "head_dim": 8,
+    },
+    "lfm2": {"num_hidden_layers": 3, "full_attn_idxs": [1], "conv_L_cache": 3},
+}
+"""A mixture of experts, whose files have other names than its modules, and convolutions between attention."""
+
+
+@pytest.mark.parametrize(("family", "size"), [("qwen3_moe", 4), ("lfm2", 2)])
+def test_other_families_train_on_several_ranks_as_on_one(
+    family: str, size: int, launcher: Launcher, tiny_model: str, tmp_path: Path
+) -> None:
+    model = write_family(tmp_path / "model", tiny_model, family, **FAMILIES[family])
+    for ranks in (1, size):
+        assert launcher.run(ranks, tmp_path / str(ranks), model=model, algorithm="grpo") == [0] * ranks
+    assert_same_run(tmp_path / str(size), tmp_path / "1", 3)
+
+
+def test_whole_weights_on_each_rank_train_the_same(launcher: Launcher, tiny_model: str, tmp_path: Path) -> None:
+    job = {"algorithm": "grpo", "model": tiny_model, "keywords": {"sharding": "none"}}
+    for size in (1, 2):
+        assert launcher.run(size, tmp_path / str(size), **job) == [0] * size
+    assert_same_run(tmp_path / "2", tmp_path / "1", 3)
+
+
+def test_a_pass_without_memory_on_one_rank_is_repeated_with_less_on_both(
+    launcher: Launcher, tiny_model: str, tmp_path: Path
+) -> None:
+    job = {"algorithm": "sft", "model": tiny_model, "keywords": {"tokens_per_microbatch": 64, "batch_size": 8}}
+    assert launcher.run(1, tmp_path / "1", **job) == [0]
+    assert launcher.run(2, tmp_path / "2", callback="out of memory", **job) == [0, 0]
+    assert_same_run(tmp_path / "2", tmp_path / "1", 3)
+    assert float((tmp_path / "2.budget").read_text()) < 1
+
+
+def test_an_error_in_a_pass_of_one_rank_ends_both_within_seconds(
+    launcher: Launcher, tiny_model: str, tmp_path: Path
+) -> None:
+    job = {"algorithm": "sft", "model": tiny_model, "keywords": {"save_every": 1}}
+    begin = time.monotonic()
+    assert launcher.run(2, tmp_path / "run", callback="fails in a pass", **job) == [1, 1]
+    assert time.monotonic() - begin < 60
+    for rank in range(2):
+        assert "ZeroDivisionError: in a block of rank 1" in (tmp_path / f"run.rank{rank}").read_text()
+    assert launcher.run(2, tmp_path / "run", **job) == [0, 0], "the run goes on from its last checkpoint"
 
 
 @pytest.mark.parametrize("case", list(CASES))
