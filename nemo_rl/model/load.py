@@ -109,6 +109,7 @@ def load_sharded(
         from transformers.distributed import DistributedConfig
 
         model, found = _read(files or name, training, dtype=dtype, distributed_config=DistributedConfig())
+    made[0].own_memory()
     del model.config.distributed_config
     model.config._name_or_path = model.name_or_path = name
     _check_complete(name, model, found)

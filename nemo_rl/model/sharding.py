@@ -115,6 +115,12 @@ class ShardedModel:
         """Sums the gradients of adapters; those of shards were summed in the backward passes."""
         sum_gradients([p for p in parameters if not _is_shard(p)])
 
+    def own_memory(self) -> None:
+        """Copies shards on the CPU that were read: they lie in the mapped files, which may be removed while the run needs them."""
+        for parameter in self.root.parameters():
+            if _is_shard(parameter) and parameter.device.type == "cpu":
+                parameter._local_tensor = parameter._local_tensor.clone()
+
     def largest(self, values: Tensor) -> Tensor:
         """Returns the largest of each value over the ranks. Collective."""
         dist.all_reduce(values, dist.ReduceOp.MAX)
