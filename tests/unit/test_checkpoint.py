@@ -357,7 +357,8 @@ import os, sys
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, sys.argv[2])
-from test_checkpoint import CheckpointStore, Path, adamw, remember_dtypes, tiny_model, torch, train_a_little
+from nemo_rl.run.dtypes import remember_dtypes
+from test_checkpoint import CheckpointStore, Path, adamw, tiny_model, torch, train_a_little
 torch.set_num_threads(1)
 out, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[3])
 other = os.fork()
