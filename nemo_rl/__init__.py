@@ -67,7 +67,10 @@ def __getattr__(name: str) -> Any:
 
         value: Any = version("nemo-rl")
     elif name in _HOME_OF:
-        value = getattr(importlib.import_module(_HOME_OF[name]), name)
+        from nemo_rl.extras import explained
+
+        with explained(f"nemo_rl.{name}"):
+            value = getattr(importlib.import_module(_HOME_OF[name]), name)
     else:
         raise AttributeError(f"module 'nemo_rl' has no attribute {name!r}; public names: {', '.join(__all__)}")
     globals()[name] = value

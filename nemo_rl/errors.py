@@ -18,6 +18,10 @@ class RewardError(RuntimeError):
         self.traceback = traceback
 
 
+class MissingPackage(ModuleNotFoundError, RuntimeError):
+    """A feature needs a package of an extra that is not installed. The message has the command that installs it."""
+
+
 class NonFiniteTraining(RuntimeError):
     """The gradient stayed NaN or infinite for several steps in a row, or the model gave such numbers before the first step."""
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from nemo_rl.extras import explained
+from nemo_rl.job.foreign import algorithm_meaning, nearest
 
 if TYPE_CHECKING:
     from nemo_rl.job.spec import Algorithm
@@ -27,15 +29,17 @@ def algorithm_name(name: object) -> Algorithm:
     known = list_algorithms()
     if isinstance(name, str) and name.strip().lower() in known:
         return name.strip().lower()  # type: ignore[return-value]
-    near = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    near = nearest(str(name), known)
+    other = algorithm_meaning(str(name))
+    hint = f"; {other}" if other else f"; did you mean {near!r}?" if near else ""
     raise ValueError(f"Unknown algorithm {name!r}: expected one of {', '.join(known)}{hint}")
 
 
 def get_algorithm(name: str) -> type[Trainer]:
     """The trainer class of an algorithm, in any case of letters. ValueError for an unknown one. Loads torch."""
     module, trainer = _TRAINERS[algorithm_name(name)]
-    return getattr(importlib.import_module(module), trainer)
+    with explained("training on this machine"):
+        return getattr(importlib.import_module(module), trainer)
 
 
 def create_trainer(name: str, *, model: Any, tokenizer: Any = None, output_dir: Any = None, **kwargs: Any) -> Trainer:

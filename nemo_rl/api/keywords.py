@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from nemo_rl.api.algorithms import algorithm_name
 from nemo_rl.job import names
+from nemo_rl.job.foreign import meaning_of, nearest
 from nemo_rl.job.spec import (
     ALGORITHMS,
     SECTIONS,
@@ -167,9 +167,9 @@ def model_reference(model: Any, caller: str = "train") -> str:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" for the nearest known name, or nothing where none is near."""
-    near = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """ "; did you mean 'x'?" for the known name that `name` misspells, or nothing where there is none."""
+    near = nearest(name, known)
+    return f"; did you mean {near!r}?" if near else ""
 
 
 def _sort_into_sections(
@@ -186,10 +186,7 @@ def _sort_into_sections(
             if name in _FLAT:
                 example = next(k for k, (home, *_) in known.items() if home.section == name)
                 raise TypeError(f"{caller}(): {name} is a section; give its fields by themselves, like {example}=…")
-            hint = suggestion(name, {*known, *also_known, *_ALIASES})
-            raise TypeError(
-                f"{caller}(): unknown keyword {name!r}{hint or '; see the table of keywords in the README'}"
-            )
+            raise TypeError(f"{caller}(): unknown keyword {name!r}{_what_it_is(name, algorithm, also_known)}")
         fitting = [home for home in homes if home.algorithm in (None, algorithm)]
         if not fitting:
             owners = " and ".join(str(home.algorithm) for home in homes)
@@ -199,6 +196,18 @@ def _sort_into_sections(
             )
         sections.setdefault(fitting[0].section, {})[fitting[0].field] = _plain(value)
     return sections
+
+
+def _what_it_is(name: str, algorithm: Algorithm, also_known: set[str]) -> str:
+    """What an unknown keyword is here, or of which it is a misspelling, or which there are."""
+    known = keywords()
+    of_others = [n for n, homes in known.items() if all(home.algorithm not in (None, algorithm) for home in homes)]
+    if (meaning := meaning_of(name, skip=of_others)) is not None:
+        return f"; {meaning}"
+    if hint := suggestion(name, {*known, *also_known, *_ALIASES}):
+        return hint
+    shown = [n for n, (home, *_) in known.items() if home.section in ("training", algorithm, "dataset", "reward")]
+    return f"; of {algorithm} there are {', '.join(n for n in shown if n not in of_others)}, and those of the cluster"
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,8 @@ from dataclasses import KW_ONLY, InitVar, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from nemo_rl.extras import missing
+
 _NOT_PLOTTED = ("step", "epoch")
 
 
@@ -81,7 +83,7 @@ class TrainResult:
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            raise ImportError("plot() needs matplotlib, which is not installed; pip install matplotlib") from None
+            raise missing("plot()", "matplotlib") from None
         history = self.history
         names = list(metrics) if metrics is not None else self._main_metrics()
         known = sorted({name for row in history for name in row if name not in _NOT_PLOTTED})

@@ -14,7 +14,7 @@ from nemo_rl.api.keywords import LIVE_MODEL, build_spec
 from nemo_rl.backends import Run, choose
 from nemo_rl.errors import DatasetError
 from nemo_rl.job.manifest import name_problem, namespace_problem
-from nemo_rl.job.spec import DatasetSpec, GRPOSpec, RewardSpec
+from nemo_rl.job.spec import LEARNING_RATES, DatasetSpec, GRPOSpec, RewardSpec, RLTrainingJobSpec
 from nemo_rl.run.directory import check_output_dir, default_output_dir
 
 if TYPE_CHECKING:
@@ -24,6 +24,13 @@ CALL_KEYWORDS = ("backend", "name", "namespace", "secrets", "tokenizer", "valida
 """Keywords of `train()` that are no setting of the specification."""
 
 
+class _NotGiven(float):
+    """A default that is told from the same number given: by what it is, not by what it is worth."""
+
+
+DEFAULT_LEARNING_RATE = _NotGiven(LEARNING_RATES["grpo"][0])
+
+
 def train(
     model: Any,
     dataset: Any = None,
@@ -31,7 +38,7 @@ def train(
     algorithm: str = "grpo",
     max_steps: int = 1000,
     max_epochs: int = 1,
-    learning_rate: float = 1e-6,
+    learning_rate: float = DEFAULT_LEARNING_RATE,
     batch_size: int = 32,
     num_generations_per_prompt: int = 16,
     output_dir: str | os.PathLike[str] | None = None,
@@ -47,7 +54,8 @@ def train(
             `Environment`, a list of rewards, a dict of name to reward, "package.module:name", or a built-in's name.
         algorithm: "grpo", "sft" or "dpo", in any case of letters.
         max_steps, max_epochs: training ends at whichever comes first.
-        learning_rate: peak learning rate of AdamW.
+        learning_rate: peak learning rate of AdamW. Where it is not given: 1e-6 for GRPO, 2e-5 for SFT, 5e-7 for DPO; with
+            `lora_rank` 1e-5, 1e-4 and 1e-5.
         batch_size: prompts (GRPO), examples (SFT) or pairs (DPO) per optimizer step.
         num_generations_per_prompt: GRPO completions per prompt.
         output_dir: where checkpoints and metrics go; default ./outputs/{last part of the model's name}.
@@ -79,10 +87,11 @@ def train(
         also_known=(*CALL_KEYWORDS, *inspect.signature(train).parameters),
         max_steps=max_steps,
         max_epochs=max_epochs,
-        learning_rate=learning_rate,
         batch_size=batch_size,
+        **({} if isinstance(learning_rate, _NotGiven) else {"learning_rate": learning_rate}),
         **kwargs,
     )
+    chosen_rate = None if spec.training.model_fields_set & {"learning_rate"} else _choose_learning_rate(spec)
     checked_callbacks = _check_callbacks(callbacks)
     if chosen == "grpo":
         _check_rewards(reward_fn, spec.reward.weights if spec.reward else None, dataset)
@@ -99,6 +108,8 @@ def train(
         namespace=call.get("namespace"),
         wait=call.get("wait", True),
     )
+    if chosen_rate and spec.training.log_level in ("debug", "info"):
+        print(f"nemo-rl: {chosen_rate}", flush=True)
     return start(run, call.get("backend"))
 
 
@@ -110,6 +121,15 @@ def start(run: Run, backend: str | None = None) -> TrainResult:
     if run.spec.training.log_level in ("debug", "info"):
         print(f"nemo-rl: {run.spec.algorithm} {where} ({reason}), output in {run.output_dir}", flush=True)
     return chosen.run(run)
+
+
+def _choose_learning_rate(spec: RLTrainingJobSpec) -> str | None:
+    """Writes the learning rate of the algorithm into the specification as given, so that every version of nemo-rl takes
+    the same. Returns what there is to say about it: nothing where it is the signature's.
+    """
+    words = spec.default_learning_rate_in_words()
+    spec.training.learning_rate = spec.training.learning_rate
+    return words
 
 
 def _require(model: Any, dataset: Any, reward_fn: Any, algorithm: str) -> None:

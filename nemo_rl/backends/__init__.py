@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_rl.extras import explained, is_there, missing, require
 from nemo_rl.job.names import BACKEND_VARIABLE
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def choose(backend: str | None = None) -> tuple[str, str]:
         return "local", "no Kubernetes context here"
     if not _has_kubernetes_backend():
         return "local", f"{context} found, but this version of nemo-rl trains only on this machine"
+    if not is_there("kubernetes"):
+        return "local", f"{context} found, but no client to ask it: {missing('the cluster', 'kubernetes')}"
     return _ask_cluster()
 
 
@@ -86,12 +89,9 @@ def kubernetes_backend(what: str) -> Any:
             f"{what} needs the kubernetes backend, which this version of nemo-rl does not have; "
             f"train on this machine with backend='local'"
         )
-    try:
+    require(what, "kubernetes")
+    with explained(what):
         return importlib.import_module(_CLUSTER_PACKAGE)
-    except ModuleNotFoundError as error:
-        raise RuntimeError(
-            f"{what} needs the package {error.name}, which is not installed; pip install 'nemo-rl[kubernetes]'"
-        ) from None
 
 
 def _has_kubernetes_backend() -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_rl.backends import Run
 from nemo_rl.errors import DatasetError
+from nemo_rl.extras import require
 from nemo_rl.job.spec import CallbackSpec, OutputSpec, ResourcesSpec, RLTrainingJobSpec
 
 if TYPE_CHECKING:
@@ -64,6 +65,11 @@ def check(run: Run) -> None:
         raise ValueError(
             f"model {model!r} is not a folder on this machine; expected a hub name or a folder with a model"
         )
+    require("training on this machine", "torch")
+    if run.spec.training.lora_rank is not None:
+        require("lora_rank", "peft")
+    if run.spec.training.tensorboard:
+        require("tensorboard=True", "tensorboard")
     for field, path in _references(run.spec)[1:]:
         if "://" not in path and not Path(path).expanduser().is_file():
             raise DatasetError(

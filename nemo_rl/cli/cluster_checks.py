@@ -120,7 +120,12 @@ def _versions(cluster: Cluster) -> Check:
         f"operator {there.version}, trainer image {there.trainer_image} (Python {there.trainer_python or 'not told'})"
     )
     if there.version != here:
-        return Check("bad", "versions", f"{found}; here is {here}", f"pip install nemo-rl=={there.version}, or upgrade")
+        return Check(
+            "bad",
+            "versions",
+            f"{found}; here is {here}",
+            f"install version {there.version} here from its sources, or upgrade the chart",
+        )
     if there.trainer_python and there.trainer_python != PYTHON:
         text = f"{found}; here is Python {PYTHON}: rewards travel as source, but not those that only a pickle can hold"
         return Check("absent", "versions", text, f"use Python {there.trainer_python} here to ship any reward")

@@ -13,6 +13,8 @@ import sys
 
 from nemo_rl.cli.checks import Check
 
+from nemo_rl.extras import install_command
+
 _ENGINE = ("torch", "transformers", "datasets", "numpy", "safetensors", "jinja2", "cloudpickle")
 _EXTRAS = {
     "lora": ("peft", "lora_rank=…"),
@@ -42,9 +44,7 @@ def _cluster(namespace: str | None) -> list[Check]:
     if context is None:
         return [Check("absent", "cluster", "no Kubernetes context here: training runs on this machine")]
     if importlib.util.find_spec("kubernetes") is None:
-        return [
-            Check("absent", "cluster", f"{context} is there, its client is not", "pip install 'nemo-rl[kubernetes]'")
-        ]
+        return [Check("absent", "cluster", f"{context} is there, its client is not", install_command("kubernetes"))]
     from nemo_rl.cli.cluster_checks import cluster_checks
 
     return cluster_checks(namespace)
@@ -75,7 +75,7 @@ def _python() -> Check:
 
 def _package(name: str) -> Check:
     """Whether a package that the engine needs is there, in a version that the distribution's metadata allows."""
-    cure = "pip install 'nemo-rl[engine]'"
+    cure = install_command("engine")
     try:
         found = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -138,7 +138,7 @@ def _extras() -> list[Check]:
         try:
             found.append(Check("good", extra, f"{package} {importlib.metadata.version(package)}"))
         except importlib.metadata.PackageNotFoundError:
-            cure = f"pip install 'nemo-rl[{extra}]'"
+            cure = install_command(extra)
             found.append(Check("absent", extra, f"{package} is not installed; needed for {purpose}", cure))
     return found
 

@@ -54,7 +54,7 @@ def guarded(command: Callable[[], int]) -> int:
     except LookupError as error:
         print(f"nemo-rl: {error.args[0] if error.args else error}", file=sys.stderr)
         return JobExit.ABSENT
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, ImportError) as error:
         print(f"nemo-rl: {error}", file=sys.stderr)
         return OTHER_ERROR
 

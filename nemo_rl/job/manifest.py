@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from nemo_rl.job import decode, names
-from nemo_rl.job.spec import RLTrainingJobSpec
+from nemo_rl.job.foreign import meaning_of, nearest
+from nemo_rl.job.spec import SECTIONS, ResourcesSpec, RLTrainingJobSpec, TrainingSpec
 
 _TOP_LEVEL = ("apiVersion", "kind", "metadata", "spec", "status")
 _METADATA = ("name", "namespace", "labels", "annotations")
@@ -207,7 +207,7 @@ class _Reader:
         if error["type"] == "extra_forbidden":
             owner = _model_at(error["loc"][:-1])
             known = [info.alias or name for name, info in owner.model_fields.items()] if owner else []
-            return self.say(path, f"unknown field{_nearest(str(path[-1]), known)}")
+            return self.say(path, f"unknown field{_elsewhere(path, known) or _nearest(str(path[-1]), known)}")
         if error["type"] == "missing":
             return self.say(path, "missing; it is required")
         if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
@@ -355,12 +355,45 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
     return next((found for part in get_args(annotation) if (found := _section_in(part))), None)
 
 
+def _elsewhere(path: _PATH, known: Iterable[str]) -> str:
+    """Where a field belongs that is not one of its section: another section, or what other libraries call so; else ""."""
+    name = str(path[-1])
+    if name in known:
+        return ""
+    homes = [place for place in _places().values() if place.rpartition(".")[2] == name]
+    if homes:
+        return f"; it belongs to {' or '.join(f'spec.{home}' for home in homes)}"
+    snake = re.sub(r"(?<=[a-z0-9])([A-Z])", lambda match: "_" + match[1].lower(), name)
+    meaning = meaning_of(snake, write={**_places(), **_IN_FILES})
+    return f"; {meaning}" if meaning else ""
+
+
+_IN_FILES = {
+    "reward_fn": "reward",
+    "gpus": "resources.gpusPerNode",
+    "name": "metadata.name",
+    "output_dir": "the option --output-dir",
+    "validation_dataset": "validationDataset",
+    "split": "dataset.split",
+    "subset": "dataset.subset",
+}
+"""Keywords of Python whose field of a job has another name, or that are no field."""
+
+
+def _places() -> dict[str, str]:
+    """The fields of training, of the algorithms and of resources by their Python names, as paths below `spec`."""
+    found: dict[str, str] = {}
+    sections: dict[str, type[BaseModel]] = {"training": TrainingSpec, **SECTIONS, "resources": ResourcesSpec}
+    for section, model in sections.items():
+        for name, info in model.model_fields.items():
+            found.setdefault(name, f"{section}.{info.alias or name}")
+    return found
+
+
 def _nearest(name: object, known: Iterable[str]) -> str:
     candidates = list(known)
-    lower = {candidate.lower(): candidate for candidate in candidates}
-    near = difflib.get_close_matches(str(name).lower().replace("_", ""), lower, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {lower[near[0]]}?"
+    if near := nearest(str(name), candidates):
+        return f"; did you mean {near}?"
     return f"; expected one of {', '.join(candidates)}" if candidates else ""
 
 

@@ -16,6 +16,9 @@ from nemo_rl.job.decode import too_deep
 Algorithm = Literal["grpo", "sft", "dpo"]
 ALGORITHMS: tuple[Algorithm, ...] = ("grpo", "sft", "dpo")
 
+LEARNING_RATES: dict[Algorithm, tuple[float, float]] = {"grpo": (1e-6, 1e-5), "sft": (2e-5, 1e-4), "dpo": (5e-7, 1e-5)}
+"""Peak learning rates where none is given: of all weights, and of low-rank adapters."""
+
 
 READING = {"reading": True}
 """Validation context of readers: limits that older versions did not have do not hold for what is there already."""
@@ -157,8 +160,8 @@ class TrainingSpec(Section):
     """Optimizer steps after which training ends. Default 1000."""
     max_epochs: Annotated[int, Field(ge=1)] = 1
     """Passes over the data after which training ends, if max_steps is not reached before. Default 1."""
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-6
-    """Peak learning rate of AdamW. Default 1e-6."""
+    learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
+    """Peak learning rate of AdamW. Default 1e-6 for grpo, 2e-5 for sft, 5e-7 for dpo; with lora_rank 1e-5, 1e-4 and 1e-5."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Rows per optimizer step: prompts (GRPO), examples (SFT) or pairs (DPO). Default 32."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
@@ -222,6 +225,16 @@ class TrainingSpec(Section):
     """Values that the chat template asks for by name, for example enable_thinking. Default none."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint. Default false."""
+
+    @model_validator(mode="after")
+    def _adapters_have_a_rank(self, info: ValidationInfo) -> TrainingSpec:
+        alone = [f for f in ("lora_alpha", "lora_target_modules") if getattr(self, f) is not None]
+        if alone and self.lora_rank is None and not (info.context or {}).get("reading"):
+            raise ValueError(
+                f"found {alone[0]} without lora_rank, which would train all weights and no adapter; give lora_rank (16 is "
+                f"usual) to train adapters, or remove {alone[0]}"
+            )
+        return self
 
 
 class GRPOSpec(Section):
@@ -556,6 +569,24 @@ class RLTrainingJobSpec(Section):
             if path and path.startswith("bundle://"):
                 found.append((where, path.removeprefix("bundle://").split("/")[0]))
         return found
+
+    @model_validator(mode="after")
+    def _learning_rate_of_the_algorithm(self) -> RLTrainingJobSpec:
+        """Fills in the learning rate where none was given; it does not count as given, so another algorithm has its own."""
+        if "learning_rate" not in self.training.model_fields_set or self.training.learning_rate is None:
+            training = self.training.model_copy()
+            training.model_fields_set.discard("learning_rate")
+            training.__dict__["learning_rate"] = LEARNING_RATES[self.algorithm][training.lora_rank is not None]
+            self.__dict__["training"] = training
+        return self
+
+    def default_learning_rate_in_words(self) -> str | None:
+        """A sentence about the learning rate where it was chosen for the caller and is not the one of GRPO, else None."""
+        rate = self.training.learning_rate
+        if "learning_rate" in self.training.model_fields_set or rate == LEARNING_RATES["grpo"][0]:
+            return None
+        what = f"{self.algorithm}{' with low-rank adapters' if self.training.lora_rank is not None else ''}"
+        return f"learning_rate is not given: {rate:g}, the default of {what}"
 
     @property
     def settings(self) -> GRPOSpec | DPOSpec | SFTSpec:

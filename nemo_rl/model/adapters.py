@@ -9,19 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from nemo_rl.extras import missing
 from nemo_rl.job.spec import TrainingSpec
 
 ALL_LINEAR = "all-linear"
 
 
 def add_adapters(model: Any, training: TrainingSpec) -> nn.Module:
-    """Returns the model with frozen weights and new adapters. Raises ValueError if peft is missing or modules are not there."""
+    """Returns the model with frozen weights and new adapters. Raises MissingPackage without peft, ValueError if modules are not there."""
     try:
         from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ValueError(
-            "lora_rank is set, but peft is not installed; install it with: pip install 'nemo-rl[lora]'"
-        ) from error
+    except ModuleNotFoundError as error:
+        raise missing("lora_rank", error.name or "peft") from None
     wanted = training.lora_target_modules
     if wanted:
         _check_names(model, wanted)

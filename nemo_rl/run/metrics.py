@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, unquote
 
+from nemo_rl.extras import missing
 from nemo_rl.run.directory import COMPLETIONS_FILE, METRICS_FILE, TENSORBOARD_DIR
 from nemo_rl.run.lease import Lease
 
@@ -118,9 +119,7 @@ def _open_board(directory: Path, resume_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ImportError(
-            "tensorboard=True, but the package tensorboard is not installed; pip install 'nemo-rl[tensorboard]'"
-        ) from None
+        raise missing("tensorboard=True", "tensorboard") from None
     return SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else None)
 
 

@@ -87,6 +87,13 @@ class Trainer(Passes, ABC):
         tokenizer: Any = None,
     ) -> None:
         """`model` and `tokenizer` are used in place of loading `config.model`; a given model is trained in place."""
+        if not isinstance(config, RLTrainingJobSpec):
+            what = repr(config) if isinstance(config, str) else f"an object of type {type(config).__name__}"
+            shown = repr(config) if isinstance(config, str) else "model"
+            raise TypeError(
+                f"{type(self).__name__}() takes an RLTrainingJobSpec, found {what}; for a model write "
+                f"{type(self).__name__}.from_pretrained({shown}, …), and give data set and reward to fit()"
+            )
         if config.algorithm != self.algorithm:
             raise ValueError(
                 f"{type(self).__name__} trains {self.algorithm}, but config.algorithm is {config.algorithm}"
@@ -527,6 +534,8 @@ class Trainer(Passes, ABC):
         if checkpoint is not None:
             self.display.note(f"going on after step {checkpoint.step} from {checkpoint.path}")
         self.display.note(str(data.report))
+        if rate := self.config.default_learning_rate_in_words():
+            self.display.note(rate)
         if ends := known_ends(getattr(self.policy.causal, "generation_config", None)):
             self.display.note(f"end tokens: {', '.join(map(str, self.tokenizer.convert_ids_to_tokens(ends)))}")
         if self.total_steps < self.training.max_steps / 2:

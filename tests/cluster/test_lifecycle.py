@@ -145,7 +145,7 @@ def test_kubectl_describe_shows_status_and_events(scene: Scene) -> None:
     ("field", "expected"),
     [
         ("spec.grpo", ["numGenerationsPerPrompt", "normalizeRewards", "Default 16"]),
-        ("spec.training.learningRate", ["Peak learning rate", "Default 1e-6"]),
+        ("spec.training.learningRate", ["Peak learning rate", "Default 1e-6 for grpo"]),
         ("spec.output.serveUntil", ["RFC 3339"]),
         ("status.progress", ["secondsRemaining", "metrics"]),
         ("status.attempts", ["exitCode", "counted"]),

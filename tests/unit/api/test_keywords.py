@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from nemo_rl import train
 from nemo_rl.api.keywords import build_spec, flat_keywords, keywords
 from nemo_rl.api.training import CALL_KEYWORDS
-from nemo_rl.job.spec import ALGORITHMS, RLTrainingJobSpec, TrainingSpec
+from nemo_rl.job.foreign import foreign_names, meaning_of, nearest
+from nemo_rl.job.spec import ALGORITHMS, LEARNING_RATES, RLTrainingJobSpec, TrainingSpec
 
 REWARD = "exact_match"
 
@@ -59,8 +60,9 @@ def test_the_names_that_the_documentation_promises_exist():
 
 def test_the_signature_has_the_defaults_of_the_specification():
     for name, parameter in inspect.signature(train).parameters.items():
-        if name in keywords():
+        if name in keywords() and name != "learning_rate":
             assert parameter.default == keywords()[name][0].info.default, name
+    assert inspect.signature(train).parameters["learning_rate"].default == LEARNING_RATES["grpo"][0] == 1e-6
 
 
 # --- values, there and back
@@ -131,6 +133,10 @@ def _calls(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     for kept, left_out in _CONTRADICTIONS:
         if kept(flat):
             flat.pop(left_out, None)
+    if flat.get("learning_rate", 0) is None:
+        del flat["learning_rate"]  # the same as not given
+    if flat.get("lora_rank") is None:
+        flat = {name: value for name, value in flat.items() if name not in ("lora_alpha", "lora_target_modules")}
     return algorithm, flat
 
 
@@ -233,7 +239,7 @@ def test_weights_by_name_come_in_the_order_of_the_rewards():
     [
         ({"learning_rte": 1}, TypeError, ["learning_rte", "did you mean 'learning_rate'"]),
         ({"gpu": 1}, TypeError, ["'gpu'", "did you mean 'gpus'"]),
-        ({"zzzzzz": 1}, TypeError, ["zzzzzz", "README"]),
+        ({"zzzzzz": 1}, TypeError, ["zzzzzz", "of grpo there are max_steps, ", "temperature"]),
         ({"training": {}}, TypeError, ["is a section", "max_steps"]),
         ({"learning_rate": -1}, ValueError, ["learning_rate=-1", "greater than 0", "Peak learning rate"]),
         ({"max_steps": 0, "top_p": 2}, ValueError, ["max_steps=0", "top_p=2", "less than or equal to 1"]),
@@ -300,4 +306,118 @@ def test_a_wrong_environment_variable_does_not_repeat_its_value():
 
 
 def test_the_defaults_are_those_of_the_specification():
-    assert build_spec("m", "d", REWARD).training == TrainingSpec()
+    training = build_spec("m", "d", REWARD).training
+    assert training.model_dump(exclude={"learning_rate"}) == TrainingSpec().model_dump(exclude={"learning_rate"})
+
+
+# --- names of other libraries
+
+
+def test_what_a_name_of_another_library_is_here_is_said_in_names_that_exist():
+    ours = {*keywords(), *CALL_KEYWORDS, *inspect.signature(train).parameters}
+    assert {name for targets in foreign_names().values() for name in targets} <= ours
+    assert not foreign_names().keys() & ours
+
+
+def test_every_setting_of_trl_and_of_transformers_that_is_renamed_here_is_recognised():
+    """The names come from TRL itself; those that mean the same here, or nothing here, are counted out one by one."""
+    import dataclasses
+
+    from trl import DPOConfig, GRPOConfig, SFTConfig
+
+    theirs = {field.name for config in (GRPOConfig, SFTConfig, DPOConfig) for field in dataclasses.fields(config)}
+    asked_most = {
+        *("num_generations", "max_completion_length", "max_length", "per_device_train_batch_size", "epsilon"),
+        *("gradient_accumulation_steps", "num_train_epochs", "lr_scheduler_type", "warmup_ratio", "save_steps"),
+        *("eval_steps", "eval_strategy", "save_strategy", "save_total_limit", "bf16", "fp16", "gradient_checkpointing"),
+        *("logging_steps", "resume_from_checkpoint", "scale_rewards", "delta", "epsilon_high", "packing"),
+        *("assistant_only_loss", "completion_only_loss", "steps_per_generation", "per_device_eval_batch_size"),
+        *("dataset_text_field", "load_best_model_at_end", "run_name", "optim", "log_completions"),
+    }
+    assert asked_most - theirs <= {"warmup_ratio"}, "TRL has renamed these"
+    assert {name for name in asked_most if meaning_of(name) is None} == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("num_generations", "in nemo-rl this is num_generations_per_prompt"),
+        ("max_completion_length", "in nemo-rl this is max_new_tokens"),
+        ("lr", "in nemo-rl this is learning_rate"),
+        ("num_train_epochs", "in nemo-rl this is max_epochs"),
+        ("per_device_train_batch_size", "in nemo-rl this is batch_size, which counts the rows of one optimizer step"),
+        ("gradient_accumulation_steps", "not needed: batch_size counts the rows"),
+    ],
+)
+def test_a_name_of_another_library_leads_to_what_it_means_here(name: str, ours: str):
+    with pytest.raises(TypeError) as caught:
+        build_spec("m", "d", REWARD, **{name: 2})
+    assert ours in str(caught.value)
+    assert "did you mean" not in str(caught.value)
+
+
+def test_a_meaning_of_another_algorithm_is_not_offered():
+    with pytest.raises(TypeError, match="unknown keyword 'num_generations'; of sft there are"):
+        build_spec("m", "d", None, "sft", num_generations=4)
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "meant"),
+    [
+        ("learnin_rate", "learning_rate"), ("max_stpes", "max_steps"), ("maxsteps", "max_steps"), ("gpu", "gpus"),
+        ("batchsize", "batch_size"), ("temprature", "temperature"), ("max_new_token", "max_new_tokens"),
+        ("validation_datset", None), ("num_iteration", "num_iterations"),
+        # these look alike and mean something else
+        ("num_generations", None), ("max_completion_length", None), ("clip", None), ("data", None),
+        ("eval_batch_size", None), ("reward_model", None), ("save_path", None),
+    ],
+)  # fmt: skip
+def test_a_suggestion_is_made_for_a_misspelling_and_for_nothing_else(misspelt: str, meant: str | None):
+    assert nearest(misspelt, keywords()) == meant
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "words"),
+    [
+        ("ppo", "the nearest is 'grpo'"),
+        ("rloo", "it is 'grpo' with normalize_rewards=False"),
+        ("kto", "learning from preferences is 'dpo'"),
+        ("gpro", "did you mean 'grpo'"),
+        ("sfft", "did you mean 'sft'"),
+    ],
+)
+def test_an_unknown_algorithm_leads_to_the_one_that_is_meant(algorithm: str, words: str):
+    with pytest.raises(ValueError, match="Unknown algorithm") as caught:
+        build_spec("m", "d", REWARD, algorithm)
+    assert words in str(caught.value)
+
+
+# --- the learning rate where none is given
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "rank", "rate"),
+    [("grpo", None, 1e-6), ("sft", None, 2e-5), ("dpo", None, 5e-7), ("grpo", 8, 1e-5), ("sft", 8, 1e-4), ("dpo", 8, 1e-5)],
+)  # fmt: skip
+def test_each_algorithm_has_its_own_learning_rate(algorithm: str, rank: int | None, rate: float):
+    spec = build_spec("m", "d", _reward(algorithm), algorithm, **({"lora_rank": rank} if rank else {}))
+    assert spec.training.learning_rate == rate
+    assert "learning_rate" not in flat_keywords(spec)
+    given = build_spec("m", "d", _reward(algorithm), algorithm, learning_rate=1e-6)
+    assert given.training.learning_rate == 1e-6
+
+
+def test_the_learning_rate_of_a_yaml_job_is_chosen_in_the_same_way_and_follows_the_algorithm():
+    from nemo_rl.job.manifest import parse_manifest
+
+    text = """
+        apiVersion: nemo-rl.io/v1alpha1
+        kind: RLTrainingJob
+        metadata: {name: x}
+        spec: {model: m, algorithm: sft, dataset: {name: d}, training: {maxSteps: 3}}
+    """
+    manifest = parse_manifest(text)
+    assert manifest.spec.training.learning_rate == 2e-5
+    assert manifest.to_dict()["spec"]["training"] == {"maxSteps": 3}
+    assert parse_manifest(text, overrides=["training.loraRank=4"]).spec.training.learning_rate == 1e-4
+    assert parse_manifest(text, overrides=["training.learningRate=1e-6"]).spec.training.learning_rate == 1e-6

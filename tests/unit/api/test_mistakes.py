@@ -104,6 +104,9 @@ YAML: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("settings as a text", "sft", "sft\n  training: fast", ("spec.training", "maxSteps")),
     ("a misspelt field", "sft", "sft\n  training: {maxStep: 3}", ("spec.training.maxStep", "did you mean maxSteps")),
     ("a field of Python", "sft", "sft\n  training: {max_steps: 3}", ("spec.training.max_steps", "did you mean maxSteps")),
+    ("a name of TRL", "sft", "sft\n  training: {numTrainEpochs: 3}", ("spec.training.numTrainEpochs", "training.maxEpochs")),
+    ("a field in another section", "sft", "sft\n  maxSteps: 3", ("spec.maxSteps", "belongs to spec.training.maxSteps")),
+    ("adapters without a rank", "sft", "sft\n  training: {loraAlpha: 3}", ("spec.training", "lora_rank")),
     ("no model", "  model: org/model\n", "", ("spec.model", "missing")),
     ("a number of words", "sft", "sft\n  training: {maxSteps: many}", ("spec.training.maxSteps", "many", "integer")),
     ("another kind", "RLTrainingJob", "Job", ("kind", "RLTrainingJob")),
@@ -126,3 +129,11 @@ def test_a_mistake_in_a_job_is_answered_with_its_place(old: str, new: str, words
     said = str(caught.value)
     assert not [word for word in words if word not in said], said
     assert "instance of" not in said
+
+
+@pytest.mark.parametrize("name", ["GRPOTrainer", "SFTTrainer", "DPOTrainer"])
+@pytest.mark.parametrize("given", ["org/model", 3])
+def test_a_trainer_made_of_a_model_leads_to_from_pretrained(name: str, given: Any) -> None:
+    with pytest.raises(TypeError, match=rf"{name}\.from_pretrained\(") as caught:
+        getattr(nemo_rl, name)(given)
+    assert "RLTrainingJobSpec" in str(caught.value)

@@ -164,6 +164,30 @@ def test_a_valid_call_warns_about_nothing(runs: list[Run]):
         nemo_rl.train("org/m", ROWS, score)
 
 
+# --- the learning rate where none is given
+
+
+@pytest.mark.parametrize(
+    ("call", "rate", "words"),
+    [
+        ({"algorithm": "sft"}, 2e-5, "learning_rate is not given: 2e-05, the default of sft\n"),
+        ({"algorithm": "dpo"}, 5e-7, "learning_rate is not given: 5e-07, the default of dpo\n"),
+        ({"algorithm": "sft", "lora_rank": 4}, 1e-4, "0.0001, the default of sft with low-rank adapters\n"),
+        ({"reward_fn": score, "lora_rank": 4}, 1e-5, "1e-05, the default of grpo with low-rank adapters\n"),
+        ({"reward_fn": score}, 1e-6, None),
+        ({"algorithm": "sft", "learning_rate": 1e-6}, 1e-6, None),
+        ({"algorithm": "dpo", "learning_rate": 1e-6, "lora_rank": 4}, 1e-6, None),
+    ],
+)
+def test_a_learning_rate_that_was_chosen_for_the_caller_is_said_and_part_of_the_job(
+    runs: list[Run], capsys: pytest.CaptureFixture[str], call: dict[str, Any], rate: float, words: str | None
+):
+    nemo_rl.train("org/m", ROWS, **call)
+    assert runs[0].spec.model_dump(exclude_unset=True)["training"]["learning_rate"] == rate
+    said = capsys.readouterr().out
+    assert (words in said) if words else ("learning_rate" not in said)
+
+
 # --- which backend
 
 

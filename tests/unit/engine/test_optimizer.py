@@ -74,7 +74,7 @@ def set_gradients(parameters: list[nn.Parameter], scale: float = 1.0, seed: int 
 def test_a_step_is_torchs_clipping_and_adamw(scale: float, bound: float | None):
     options = {"weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.99, "adam_epsilon": 1e-6, "max_grad_norm": bound}
     ours, theirs = some_parameters(), some_parameters()
-    optimizer = Optimizer(ours, TrainingSpec(**options))
+    optimizer = Optimizer(ours, TrainingSpec(**{"learning_rate": 1e-6, **options}))
     groups = [{"params": [theirs[0], theirs[2]], "weight_decay": 0.1}, {"params": [theirs[1]], "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, betas=(0.8, 0.99), eps=1e-6)
     for step in range(4):
@@ -95,7 +95,7 @@ def test_a_step_is_torchs_clipping_and_adamw(scale: float, bound: float | None):
 def test_the_clipped_gradient_is_what_adamw_gets(times: float):
     """Seen in its first moment: the update itself hardly depends on the scale of the gradient."""
     parameters = some_parameters()
-    optimizer = Optimizer(parameters, TrainingSpec(max_grad_norm=0.7, adam_beta1=0.5))
+    optimizer = Optimizer(parameters, TrainingSpec(learning_rate=1e-6, max_grad_norm=0.7, adam_beta1=0.5))
     set_gradients(parameters)
     norm = nn.utils.get_total_norm([p.grad for p in parameters]).item()
     for parameter in parameters:
@@ -108,7 +108,7 @@ def test_the_clipped_gradient_is_what_adamw_gets(times: float):
 
 def test_biases_and_norms_do_not_decay():
     matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
-    optimizer = Optimizer([matrix, vector], TrainingSpec(weight_decay=0.5))
+    optimizer = Optimizer([matrix, vector], TrainingSpec(learning_rate=1e-6, weight_decay=0.5))
     for parameter in (matrix, vector):
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step(0.1)
@@ -119,7 +119,7 @@ def test_biases_and_norms_do_not_decay():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_gradient_that_is_not_finite_is_left_out_and_counted(bad: float):
     parameters = some_parameters()
-    optimizer = Optimizer(parameters, TrainingSpec())
+    optimizer = Optimizer(parameters, TrainingSpec(learning_rate=1e-6))
     before = [p.detach().clone() for p in parameters]
     set_gradients(parameters)
     parameters[1].grad[3] = bad
@@ -134,7 +134,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_and_counted(bad: float):
 
 def test_training_gives_up_after_five_such_steps_in_a_row():
     parameters = some_parameters()
-    optimizer = Optimizer(parameters, TrainingSpec())
+    optimizer = Optimizer(parameters, TrainingSpec(learning_rate=1e-6))
 
     def step(scale: float) -> float:
         set_gradients(parameters, scale)
@@ -153,7 +153,7 @@ def test_training_gives_up_after_five_such_steps_in_a_row():
 
 def test_parameters_without_a_gradient_are_left_alone():
     parameters = some_parameters()
-    optimizer = Optimizer(parameters, TrainingSpec(weight_decay=0.0))
+    optimizer = Optimizer(parameters, TrainingSpec(learning_rate=1e-6, weight_decay=0.0))
     before = parameters[2].detach().clone()
     set_gradients(parameters[:2])
     optimizer.step(0.1)

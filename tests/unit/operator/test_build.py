@@ -232,30 +232,45 @@ def frozen_spec(**fields: Any) -> dict[str, Any]:
     return json.loads(made["data"]["job.json"])["spec"]
 
 
-def test_the_frozen_job_says_what_its_author_said_and_no_defaults() -> None:
+def test_the_frozen_job_says_what_its_author_said_and_the_learning_rate_but_no_other_defaults() -> None:
     spec = make.parsed(training={"maxSteps": 7})
     made = build.frozen_job(make.resource(training={"maxSteps": 7}), spec)
     found = json.loads(made["data"]["job.json"])
     assert made["immutable"] is True
     assert found["metadata"] == {"name": "x", "namespace": "ns", "uid": make.UID}
     assert RLTrainingJobSpec.model_validate(found["spec"]) == spec
-    assert found["spec"]["training"] == {"maxSteps": 7}
+    assert found["spec"]["training"] == {"maxSteps": 7, "learningRate": 1e-6}
+
+
+@pytest.mark.parametrize(("given", "frozen"), [({}, 2e-5), ({"loraRank": 4}, 1e-4), ({"learningRate": 1e-6}, 1e-6)])
+def test_the_learning_rate_of_the_algorithm_is_frozen_also_where_the_author_gave_that_of_another(
+    given: dict[str, Any], frozen: float
+) -> None:
+    sft = {"algorithm": "sft", "reward": None, "training": given}
+    assert frozen_spec(**sft)["training"]["learningRate"] == frozen
 
 
 def test_defaults_that_the_api_server_filled_in_are_not_frozen() -> None:
     filled = make.parsed().model_dump(mode="json", by_alias=True, exclude_none=True)
-    assert frozen_spec(**filled) == make.spec()
+    assert frozen_spec(**filled) == {**make.spec(), "training": {"learningRate": 1e-6}}
 
 
 def test_a_field_that_this_operator_does_not_know_reaches_a_newer_image() -> None:
     resource = make.resource(training={"maxSteps": 7, "fp8": True})
     made = build.frozen_job(resource, make.parsed(training={"maxSteps": 7}))
-    assert json.loads(made["data"]["job.json"])["spec"]["training"] == {"maxSteps": 7, "fp8": True}
+    assert json.loads(made["data"]["job.json"])["spec"]["training"] == {
+        "maxSteps": 7,
+        "learningRate": 1e-6,
+        "fp8": True,
+    }
 
 
 def test_what_may_change_in_a_live_job_is_not_frozen() -> None:
     changeable = {"suspend": True, "backoffLimit": 9, "activeDeadlineSeconds": 5, "ttlSecondsAfterFinished": 5}
-    assert frozen_spec(**changeable, output={"serveUntil": "2030-01-01T00:00:00Z"}) == make.spec()
+    assert frozen_spec(**changeable, output={"serveUntil": "2030-01-01T00:00:00Z"}) == {
+        **make.spec(),
+        "training": {"learningRate": 1e-6},
+    }
 
 
 def test_pods_name_the_digest_of_the_frozen_job() -> None:

@@ -16,7 +16,7 @@ def pickled(obj: Any, name: str) -> tuple[dict[str, bytes], dict[str, str]]:
     try:
         import cloudpickle  # type: ignore[import-untyped]
     except ImportError:
-        raise NotSource("the package cloudpickle is not installed here (pip install 'nemo-rl[kubernetes]')") from None
+        raise NotSource("the package cloudpickle is not installed here (pip install cloudpickle)") from None
     already = set(cloudpickle.list_registry_pickle_by_value())
     registered = [module for module in local_modules() if module.__name__ not in already]
     for module in registered:

@@ -1,0 +1,165 @@
+"""What an extra brings and is not installed ends in one sentence with a command that works, from every entry point."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+
+from nemo_rl import extras
+from nemo_rl.cli.main import app
+from unit.api import base_environment
+
+JOB = """\
+apiVersion: nemo-rl.io/v1alpha1
+kind: RLTrainingJob
+metadata: {name: sums}
+spec:
+  model: ./model
+  algorithm: sft
+  dataset: {inline: [{prompt: a, completion: b}]}
+"""
+
+COMMANDS: dict[str, tuple[list[str], str | None]] = {
+    "train": (["job.yaml", "--backend", "local"], "engine"),
+    "ps": ([], "kubernetes"),
+    "status": (["x"], "kubernetes"),
+    "wait": (["x"], "kubernetes"),
+    "logs": (["x"], "kubernetes"),
+    "cancel": (["x"], "kubernetes"),
+    "resume": (["x"], "kubernetes"),
+    "rm": (["x"], "kubernetes"),
+    "cp": (["x"], "kubernetes"),
+    "crd": ([], None),
+    "version": ([], None),
+    "doctor": ([], "engine"),
+}
+"""Every subcommand: arguments with which it gets as far as it can, and the extra that it lacks."""
+
+ROWS = "[{'prompt': 'a', 'completion': 'b'}]"
+CALLS = {
+    "nemo_rl.train('./model', ROWS, algorithm='sft', backend='local')": "engine",
+    "nemo_rl.train('./model', ROWS, lambda prompt, response: 1.0, backend='local')": "engine",
+    "nemo_rl.train('m', ROWS, algorithm='sft', backend='kubernetes')": "kubernetes",
+    "nemo_rl.attach('x')": "kubernetes",
+    "nemo_rl.jobs()": "kubernetes",
+    "nemo_rl.GRPOTrainer": "engine",
+    "nemo_rl.SFTTrainer": "engine",
+    "nemo_rl.DPOTrainer": "engine",
+    "nemo_rl.api.get_algorithm('grpo')": "engine",
+    "nemo_rl.api.create_trainer('sft', model='m')": "engine",
+    "nemo_rl.TrainResult(history=[{'step': 1, 'loss': 1.0}]).plot()": "demo",
+}
+
+PROGRAM = """
+import contextlib, io, json, sys, traceback
+import nemo_rl, nemo_rl.api
+from nemo_rl.cli.main import app
+ROWS, found = {rows}, {{}}
+for call in {calls}:
+    try:
+        eval(call)
+        found[call] = ["", "returned"]
+    except Exception as error:
+        found[call] = [type(error).__name__, str(error)]
+for name, arguments in {commands}.items():
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            app([name, *arguments[0]], prog_name="nemo-rl")
+        except SystemExit as error:
+            code = error.code
+        except BaseException:
+            code = traceback.format_exc()
+    found[name] = [code, out.getvalue()]
+print(json.dumps(found))
+"""
+
+
+def run(python: Path, folder: Path, calls: dict[str, str], commands: dict[str, Any]) -> dict[str, list[Any]]:
+    program = PROGRAM.format(rows=ROWS, calls=list(calls), commands=commands)
+    (folder / "model").mkdir(exist_ok=True)
+    (folder / "job.yaml").write_text(JOB)
+    environment = {"PATH": "", "HOME": str(folder), "NEMO_RL_BACKEND": "auto"}
+    done = subprocess.run(
+        [python, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What every entry point answers where nemo-rl is installed without any extra."""
+    folder = tmp_path_factory.mktemp("base")
+    return run(base_environment.make(folder / "environment"), folder, CALLS, COMMANDS)
+
+
+def test_every_subcommand_is_tried() -> None:
+    assert {c.name or (c.callback and c.callback.__name__) for c in app.registered_commands} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_subcommand_without_its_extra_says_so_in_one_sentence(base: dict[str, list[Any]], name: str) -> None:
+    code, said = base[name]
+    extra = COMMANDS[name][1]
+    if extra is None:
+        assert code in (0, None)
+        return
+    assert code == 1, said
+    assert extras.install_command(extra) in said
+    assert "Traceback" not in said
+    assert "No module named" not in said
+    if name != "doctor":
+        assert len([line for line in said.splitlines() if line.startswith("nemo-rl: ") and "needs" in line]) == 1, said
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_without_its_extra_says_so_in_one_sentence(base: dict[str, list[Any]], call: str) -> None:
+    kind, said = base[call]
+    assert kind == "MissingPackage", said
+    assert said.endswith(extras.install_command(CALLS[call]))
+    assert said.count("\n") == 0
+
+
+def test_adapters_and_boards_without_their_extra_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    calls = {
+        "nemo_rl.train('./model', ROWS, algorithm='sft', backend='local', lora_rank=4)": "lora",
+        "nemo_rl.train('./model', ROWS, algorithm='sft', backend='local', tensorboard=True)": "tensorboard",
+    }
+    found = run(base_environment.make(tmp_path / "environment", "engine"), tmp_path, calls, {})
+    for call, extra in calls.items():
+        kind, said = found[call]
+        assert kind == "MissingPackage", said
+        assert said.endswith(extras.install_command(extra))
+
+
+def test_a_cluster_that_cannot_be_asked_for_want_of_its_client_is_named_in_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_rl import backends
+
+    monkeypatch.setattr(backends, "cluster_context", lambda: "KUBECONFIG")
+    monkeypatch.setattr(backends, "is_there", lambda module: False)
+    where, why = backends.choose("auto")
+    assert where == "local"
+    assert "KUBECONFIG found, but no client" in why
+    assert extras.install_command("kubernetes") in why
+
+
+def test_commands_name_packages_and_never_the_name_that_another_project_has_on_the_registry() -> None:
+    for extra in ("engine", "kubernetes", "lora", "math", "tensorboard", "demo", "notebook", "worker"):
+        command = extras.install_command(extra)
+        packages = re.findall(r"'([^']+)'", command)
+        assert packages, extra
+        assert all(Requirement(package).name != "nemo-rl" for package in packages)
+    for folder in ("nemo_rl", "operator", "docs", "examples", "charts"):
+        for path in (base_environment.ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".md", ".txt", ".yaml") and path.is_file():
+                text = path.read_text(encoding="utf-8")
+                assert not re.search(r"(pip|uv) (install|add) [^\n]*['\" ]nemo-rl\b", text), path
