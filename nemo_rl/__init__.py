@@ -61,20 +61,22 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
+if not TYPE_CHECKING:  # for a type checker every name would be one otherwise
 
-        value: Any = version("nemo-rl")
-    elif name in _HOME_OF:
-        from nemo_rl.extras import explained
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            from importlib.metadata import version
 
-        with explained(f"nemo_rl.{name}"):
-            value = getattr(importlib.import_module(_HOME_OF[name]), name)
-    else:
-        raise AttributeError(f"module 'nemo_rl' has no attribute {name!r}; public names: {', '.join(__all__)}")
-    globals()[name] = value
-    return value
+            value: Any = version("nemo-rl")
+        elif name in _HOME_OF:
+            from nemo_rl.extras import explained
+
+            with explained(f"nemo_rl.{name}"):
+                value = getattr(importlib.import_module(_HOME_OF[name]), name)
+        else:
+            raise AttributeError(f"module 'nemo_rl' has no attribute {name!r}; public names: {', '.join(__all__)}")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,7 @@
 """Writes every generated file anew, and says which changed: `python tests/generated.py`.
 
 In order: the definition from the models, its copy in the chart, the Kustomize base from the chart (where helm is at hand),
-the tables of the README, the reference pages.
+the types of keywords, the tables of the README, the reference pages.
 """
 
 from __future__ import annotations
@@ -45,13 +45,18 @@ def tables() -> dict[Path, str]:
     return {readme: load(ROOT / "docs/tables.py").with_tables(readme.read_text(encoding="utf-8"))}
 
 
+def typed() -> dict[Path, str]:
+    module = load(ROOT / "docs/typed.py")
+    return {module.FILE: module.text()}
+
+
 def reference() -> dict[Path, str]:
     module = load(ROOT / "docs/reference.py")
     return {module.FOLDER / name: text for name, text in module.pages().items()}
 
 
 def main() -> None:
-    for part in (definition, kustomize, tables, reference):
+    for part in (definition, kustomize, typed, tables, reference):
         for path, text in part().items():
             if not path.exists() or path.read_text(encoding="utf-8") != text:
                 path.write_text(text, encoding="utf-8")

@@ -24,11 +24,13 @@ _HOME_OF = {
 __all__ = ["TrainResult", "attach", "create_trainer", "get_algorithm", "jobs", "list_algorithms", "train"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'nemo_rl.api' has no attribute {name!r}; public names: {', '.join(__all__)}")
-    value = globals()[name] = getattr(importlib.import_module(_HOME_OF[name]), name)
-    return value
+if not TYPE_CHECKING:  # for a type checker every name would be one otherwise
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME_OF:
+            raise AttributeError(f"module 'nemo_rl.api' has no attribute {name!r}; public names: {', '.join(__all__)}")
+        value = globals()[name] = getattr(importlib.import_module(_HOME_OF[name]), name)
+        return value
 
 
 def __dir__() -> list[str]:

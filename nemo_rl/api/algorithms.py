@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+import os
+from typing import TYPE_CHECKING, Any, Unpack
 
 from nemo_rl.extras import explained
 from nemo_rl.job.foreign import algorithm_meaning, nearest
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from nemo_rl.api.typed import TrainerKeywords
     from nemo_rl.job.spec import Algorithm
     from nemo_rl.trainers.base import Trainer
 
@@ -42,7 +46,14 @@ def get_algorithm(name: str) -> type[Trainer]:
         return getattr(importlib.import_module(module), trainer)
 
 
-def create_trainer(name: str, *, model: Any, tokenizer: Any = None, output_dir: Any = None, **kwargs: Any) -> Trainer:
+def create_trainer(
+    name: str,
+    *,
+    model: str | os.PathLike[str] | PreTrainedModel,
+    tokenizer: Any = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    **kwargs: Unpack[TrainerKeywords],
+) -> Trainer:
     """A trainer of the algorithm `name` around `model`; `kwargs` are the flat keywords of `train()`.
 
     ValueError for an unknown algorithm or a value out of range, TypeError for an unknown keyword.

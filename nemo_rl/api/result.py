@@ -7,9 +7,14 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_rl.extras import missing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from nemo_rl.trainers.base import Trainer
 
 _NOT_PLOTTED = ("step", "epoch")
 
@@ -28,8 +33,8 @@ class TrainResult:
         history: one dict of metrics per step; where it is not given, read from metrics.jsonl at first use.
     """
 
-    trainer: Any = field(default_factory=lambda: None)
-    metrics: dict[str, Any] = field(default_factory=dict)
+    trainer: Trainer = field(default_factory=lambda: None)
+    metrics: dict[str, float] = field(default_factory=dict)
     checkpoint_path: str | None = None
     total_steps: int = 0
     _: KW_ONLY
@@ -51,7 +56,7 @@ class TrainResult:
         if not self.history:
             del self.history
 
-    def __getattr__(self, name: str) -> Any:
+    def _later(self, name: str) -> Any:
         if name == "trainer":
             self.trainer = self._load_trainer() if self._load_trainer is not None else None
             return self.trainer
@@ -61,6 +66,9 @@ class TrainResult:
         raise AttributeError(
             f"a TrainResult has no attribute {name!r}; it has {', '.join(f.name for f in fields(self))}"
         )
+
+    if not TYPE_CHECKING:  # for a type checker every attribute would be one otherwise
+        __getattr__ = _later
 
     def _read_history(self) -> list[dict[str, Any]]:
         """Every step's metrics in order. FileNotFoundError where the run left no metrics.jsonl."""
@@ -74,7 +82,7 @@ class TrainResult:
         rows = read_history(self.output_dir / METRICS_FILE)
         return [row for row in rows if row["step"] <= self.total_steps] if self.total_steps else rows
 
-    def plot(self, path: str | os.PathLike[str] | None = None, metrics: Sequence[str] | None = None) -> Any:
+    def plot(self, path: str | os.PathLike[str] | None = None, metrics: Sequence[str] | None = None) -> Figure:
         """A matplotlib figure with one curve per metric over the steps; saved to `path` (.png, .svg, .pdf) if given.
 
         `metrics` chooses the curves; by default reward, loss and validation metrics. ValueError for an unknown metric,

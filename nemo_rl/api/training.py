@@ -7,7 +7,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from nemo_rl.api.algorithms import algorithm_name
 from nemo_rl.api.keywords import LIVE_MODEL, build_spec
@@ -18,7 +18,13 @@ from nemo_rl.job.spec import LEARNING_RATES, DatasetSpec, GRPOSpec, RewardSpec, 
 from nemo_rl.run.directory import check_output_dir, default_output_dir
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from nemo_rl.api.arguments import AlgorithmName, Reward, Rows
     from nemo_rl.api.result import TrainResult
+    from nemo_rl.api.typed import TrainKeywords
+    from nemo_rl.backends.kubernetes.job import Job
+    from nemo_rl.trainers.callbacks import Callback
 
 CALL_KEYWORDS = ("backend", "name", "namespace", "secrets", "tokenizer", "validation_dataset", "wait")
 """Keywords of `train()` that are no setting of the specification."""
@@ -31,10 +37,44 @@ class _NotGiven(float):
 DEFAULT_LEARNING_RATE = _NotGiven(LEARNING_RATES["grpo"][0])
 
 
+@overload
 def train(
-    model: Any,
-    dataset: Any = None,
-    reward_fn: Any = None,
+    model: str | os.PathLike[str] | PreTrainedModel,
+    dataset: Rows | None = None,
+    reward_fn: Reward | None = None,
+    algorithm: AlgorithmName = "grpo",
+    max_steps: int = 1000,
+    max_epochs: int = 1,
+    learning_rate: float = ...,
+    batch_size: int = 32,
+    num_generations_per_prompt: int = 16,
+    output_dir: str | os.PathLike[str] | None = None,
+    callbacks: Iterable[Callback] | None = None,
+    *,
+    wait: Literal[True] = True,
+    **kwargs: Unpack[TrainKeywords],
+) -> TrainResult: ...
+@overload
+def train(
+    model: str | os.PathLike[str] | PreTrainedModel,
+    dataset: Rows | None = None,
+    reward_fn: Reward | None = None,
+    algorithm: AlgorithmName = "grpo",
+    max_steps: int = 1000,
+    max_epochs: int = 1,
+    learning_rate: float = ...,
+    batch_size: int = 32,
+    num_generations_per_prompt: int = 16,
+    output_dir: str | os.PathLike[str] | None = None,
+    callbacks: Iterable[Callback] | None = None,
+    *,
+    wait: Literal[False],
+    **kwargs: Unpack[TrainKeywords],
+) -> Job: ...
+def train(
+    model: str | os.PathLike[str] | PreTrainedModel,
+    dataset: Rows | None = None,
+    reward_fn: Reward | None = None,
     algorithm: str = "grpo",
     max_steps: int = 1000,
     max_epochs: int = 1,
@@ -42,9 +82,9 @@ def train(
     batch_size: int = 32,
     num_generations_per_prompt: int = 16,
     output_dir: str | os.PathLike[str] | None = None,
-    callbacks: Iterable[Any] | None = None,
+    callbacks: Iterable[Callback] | None = None,
     **kwargs: Any,
-) -> TrainResult:
+) -> TrainResult | Job:
     """Post-trains a language model and returns the result.
 
     Args:
@@ -61,7 +101,8 @@ def train(
         output_dir: where checkpoints and metrics go; default ./outputs/{last part of the model's name}.
         callbacks: `Callback` objects.
         **kwargs: every other setting by its name (see the README's table), and `backend`, `name`, `namespace`,
-            `secrets`, `tokenizer`, `validation_dataset`, `wait`.
+            `secrets`, `tokenizer`, `validation_dataset`, `wait`: with wait=False the call returns the `Job` on the cluster
+            at once.
 
     Raises, before anything starts: ValueError for a missing argument, an unknown algorithm or a value out of range;
     TypeError for an unknown keyword, one of another algorithm, or a reward whose signature cannot work; DatasetError

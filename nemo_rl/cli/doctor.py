@@ -12,7 +12,6 @@ import re
 import sys
 
 from nemo_rl.cli.checks import Check
-
 from nemo_rl.extras import install_command
 
 _ENGINE = ("torch", "transformers", "datasets", "numpy", "safetensors", "jinja2", "cloudpickle")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 Reward = TypeVar("Reward", bound=Callable[..., Any])
 
@@ -49,20 +49,28 @@ class Environment:
     def setup(self) -> None:
         """Called once in the process that will score, before the first call."""
 
-    def score(self, prompt: str, response: str, **columns: Any) -> float | dict[str, float]:
-        """The reward of one completion: a number, or named parts that are summed."""
-        raise NotImplementedError(f"{type(self).__name__} overrides none of score, score_batch, score_async")
+    if TYPE_CHECKING:  # a type checker lets these be overridden with any columns as parameters
 
-    def score_batch(self, prompts: list[str], responses: list[str], **columns: list[Any]) -> list[Any]:
-        """One reward for each completion; each column is a list with one value for each completion."""
-        return [
-            self.score(prompt, response, **{name: values[i] for name, values in columns.items()})
-            for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
-        ]
+        def score(self, *args: Any, **kwargs: Any) -> float | dict[str, float]: ...
+        def score_batch(self, *args: Any, **kwargs: Any) -> list[Any]: ...
+        async def score_async(self, *args: Any, **kwargs: Any) -> float | dict[str, float]: ...
 
-    async def score_async(self, prompt: str, response: str, **columns: Any) -> float | dict[str, float]:
-        """As `score`; the calls of a group run at the same time in one event loop."""
-        return self.score(prompt, response, **columns)
+    else:
+
+        def score(self, prompt: str, response: str, **columns: Any) -> float | dict[str, float]:
+            """The reward of one completion: a number, or named parts that are summed."""
+            raise NotImplementedError(f"{type(self).__name__} overrides none of score, score_batch, score_async")
+
+        def score_batch(self, prompts: list[str], responses: list[str], **columns: list[Any]) -> list[Any]:
+            """One reward for each completion; each column is a list with one value for each completion."""
+            return [
+                self.score(prompt, response, **{name: values[i] for name, values in columns.items()})
+                for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+            ]
+
+        async def score_async(self, prompt: str, response: str, **columns: Any) -> float | dict[str, float]:
+            """As `score`; the calls of a group run at the same time in one event loop."""
+            return self.score(prompt, response, **columns)
 
     def get_metrics(self) -> dict[str, float]:
         """Numbers to log beside the rewards, read after each batch of calls."""

@@ -9,9 +9,9 @@ import os
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
 import torch
 
@@ -66,6 +66,10 @@ from nemo_rl.trainers.passes import Passes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from nemo_rl.api.arguments import Reward, Rows
+    from nemo_rl.api.typed import TrainerKeywords
+    from nemo_rl.trainers.callbacks import Callback
 
 
 class Trainer(Passes, ABC):
@@ -125,8 +129,13 @@ class Trainer(Passes, ABC):
 
     @classmethod
     def from_pretrained(
-        cls, model: str | PreTrainedModel, *, tokenizer: Any = None, output_dir: Path | str | None = None, **kwargs: Any
-    ) -> Trainer:
+        cls,
+        model: str | os.PathLike[str] | PreTrainedModel,
+        *,
+        tokenizer: Any = None,
+        output_dir: Path | str | None = None,
+        **kwargs: Unpack[TrainerKeywords],
+    ) -> Self:
         """Returns a trainer of a hub name, a directory or a live model; `kwargs` are the keywords of `nemo_rl.train`."""
         from nemo_rl.api.keywords import build_spec
 
@@ -138,12 +147,12 @@ class Trainer(Passes, ABC):
 
     def fit(
         self,
-        dataset: Any,
-        reward_fn: Any = None,
+        dataset: Rows,
+        reward_fn: Reward | None = None,
         *,
-        validation_dataset: Any = None,
-        callbacks: Any = None,
-        reward_weights: Any = None,
+        validation_dataset: Rows | None = None,
+        callbacks: Iterable[Callback] | None = None,
+        reward_weights: Sequence[float] | Mapping[str, float] | None = None,
     ) -> TrainResult:
         """Trains on the data set and returns the result.
 

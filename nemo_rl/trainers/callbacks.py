@@ -9,9 +9,13 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_rl.run.metrics import step_line
+
+if TYPE_CHECKING:
+    from nemo_rl.api.result import TrainResult
+    from nemo_rl.trainers.base import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -62,22 +66,22 @@ class Callback:
     `load_state_dict(state)` keeps its state across a resume.
     """
 
-    def on_train_begin(self, trainer: Any) -> None:
+    def on_train_begin(self, trainer: Trainer) -> None:
         """Before the first step, also of a resumed run."""
 
-    def on_epoch_begin(self, trainer: Any, epoch: int) -> None:
+    def on_epoch_begin(self, trainer: Trainer, epoch: int) -> None:
         """Before the first step of a pass over the data."""
 
-    def on_step_begin(self, trainer: Any, step: int) -> None:
+    def on_step_begin(self, trainer: Trainer, step: int) -> None:
         """Before a step, its generation included."""
 
-    def on_step_end(self, trainer: Any, step: int, metrics: dict[str, Any]) -> None:
+    def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         """After the optimizer's step, with the metrics that go to metrics.jsonl."""
 
-    def on_epoch_end(self, trainer: Any, epoch: int, metrics: dict[str, Any]) -> None:
+    def on_epoch_end(self, trainer: Trainer, epoch: int, metrics: dict[str, float]) -> None:
         """After the last step of an epoch, cut short or not."""
 
-    def on_train_end(self, trainer: Any, result: Any) -> None:
+    def on_train_end(self, trainer: Trainer, result: TrainResult) -> None:
         """After the last step, with the TrainResult."""
 
 
@@ -91,7 +95,7 @@ class CheckpointCallback(Callback):
         self.every = _at_least_one("every", every)
         self.path = Path(path)
 
-    def on_step_end(self, trainer: Any, step: int, metrics: dict[str, Any]) -> None:
+    def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         if step % self.every == 0:
             trainer.save_checkpoint(self.path / f"step-{step:08d}")
 
@@ -123,7 +127,7 @@ class EarlyStoppingCallback(Callback):
         self.best_step: int | None = None
         self.readings_without_improvement = 0
 
-    def on_step_end(self, trainer: Any, step: int, metrics: dict[str, Any]) -> None:
+    def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         if self.metric not in metrics:
             return
         value = metrics[self.metric]
@@ -139,7 +143,7 @@ class EarlyStoppingCallback(Callback):
                 step, self.metric, self.best_step, self.best,
             )  # fmt: skip
 
-    def on_train_end(self, trainer: Any, result: Any) -> None:
+    def on_train_end(self, trainer: Trainer, result: TrainResult) -> None:
         if self.best is None and self.readings_without_improvement == 0:
             warnings.warn(
                 f"EarlyStoppingCallback watched {self.metric!r}, which no step of this run had; "
@@ -167,7 +171,7 @@ class LoggingCallback(Callback):
         self.every = _at_least_one("every", every)
         self.logger = logger or logging.getLogger("nemo_rl.train")
 
-    def on_step_end(self, trainer: Any, step: int, metrics: dict[str, Any]) -> None:
+    def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         if step % self.every == 0:
             self.logger.info("%s", step_line({"step": step, **metrics}))
 
@@ -188,22 +192,22 @@ class CallbackList(Callback):
         """Raises TypeError, as `validate_callbacks`."""
         self.callbacks = validate_callbacks(callbacks)
 
-    def on_train_begin(self, trainer: Any) -> None:
+    def on_train_begin(self, trainer: Trainer) -> None:
         self._call("on_train_begin", trainer)
 
-    def on_epoch_begin(self, trainer: Any, epoch: int) -> None:
+    def on_epoch_begin(self, trainer: Trainer, epoch: int) -> None:
         self._call("on_epoch_begin", trainer, epoch)
 
-    def on_step_begin(self, trainer: Any, step: int) -> None:
+    def on_step_begin(self, trainer: Trainer, step: int) -> None:
         self._call("on_step_begin", trainer, step)
 
-    def on_step_end(self, trainer: Any, step: int, metrics: dict[str, Any]) -> None:
+    def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         self._call("on_step_end", trainer, step, metrics)
 
-    def on_epoch_end(self, trainer: Any, epoch: int, metrics: dict[str, Any]) -> None:
+    def on_epoch_end(self, trainer: Trainer, epoch: int, metrics: dict[str, float]) -> None:
         self._call("on_epoch_end", trainer, epoch, metrics)
 
-    def on_train_end(self, trainer: Any, result: Any) -> None:
+    def on_train_end(self, trainer: Trainer, result: TrainResult) -> None:
         self._call("on_train_end", trainer, result)
 
     def state_dict(self) -> list[dict[str, Any]]:

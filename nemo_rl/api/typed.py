@@ -1,0 +1,227 @@
+"""Types of the keywords of `train()` and the trainers. Generated from the specification by docs/typed.py; do not edit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+
+class Settings(TypedDict, total=False):
+    """Settings that `train()` and the trainers take by name."""
+
+    seed: int
+    """Seed of every random draw; equal seeds give equal runs. Default 42."""
+    shuffle: bool
+    """Draw the rows in a new random order each epoch. Default true."""
+    lr_schedule: Literal["constant", "linear", "cosine"]
+    """Learning rate after the warm-up: constant, or decay to zero at the last step. Default constant."""
+    warmup_steps: int | None
+    """Steps over which the learning rate rises from zero. Default 5 % of the steps, at most 50."""
+    weight_decay: float
+    """AdamW weight decay of matrices; biases and norms have none. Default 0.01."""
+    adam_beta1: float
+    """Decay of AdamW's first moment. Default 0.9."""
+    adam_beta2: float
+    """Decay of AdamW's second moment. Default 0.999."""
+    adam_epsilon: float
+    """AdamW's epsilon. Default 1e-8."""
+    max_grad_norm: float | None
+    """Gradients are scaled down to this norm; null clips nothing. Default 1."""
+    tokens_per_microbatch: int | None
+    """Tokens of one forward and backward pass; never changes the gradient, only memory and speed. Default by device."""
+    max_sequence_length: int
+    """Longest prompt plus completion, in tokens. Default 2048."""
+    overlong_rows: Literal["drop", "truncate", "error"]
+    """What happens to rows over max_sequence_length: drop them, cut their end (of GRPO prompts the beginning), or stop. Counted and logged. Default drop."""
+    activation_checkpointing: bool
+    """Recompute activations in the backward pass: less memory, about a quarter slower. Default false."""
+    precision: Literal["auto", "fp32", "bf16"]
+    """Arithmetic of forward and backward; weights and optimizer stay fp32. auto is bf16 on CUDA, fp32 on CPU. Default auto."""
+    lora_rank: int | None
+    """Train low-rank adapters of this rank instead of all weights (needs the extra lora). Default none: full training."""
+    lora_alpha: float | None
+    """Scale of the adapters. Default twice lora_rank."""
+    lora_target_modules: list[str] | tuple[str, ...] | None
+    """Names of the modules that get adapters. Default all linear layers."""
+    save_every: int | None
+    """Steps between checkpoints; null saves only at the end. Default 100."""
+    keep_checkpoints: int
+    """Newest checkpoints to keep; the best one is always kept besides. Default 2."""
+    checkpoint_dtype: Literal["auto", "fp32"]
+    """Precision of the weights in checkpoints. auto is that of the model as it was loaded (a bf16 model stays one); the fp32 weights of training are kept beside for resume. Default auto."""
+    eval_every: int | None
+    """Steps between evaluations of the validation data. Default: at every checkpoint and at the end."""
+    resume: bool | Literal["auto", "required", "never"]
+    """auto continues the run of the same settings if there is one that is not finished or shorter, required fails if there is none, never begins another one beside. In Python also True and False. Default auto."""
+    logged_completions: int
+    """Sample completions with their rewards that each GRPO step writes to completions.jsonl. Default 2."""
+    tensorboard: bool
+    """Write TensorBoard event files beside metrics.jsonl. Default false."""
+    log_level: Literal["debug", "info", "warning", "error", "DEBUG", "INFO", "WARNING", "ERROR"]
+    """Least severe level that is printed. Default info."""
+    chat_template: str | None
+    """Jinja text of a chat template, in place of the tokenizer's own; saved with the checkpoints. Default the tokenizer's."""
+    chat_template_kwargs: Mapping[str, Any]
+    """Values that the chat template asks for by name, for example enable_thinking. Default none."""
+    trust_remote_code: bool
+    """Run model code that comes with the checkpoint. Default false."""
+    normalize_rewards: bool
+    """Divide advantages by the spread of the group. Default true."""
+    use_leave_one_out_baseline: bool
+    """Compare each reward with the mean of the others of its group, rather than of all. Default true."""
+    max_new_tokens: int
+    """Longest completion, in tokens. Default 512."""
+    temperature: float
+    """Sampling temperature; the loss uses the same. Default 1."""
+    top_k: int | None
+    """Sample only among the k likeliest tokens. Default all."""
+    top_p: float
+    """Sample only among the likeliest tokens that together have this probability. Default 1."""
+    loss_type: Literal["dapo", "grpo", "dr_grpo"]
+    """How token losses are averaged: dapo over all tokens of the batch, grpo first within each completion, dr_grpo by the constant max_new_tokens. Default dapo."""
+    clip_low: float
+    """The probability ratio is clipped below at 1 - clip_low. Default 0.2."""
+    clip_high: float
+    """The probability ratio is clipped above at 1 + clip_high; DAPO uses 0.28. Default 0.2."""
+    dual_clip: float | None
+    """Bound of the loss of tokens with negative advantage, times the advantage; 3 is usual. Default none."""
+    num_iterations: int
+    """Optimizer updates from each batch of rollouts. Default 1."""
+    beta: float
+    """GRPO: Weight of the KL divergence to the reference model; 0 loads no reference. Default 0. DPO: Strength of the tie to the reference model. Default 0.1."""
+    kl_estimator: Literal["k1", "k2", "k3"]
+    """Estimator of that divergence (Schulman). Default k3."""
+    stop: list[str] | tuple[str, ...]
+    """Texts that end a completion, which keeps them; the name of a token is that token. Default none but the model's end tokens."""
+    stop_token_ids: list[int] | tuple[int, ...]
+    """Ids of further tokens that end a completion. Default none but the model's end tokens."""
+    mask_truncated_completions: bool
+    """Leave completions that ran into max_new_tokens out of the loss. Default false."""
+    preference_loss: Literal["sigmoid", "ipo", "hinge"]
+    """Loss of a pair's margin. Default sigmoid."""
+    label_smoothing: float
+    """Share of pairs assumed to be labelled the wrong way round (sigmoid only). Default 0."""
+    nll_weight: float
+    """Weight of the chosen completions' negative log-likelihood per token, added to the loss. Default 0."""
+    train_on_prompt: bool
+    """Train on the prompt's tokens too, not only on completions and assistant turns. Default false."""
+    reward_weights: Sequence[float] | Mapping[str, float]
+    """Weight of each reward where the entrypoint is a list of several. Default 1 each."""
+    reward_workers: int
+    """Processes that call the reward at the same time, in each process that trains. Default 1."""
+    reward_timeout: float
+    """Seconds after which one call of the reward counts as failed. Default 60."""
+    on_reward_error: Literal["raise", "zero", "drop"]
+    """What a reward that raises, hangs or returns no finite number does: raise ends the job, zero scores 0, drop leaves the completion out. Default raise."""
+    split: str
+    """Split of a hub data set, as in datasets.load_dataset (slices like train[:1000] work). Default train."""
+    subset: str | None
+    """Configuration name of a hub data set (second argument of load_dataset). Default none."""
+    data_dir: str | None
+    """Folder within a hub data set, for example preference for nvidia/HelpSteer2. Default none."""
+    streaming: bool | None
+    """Read a hub data set as a stream, taking only the rows that the run needs. Default: only for sets known to be huge."""
+    max_rows: int | None
+    """Use at most this many rows. Default all."""
+    nodes: int
+    """Pods that train together. Default 1."""
+    gpus: int
+    """GPUs of each pod (nvidia.com/gpu); 0 trains on the CPU. Default 1."""
+    cpu: str | None
+    """CPUs of each pod, request and limit alike. Default none asked."""
+    memory: str | None
+    """Memory of each pod, request and limit alike. Default: 1Gi is asked for, without a limit."""
+    ephemeral_storage: str | None
+    """Disk of each pod's node for what is no volume (downloads, scratch), request and limit alike. Default: 1Gi is asked for, without a limit."""
+    shared_memory: str
+    """Size of /dev/shm. Default 1Gi."""
+    claim: str | None
+    """Existing PersistentVolumeClaim to write to. Default: one is made for the job."""
+    size: str
+    """Size of the claim that is made. Default 20Gi."""
+    storage_class_name: str | None
+    """StorageClass of that claim. Default: the cluster's default."""
+    access_mode: Literal["ReadWriteOnce", "ReadWriteMany", "ReadWriteOncePod"] | None
+    """Access mode of that claim. Default ReadWriteOnce for one node, ReadWriteMany for several."""
+    retain: bool
+    """Keep the claim when the job is deleted. Default true."""
+    serve_until: str | None
+    """While this time (RFC 3339) is in the future, a pod serves the output for download. Default: not served."""
+    cache: Mapping[str, Any]
+    """Where hub downloads are kept."""
+    image: str | None
+    """Trainer image. Default: the one the operator was installed with."""
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None
+    """When the image is pulled. Default IfNotPresent."""
+    image_pull_secrets: Sequence[Mapping[str, Any]]
+    """Secrets for the image's registry. Default none."""
+    service_account_name: str | None
+    """Service account of the pods; its token is never mounted. Default: the namespace's default."""
+    env: Mapping[str, str] | Sequence[Mapping[str, Any]]
+    """Environment variables of the trainer. Default none."""
+    env_from: Sequence[Mapping[str, Any]]
+    """Secrets whose keys become environment variables. Default none."""
+    node_selector: Mapping[str, str]
+    """Labels that a node must have. Default none."""
+    tolerations: Sequence[Mapping[str, Any]]
+    """Taints that the pods tolerate. Default none."""
+    affinity: Mapping[str, Any] | None
+    """Affinity of the pods, as in the core API. Default none."""
+    priority_class_name: str | None
+    """PriorityClass of the pods. Default none."""
+    scheduler_name: str | None
+    """Scheduler of the pods. Default the cluster's default scheduler."""
+    labels: Mapping[str, str]
+    """Further labels of the pods. Default none."""
+    annotations: Mapping[str, str]
+    """Further annotations of the pods. Default none."""
+    suspend: bool
+    """true saves, stops and frees the pods; false goes on from the last checkpoint. Default false."""
+    backoff_limit: int
+    """Failed attempts that are retried. Disruptions by others are retried without counting, as long as checkpoints come of it. Default 3."""
+    active_deadline_seconds: int | None
+    """Seconds that the job may run in all: time in which pods run or start. No queue, no pause and no wait for a node counts. Default no limit."""
+    ttl_seconds_after_finished: int | None
+    """Seconds after its end that the job is deleted. Default never."""
+    termination_grace_period_seconds: int
+    """Seconds that a pod has to save when it is stopped. Default 120."""
+    startup_timeout_seconds: int
+    """Seconds until all pods of an attempt run. Then the attempt gives its nodes back and is repeated; that never counts. Also the time that loading may take in silence. Default 3600."""
+    stall_timeout_seconds: int
+    """Seconds without any sign of progress (tokens, micro-batches, steps, checkpoints) after which an attempt counts as stuck, fails with the stacks of its processes, and is retried. Rewards get their own time besides. Default 1800."""
+    on_node_lost: Literal["wait", "replace"]
+    """When a pod does not end because its node is silent: wait until somebody says that the pod is gone, or replace, which starts the next attempt; a write lease in the output keeps the lost pod from writing. Default wait."""
+    gpus_per_node: int
+    """Another name of gpus."""
+
+
+class TrainKeywords(Settings, total=False):
+    """What `train()` takes by name beyond its signature."""
+
+    backend: Literal["auto", "local", "kubernetes"] | None
+    """Where to train; auto looks for a cluster. Default auto."""
+    name: str | None
+    """Name of the job on a cluster. Default: made from the model and the call."""
+    namespace: str | None
+    """Namespace of the job on a cluster. Default: that of the context."""
+    secrets: list[str] | tuple[str, ...]
+    """Secrets whose keys become environment variables: KEY, or name-of-secret/KEY."""
+    tokenizer: Any
+    """Tokenizer of a model that is given as an object; also a hub name or a folder. Default: the model's."""
+    validation_dataset: Any
+    """Rows that are only evaluated, in any form that the data set may have. Default none."""
+
+
+class TrainerKeywords(Settings, total=False):
+    """What `from_pretrained` of the trainers takes by name."""
+
+    max_steps: int
+    """Optimizer steps after which training ends. Default 1000."""
+    max_epochs: int
+    """Passes over the data after which training ends, if max_steps is not reached before. Default 1."""
+    learning_rate: float | None
+    """Peak learning rate of AdamW. Default 1e-6 for grpo, 2e-5 for sft, 5e-7 for dpo; with lora_rank 1e-5, 1e-4 and 1e-5."""
+    batch_size: int
+    """Rows per optimizer step: prompts (GRPO), examples (SFT) or pairs (DPO). Default 32."""
+    num_generations_per_prompt: int
+    """Completions sampled for each prompt; they form one group. Default 16."""
