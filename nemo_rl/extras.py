@@ -27,16 +27,15 @@ _BROUGHT_BY = {
 
 @functools.cache
 def requirements(extra: str) -> tuple[str, ...]:
-    """What an extra of this installation asks for beyond the base package, as pip takes it: ("peft>=0.18",)."""
-    found: list[str] = []
+    """What an extra of this installation asks for, as pip takes it: ("peft>=0.18",); beyond the engine where it has that."""
+    found = []
     for line in importlib.metadata.requires("nemo-rl") or []:
         requirement, _, marker = line.partition(";")
-        if re.search(rf"""extra == ['"]{re.escape(extra)}['"]""", marker):
-            own = re.match(r"nemo[-_]rl\[([^\]]*)\]", requirement.strip())
-            parts = (
-                [requirement.strip()] if not own else [r for e in own[1].split(",") for r in requirements(e.strip())]
-            )
-            found += parts
+        own = re.match(r"nemo[-_]rl\[", requirement.strip())
+        if not own and re.search(rf"""extra == ['"]{re.escape(extra)}['"]""", marker):
+            found.append(requirement.strip())
+    if extra != "engine" and set(requirements("engine")) <= set(found):
+        found = [requirement for requirement in found if requirement not in requirements("engine")]
     return tuple(found)
 
 

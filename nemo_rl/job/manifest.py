@@ -384,7 +384,8 @@ def _places() -> dict[str, str]:
     """The fields of training, of the algorithms and of resources by their Python names, as paths below `spec`."""
     found: dict[str, str] = {}
     sections: list[tuple[str, type[BaseModel]]] = [("training", TrainingSpec), *SECTIONS.items()]
-    for section, model in [*sections, ("resources", ResourcesSpec)]:
+    sections.append(("resources", ResourcesSpec))
+    for section, model in sections:
         for name, info in model.model_fields.items():
             found.setdefault(name, f"{section}.{info.alias or name}")
     return found

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -319,13 +322,21 @@ def test_what_a_name_of_another_library_is_here_is_said_in_names_that_exist():
     assert not foreign_names().keys() & ours
 
 
+THEIR_SETTINGS = {
+    "trl": [f"trl/trainer/{name}_config.py" for name in ("grpo", "sft", "dpo")],
+    "transformers": ["transformers/training_args.py"],
+}
+
+
 def test_every_setting_of_trl_and_of_transformers_that_is_renamed_here_is_recognised():
     """The names come from TRL itself; those that mean the same here, or nothing here, are counted out one by one."""
-    import dataclasses
-
-    from trl import DPOConfig, GRPOConfig, SFTConfig
-
-    theirs = {field.name for config in (GRPOConfig, SFTConfig, DPOConfig) for field in dataclasses.fields(config)}
+    theirs = {
+        node.target.id
+        for library, files in THEIR_SETTINGS.items()
+        for file in files
+        for node in ast.walk(ast.parse(Path(importlib.metadata.distribution(library).locate_file(file)).read_text()))
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
     asked_most = {
         *("num_generations", "max_completion_length", "max_length", "per_device_train_batch_size", "epsilon"),
         *("gradient_accumulation_steps", "num_train_epochs", "lr_scheduler_type", "warmup_ratio", "save_steps"),

@@ -65,7 +65,7 @@ def test_plot_of_an_unknown_metric_names_the_known_ones(result: TrainResult):
 
 def test_plot_without_matplotlib_says_how_to_get_it(result: TrainResult, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match="pip install matplotlib"):
+    with pytest.raises(ImportError, match="pip install 'matplotlib"):
         result.plot()
 
 

@@ -18,6 +18,7 @@ from nemo_rl.api.result import TrainResult
 from nemo_rl.backends import Run, local
 from nemo_rl.cli.main import app
 from nemo_rl.errors import DatasetError, NonFiniteTraining, RewardError, TrainingInterrupted
+from nemo_rl.extras import install_command
 from nemo_rl.job.names import ExitCode
 
 JOB = """\
@@ -195,7 +196,7 @@ def test_doctor_names_the_cure_of_what_is_missing(monkeypatch: pytest.MonkeyPatc
     assert any(line.startswith("BAD transformers") for line in lines)
     assert any(line.startswith("BAD datasets") and ">=4 is needed" in line for line in lines)
     assert any(line.startswith("-   lora") for line in lines)
-    assert "pip install 'nemo-rl[engine]'" in result.output
+    assert f"→ {install_command('engine')}" in result.output
     assert "pip install 'nemo-rl[lora]'" in result.output
 
 
