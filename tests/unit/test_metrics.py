@@ -121,7 +121,7 @@ def test_missing_tensorboard_says_what_to_install(tmp_path):
         "MetricsLog(sys.argv[1], resume_step=0, tensorboard=True)"
     )
     out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert "pip install 'nemo-rl[tensorboard]'" in out.stderr
+    assert "pip install 'tensorboard>=2.20'" in out.stderr
 
 
 # --- step lines -----------------------------------------------------------------------------------------------------

@@ -197,7 +197,7 @@ def test_doctor_names_the_cure_of_what_is_missing(monkeypatch: pytest.MonkeyPatc
     assert any(line.startswith("BAD datasets") and ">=4 is needed" in line for line in lines)
     assert any(line.startswith("-   lora") for line in lines)
     assert f"→ {install_command('engine')}" in result.output
-    assert "pip install 'nemo-rl[lora]'" in result.output
+    assert f"→ {install_command('lora')}" in result.output
 
 
 # --- as a process
