@@ -69,6 +69,10 @@ class Settings(TypedDict, total=False):
     """Divide advantages by the spread of the group. Default true."""
     use_leave_one_out_baseline: bool
     """Compare each reward with the mean of the others of its group, rather than of all. Default true."""
+    advantage_statistics: Literal["leave_one_out", "leave_one_out_mean", "group"] | None
+    """Whose mean and deviation a reward is compared with: leave_one_out both of the others of its group, leave_one_out_mean the mean of the others and the deviation of all, group both of all (GRPO as published). Default leave_one_out, or group where use_leave_one_out_baseline is false."""
+    dynamic_sampling_rounds: int
+    """Further rounds of rollouts of a step, in which other rows take the places of those whose completions all have the same reward, since these teach nothing (DAPO). Default 0."""
     max_new_tokens: int
     """Longest completion, in tokens. Default 512."""
     temperature: float
@@ -77,20 +81,30 @@ class Settings(TypedDict, total=False):
     """Sample only among the k likeliest tokens. Default all."""
     top_p: float
     """Sample only among the likeliest tokens that together have this probability. Default 1."""
-    loss_type: Literal["dapo", "grpo", "dr_grpo"]
-    """How token losses are averaged: dapo over all tokens of the batch, grpo first within each completion, dr_grpo by the constant max_new_tokens. Default dapo."""
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "gspo", "cispo"]
+    """How token losses are averaged: dapo over all tokens of the batch, grpo first within each completion, dr_grpo by the constant max_new_tokens. gspo clips one ratio for each completion (its clips are small: 0.0003 and 0.0004), cispo clips the weight of a token and keeps its gradient. Default dapo."""
     clip_low: float
-    """The probability ratio is clipped below at 1 - clip_low. Default 0.2."""
+    """The probability ratio is clipped below at 1 - clip_low; 1 is no bound. Default 0.2."""
     clip_high: float
     """The probability ratio is clipped above at 1 + clip_high; DAPO uses 0.28. Default 0.2."""
     dual_clip: float | None
     """Bound of the loss of tokens with negative advantage, times the advantage; 3 is usual. Default none."""
     num_iterations: int
-    """Optimizer updates from each batch of rollouts. Default 1."""
+    """Optimizer updates from each batch of rollouts; with mini_batch_size passes over it. Default 1."""
+    mini_batch_size: int | None
+    """Prompts of one optimizer update: a batch of rollouts is cut into mini-batches, in the order of its rows, with one update for each. Default the whole batch."""
+    importance_correction: Literal["auto", "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+    """Weighs tokens by their probability in training over that in sampling: truncate bounds this ratio, mask leaves out what is beyond the bounds, each for tokens or for whole completions. auto: token_truncate for rollouts of another engine or of older weights, none for the trainer's own. Default auto."""
+    importance_max: float | None
+    """Upper bound of that ratio; null is none. Default 2."""
+    importance_min: float | None
+    """Lower bound of that ratio. Default none."""
     beta: float
     """GRPO: Weight of the KL divergence to the reference model; 0 loads no reference. Default 0. DPO: Strength of the tie to the reference model. Default 0.1."""
     kl_estimator: Literal["k1", "k2", "k3"]
     """Estimator of that divergence (Schulman). Default k3."""
+    use_kl_in_reward: bool
+    """Subtract beta times the divergence from the rewards, rather than adding it to the loss; k1 is its usual estimator. Default false."""
     stop: list[str] | tuple[str, ...]
     """Texts that end a completion, which keeps them; the name of a token is that token. Default none but the model's end tokens."""
     stop_token_ids: list[int] | tuple[int, ...]

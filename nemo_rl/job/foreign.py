@@ -147,6 +147,8 @@ _ALGORITHMS: dict[str, str] = {
     "reinforce++": "the nearest is 'grpo', which compares each completion with others of the same prompt",
     "dapo": "it is 'grpo' with loss_type='dapo' (the default) and clip_high=0.28",
     "dr_grpo": "it is 'grpo' with loss_type='dr_grpo' and normalize_rewards=False",
+    "gspo": "it is 'grpo' with loss_type='gspo'",
+    "cispo": "it is 'grpo' with loss_type='cispo'",
     "ipo": "it is 'dpo' with preference_loss='ipo'",
     "finetune": "supervised fine-tuning is 'sft'",
     "fine-tune": "supervised fine-tuning is 'sft'",
