@@ -13,6 +13,7 @@ TITLES = {
     "training": "All algorithms",
     "grpo": "GRPO",
     "reward": "The reward (GRPO)",
+    "rollout": "Rollouts by vLLM (GRPO)",
     "dpo": "DPO",
     "sft": "SFT",
     "dataset": "Data sets of the hub",
@@ -20,6 +21,8 @@ TITLES = {
     "output": "On a cluster: output",
     "": "On a cluster: pods",
 }
+ROOM = {"rollout": "rollout"}
+"""Fields of the job itself that are told beside a section."""
 
 
 def shapes_table() -> str:
@@ -36,7 +39,7 @@ def keywords_table() -> str:
     homes = [home for all_homes in keywords().values() for home in all_homes]
     for section, title in TITLES.items():
         lines += ["", f"**{title}**", "", "| Keyword | YAML | Meaning |", "| --- | --- | --- |"]
-        lines += [_keyword_row(home) for home in homes if home.section == section]
+        lines += [_keyword_row(home) for home in homes if section == (home.section or ROOM.get(home.name, ""))]
     return "\n".join(lines).strip()
 
 

@@ -20,6 +20,8 @@ ARGUMENTS = ("max_steps", "max_epochs", "learning_rate", "batch_size", "num_gene
 WIDER = {
     "resume": 'bool | Literal["auto", "required", "never"]',
     "reward_weights": "Sequence[float] | Mapping[str, float]",
+    "rollout": 'Literal["in_process", "vllm"] | Mapping[str, Any] | None',
+    "rollout_python": "str | PathLike[str] | None",
     "env": "Mapping[str, str] | Sequence[Mapping[str, Any]]",
     "log_level": 'Literal["debug", "info", "warning", "error", "DEBUG", "INFO", "WARNING", "ERROR"]',
 }
@@ -30,6 +32,7 @@ HEAD = '''"""Types of the keywords of `train()` and the trainers. Generated from
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any, Literal, TypedDict
 
 

@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from nemo_rl.api.training import train
     from nemo_rl.data import DataModule
     from nemo_rl.environments import Environment, batched_reward, reward_function
-    from nemo_rl.errors import DatasetError, NonFiniteTraining, RewardError, TrainingFailed, TrainingInterrupted
+    from nemo_rl.errors import (
+        DatasetError,
+        NonFiniteTraining,
+        RewardError,
+        RolloutLost,
+        TrainingFailed,
+        TrainingInterrupted,
+        WeightSyncMismatch,
+    )
     from nemo_rl.trainers.callbacks import Callback, CheckpointCallback, EarlyStoppingCallback, LoggingCallback
     from nemo_rl.trainers.dpo import DPOTrainer
     from nemo_rl.trainers.grpo import GRPOTrainer
@@ -26,7 +34,15 @@ _HOMES = {
     "nemo_rl.api.training": ("train",),
     "nemo_rl.api.remote": ("attach", "jobs"),
     "nemo_rl.api.result": ("TrainResult",),
-    "nemo_rl.errors": ("DatasetError", "NonFiniteTraining", "RewardError", "TrainingFailed", "TrainingInterrupted"),
+    "nemo_rl.errors": (
+        "DatasetError",
+        "NonFiniteTraining",
+        "RewardError",
+        "RolloutLost",
+        "TrainingFailed",
+        "TrainingInterrupted",
+        "WeightSyncMismatch",
+    ),
     "nemo_rl.data": ("DataModule",),
     "nemo_rl.environments": ("Environment", "batched_reward", "reward_function"),
     "nemo_rl.trainers.callbacks": ("Callback", "CheckpointCallback", "EarlyStoppingCallback", "LoggingCallback"),
@@ -48,10 +64,12 @@ __all__ = [
     "LoggingCallback",
     "NonFiniteTraining",
     "RewardError",
+    "RolloutLost",
     "SFTTrainer",
     "TrainResult",
     "TrainingFailed",
     "TrainingInterrupted",
+    "WeightSyncMismatch",
     "__version__",
     "attach",
     "batched_reward",

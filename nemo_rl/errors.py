@@ -56,3 +56,11 @@ class TrainingFailed(RuntimeError):
 
 class LeaseLost(RuntimeError):
     """Another attempt of the job writes to the output now, for this one's node was taken for lost. Nothing more is published."""
+
+
+class RolloutLost(RuntimeError):
+    """No rollout server could be reached for the time that the run waits, or one could not be started."""
+
+
+class WeightSyncMismatch(RuntimeError):
+    """What samples completions has other weights than what is trained, whatever it says. Nothing of it was trained on."""

@@ -24,6 +24,7 @@ from nemo_rl.job.spec import (
     ResourcesSpec,
     RewardSpec,
     RLTrainingJobSpec,
+    RolloutSpec,
     TrainingSpec,
 )
 
@@ -68,12 +69,13 @@ class Keyword:
     @property
     def info(self) -> Any:
         """The pydantic field: default and description."""
-        return (_FLAT[self.section] if self.section else RLTrainingJobSpec).model_fields[self.field]
+        sections = {**_FLAT, "": RLTrainingJobSpec, "rollout": RolloutSpec}
+        return sections[self.section].model_fields[self.field]
 
     @property
     def algorithm(self) -> str | None:
         """The algorithm it belongs to, or None where every algorithm takes it."""
-        if self.section == "reward":
+        if self.section == "reward" or "rollout" in (self.section, self.field):
             return "grpo"
         return self.section if self.section in ALGORITHMS else None
 
@@ -87,6 +89,7 @@ def keywords() -> dict[str, tuple[Keyword, ...]]:
             if field not in _NOT_FLAT.get(section, ()):
                 name = _RENAMED.get((section, field), field)
                 found[name] = (*found.get(name, ()), Keyword(name, section, field))
+    found["rollout_python"] = (Keyword("rollout_python", "rollout", "python"),)
     for field in RLTrainingJobSpec.model_fields:
         if field not in _ARGUMENTS and field not in _FLAT:
             found[field] = (*found.get(field, ()), Keyword(field, "", field))
@@ -135,6 +138,9 @@ def build_spec(
             reward_options["weights"] = _weights_in_order(reward_options["weights"], reward_fn, caller)
         reward_options = {option: value for option, value in reward_options.items() if value is not None}
         values["reward"] = _section(RewardSpec, reward_options, caller, problems)
+    rollout = _rollout_values(values.pop("rollout", None), sections.pop("rollout", {}), caller)
+    if rollout is not None:
+        values["rollout"] = _section(RolloutSpec, rollout, caller, problems)
     for section, given in sections.items():
         values[section] = _section(_FLAT[section], given, caller, problems)
     _add_environment(values, secrets, caller)
@@ -257,6 +263,30 @@ def _reward_values(reward_fn: Any) -> dict[str, Any]:
     return {"function": LIVE_REWARD}
 
 
+def _rollout_values(rollout: Any, flat: Mapping[str, Any], caller: str) -> dict[str, Any] | None:
+    """`rollout` is a mapping of the section's fields, or the name of an engine; `rollout_python` means engine vllm."""
+    if rollout is None and not flat:
+        return None
+    if isinstance(rollout, RolloutSpec):
+        values = {field: getattr(rollout, field) for field in rollout.model_fields_set}
+    elif isinstance(rollout, Mapping):
+        values = dict(rollout)
+    elif isinstance(rollout, str) or rollout is None:
+        values = {"engine": rollout or "vllm"}
+    else:
+        raise TypeError(
+            f"{caller}(): rollout has type {type(rollout).__name__}; expected a mapping such as "
+            '{"engine": "vllm", "urls": ["http://10.0.0.7:8000"]}, or the name of an engine'
+        )
+    python = values.pop("rollout_python", None)
+    if flat.get("python") is not None or python is not None:
+        values["python"] = os.fspath(flat["python"] if flat.get("python") is not None else python)
+        values.setdefault("engine", "vllm")
+    if isinstance(values.get("urls"), str):
+        values["urls"] = [values["urls"]]
+    return values
+
+
 def _weights_in_order(weights: Any, reward_fn: Any, caller: str) -> Any:
     """Weights as a list in the order of the rewards; a mapping goes by the rewards' names, 1 where it is silent."""
     if isinstance(weights, Mapping):
@@ -331,7 +361,8 @@ def _explain(model: type[BaseModel], error: Any, caller: str) -> str:
     where = error["loc"][0]
     field = next((n for n, info in model.model_fields.items() if where in (n, info.alias)), str(where))
     section = next((name for name, known in _FLAT.items() if known is model), "")
-    name = (
+    field_prefix = "rollout." if model is RolloutSpec else ""
+    name = field_prefix + (
         "reward_fn" if field in _NOT_FLAT["reward"] and section == "reward" else _RENAMED.get((section, field), field)
     )
     inner = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"][1:])

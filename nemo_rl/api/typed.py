@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any, Literal, TypedDict
 
 
@@ -37,6 +38,8 @@ class Settings(TypedDict, total=False):
     """Recompute activations in the backward pass: less memory, about a quarter slower. Default false."""
     precision: Literal["auto", "fp32", "bf16"]
     """Arithmetic of forward and backward; weights and optimizer stay fp32. auto is bf16 on CUDA, fp32 on CPU. Default auto."""
+    sharding: Literal["auto", "full", "none"]
+    """full: each rank keeps a part of the weights, gradients and optimizer, and blocks are made whole as passes come to them (FSDP2); none: each rank keeps them whole. auto is full on more than one rank. Default auto."""
     lora_rank: int | None
     """Train low-rank adapters of this rank instead of all weights (needs the extra lora). Default none: full training."""
     lora_alpha: float | None
@@ -161,6 +164,10 @@ class Settings(TypedDict, total=False):
     """Keep the claim when the job is deleted. Default true."""
     serve_until: str | None
     """While this time (RFC 3339) is in the future, a pod serves the output for download. Default: not served."""
+    rollout_python: str | PathLike[str] | None
+    """Python interpreter that has vLLM 0.30 to 0.33: a server is started with it beside the trainer and ends with the run. vLLM needs another torch, so it is never the trainer's own interpreter."""
+    rollout: Literal["in_process", "vllm"] | Mapping[str, Any] | None
+    """What samples the completions of grpo; in Python a mapping such as {"engine": "vllm", "urls": […]}. Default: the processes that train."""
     cache: Mapping[str, Any]
     """Where hub downloads are kept."""
     image: str | None

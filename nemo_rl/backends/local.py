@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nemo_rl.api.result import TrainResult
 
 _USED_HERE = {"model", "algorithm", "dataset", "validation_dataset", "reward", "callbacks", "training", "env"}
-_USED_HERE |= {"grpo", "sft", "dpo"}
+_USED_HERE |= {"grpo", "rollout", "sft", "dpo"}
 
 
 def run(run: Run) -> TrainResult:

@@ -318,6 +318,42 @@ class GRPOSpec(Section):
         return self.advantage_statistics or ("leave_one_out" if self.use_leave_one_out_baseline else "group")
 
 
+class RolloutSpec(Section):
+    """What samples the completions of GRPO: the processes that train, or vLLM servers that get each version of the weights."""
+
+    engine: Literal["in_process", "vllm"] = "in_process"
+    """in_process samples in the processes that train; vllm asks servers, which are far faster on GPUs. Default in_process."""
+    python: Annotated[str, Field(min_length=1, max_length=1000)] | None = None
+    """Python interpreter that has vLLM 0.30 to 0.33: a server is started with it beside the trainer and ends with the run. vLLM needs another torch, so it is never the trainer's own interpreter."""
+    urls: Annotated[
+        list[Annotated[str, Field(pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$", max_length=500)]], Field(max_length=64)
+    ] = []
+    """Addresses of servers that somebody else runs by nemo_rl.rollout.vllm.serve; the environment variable NEMO_RL_ROLLOUT_TOKEN holds their token. Default none."""
+    weight_transfer: Literal["auto", "http", "files", "adapter"] = "auto"
+    """How servers get weights: they pull them from the trainer (http), read them in a folder that both see (files), or get the LoRA adapter alone (adapter). auto takes the adapter where there is one, files beside the trainer, else http. Default auto."""
+    mismatch_limit: Annotated[float, Field(gt=0, le=10)] | None = None
+    """Mean difference of log-probabilities, in nats a token, between a server and the trainer, beyond which a server is refused. Default 0.001 in fp32, 0.1 in bf16."""
+    gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.85
+    """Share of a GPU's memory that a server started beside the trainer takes. Default 0.85."""
+    max_model_length: Annotated[int, Field(ge=8)] | None = None
+    """Longest prompt plus completion that such a server takes, in tokens. Default what the data and max_new_tokens need."""
+    timeout_seconds: Annotated[float, Field(gt=0, le=86400)] = 600.0
+    """Seconds that the run waits for a ready server before it fails, also at the start. Default 600."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> RolloutSpec:
+        if self.engine == "in_process":
+            given = [f for f in ("python", "urls") if getattr(self, f)]
+            if given:
+                raise ValueError(f"{given[0]} belongs to engine vllm, but engine is in_process; set engine to vllm")
+        elif (self.python is None) == (not self.urls):
+            found = "both" if self.urls else "neither"
+            raise ValueError(
+                f"engine vllm needs python, an interpreter that has vLLM, or urls of servers; found {found}; give one of them"
+            )
+        return self
+
+
 class DPOSpec(Section):
     """Direct preference optimisation."""
 
@@ -475,6 +511,8 @@ class RLTrainingJobSpec(Section):
     """What all algorithms share."""
     grpo: GRPOSpec | None = None
     """Settings of GRPO; refused with another algorithm. Default: the defaults of its fields."""
+    rollout: RolloutSpec | None = None
+    """What samples the completions of grpo; in Python a mapping such as {"engine": "vllm", "urls": […]}. Default: the processes that train."""
     dpo: DPOSpec | None = None
     """Settings of DPO; refused with another algorithm. Default: the defaults of its fields."""
     sft: SFTSpec | None = None
@@ -549,6 +587,20 @@ class RLTrainingJobSpec(Section):
             raise ValueError("grpo needs a reward; give spec.reward")
         if self.algorithm != "grpo" and self.reward is not None:
             raise ValueError(f"{self.algorithm} uses no reward; remove spec.reward or choose algorithm grpo")
+        if self.algorithm != "grpo" and self.rollout is not None:
+            raise ValueError(f"{self.algorithm} samples nothing; remove spec.rollout or choose algorithm grpo")
+        if self.rollout is not None and self.rollout.engine == "vllm":
+            grpo = self.grpo or GRPOSpec()
+            if (grpo.top_k is not None or grpo.top_p < 1) and grpo.temperature != 1:
+                raise ValueError(
+                    f"found rollout engine vllm with top_k or top_p and temperature {grpo.temperature:g}: vLLM then gives no "
+                    "log-probabilities of the whole distribution; set temperature to 1, leave top_k and top_p out, or use "
+                    "engine in_process"
+                )
+            if self.rollout.weight_transfer == "adapter" and self.training.lora_rank is None:
+                raise ValueError(
+                    "found rollout weight_transfer adapter, but no adapter is trained; set lora_rank, or leave weight_transfer out"
+                )
         known = {bundle.name for bundle in self.bundles}
         if len(known) < len(self.bundles):
             raise ValueError("two bundles have the same name; names must differ")

@@ -23,6 +23,7 @@ from nemo_rl.model.policy import Policy
 from nemo_rl.objectives.advantages import flat_groups, group_advantages
 from nemo_rl.objectives.correction import Correction, importance_weights, mismatch
 from nemo_rl.objectives.losses import kl_estimate, kl_loss, policy_loss, token_weights
+from nemo_rl.rollout.bottleneck import Phases, advice
 from nemo_rl.rollout.in_process.engine import InProcess, end_tokens
 from nemo_rl.rollout.in_process.proof import prove_rollouts
 from nemo_rl.rollout.protocol import Completion, Request, RolloutEngine, Sampling
@@ -32,6 +33,8 @@ from nemo_rl.run.ranks import Ranks
 from nemo_rl.trainers.base import Trainer
 
 PREFLIGHT_ROWS = 4
+ADVICE_AFTER = 10
+"""Steps of this process after which the display says what takes longest."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ class GRPOTrainer(Trainer):
     algorithm = "grpo"
     rollout_engine: RolloutEngine
     reward_sum = 0.0
+    _phases: Phases | None = None
+    _phase_steps = 0
     reward_steps = 0
 
     def train_step(self, examples: list[PromptExample], step: int) -> dict[str, Any]:
@@ -123,7 +128,7 @@ class GRPOTrainer(Trainer):
         Each rank does so for a share of the prompts, and gets the results of all. The seconds of generation are its own,
         those of rewards last until all ranks are done.
         """
-        synced = self._sync_weights()
+        self._sync_weights()
         started = time.perf_counter()
         generated = started
 
@@ -135,7 +140,7 @@ class GRPOTrainer(Trainer):
 
         with self._weights_to_sample():
             drawn = self.ranks.map(examples, [len(example.ids) for example in examples], draw)
-        seconds = {**synced, "generate_seconds": generated - started, "reward_seconds": time.perf_counter() - generated}
+        seconds = {"generate_seconds": generated - started, "reward_seconds": time.perf_counter() - generated}
         return Rollouts(
             examples,
             [completion for completions, _, _ in drawn for completion in completions],
@@ -144,9 +149,9 @@ class GRPOTrainer(Trainer):
             seconds,
         )
 
-    def _sync_weights(self) -> dict[str, float]:
-        """Gives what samples the weights of now, on all ranks; returns what that took."""
-        return self.rollout_engine.update(self.policy, self.current_step)
+    def _sync_weights(self) -> None:
+        """Gives what samples the weights of now, on all ranks; what that took is told with the next step."""
+        self._synced |= self.rollout_engine.update(self.policy, self.current_step)
 
     def _roll_out_varied(self, examples: list[PromptExample], step: int) -> tuple[Rollouts, Rollouts]:
         """Returns the rollouts to train on, and all that were drawn for them.
@@ -363,7 +368,7 @@ class GRPOTrainer(Trainer):
     @property
     def samples_elsewhere(self) -> bool:
         """Whether completions come from another engine or from older weights than those that are trained."""
-        return False
+        return self.config.rollout is not None and self.config.rollout.engine != "in_process"
 
     @property
     def _kl_in_loss(self) -> bool:
@@ -450,7 +455,10 @@ class GRPOTrainer(Trainer):
 
     def _identity(self, data: Prepared, validation: Prepared | None) -> dict[str, Any]:
         on_error = self.runner.on_error
-        return {**super()._identity(data, validation), "reward": self.rewards_identity, "on_reward_error": on_error}
+        found = {**super()._identity(data, validation), "reward": self.rewards_identity, "on_reward_error": on_error}
+        if self.config.rollout is not None and self.config.rollout.engine != "in_process":
+            found["rollout_engine"] = self.config.rollout.engine
+        return found
 
     def _start(self, data: Prepared, validation: Prepared | None) -> None:
         settings = self.settings
@@ -459,6 +467,7 @@ class GRPOTrainer(Trainer):
         self._special_ids = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         self._hidden_tokens: set[int] = set()
         self._said_hidden = False
+        self._synced: dict[str, float] = {}
         self.sampling = Sampling(
             settings.num_generations_per_prompt,
             settings.max_new_tokens,
@@ -467,7 +476,7 @@ class GRPOTrainer(Trainer):
             settings.top_p,
             stops=self.stops,
         )
-        self.rollout_engine = self._new_engine()
+        self.rollout_engine = self._new_engine(data, validation)
         self.reference = self.initial_policy() if self.needs_reference else None
         self.runner.should_stop = self.poll
         calls = [self._calls(row, [""], 0)[0] for row in data.examples[:PREFLIGHT_ROWS]]
@@ -492,10 +501,27 @@ class GRPOTrainer(Trainer):
             return self._frozen_policy(copy.deepcopy(self.model))
         return super().initial_policy()
 
-    def _new_engine(self) -> RolloutEngine:
-        with self.policy.gathered():
-            prove_rollouts(self.policy)
-        return InProcess(self.end_ids)
+    def _new_engine(self, data: Prepared, validation: Prepared | None) -> RolloutEngine:
+        spec = self.config.rollout
+        if spec is None or spec.engine == "in_process":
+            with self.policy.gathered():
+                prove_rollouts(self.policy)
+            return InProcess(self.end_ids)
+        from nemo_rl.rollout.vllm.engine import VLLMRollouts
+
+        longest = max(prepared.examples.longest for prepared in (data, validation) if prepared is not None)
+        return VLLMRollouts(
+            spec,
+            self.policy,
+            self.tokenizer,
+            self.ranks,
+            end_ids=self.end_ids,
+            longest=longest + self.settings.max_new_tokens,
+            probe=self.sampling,
+            log_file=self.run_dir / "rollout" / "vllm.log",
+            poll=self.poll,
+            note=self.display.note,
+        )
 
     def _release(self) -> None:
         if hasattr(self, "rollout_engine"):
@@ -536,6 +562,22 @@ class GRPOTrainer(Trainer):
         if "reward" in metrics:
             self.reward_sum += metrics["reward"]
             self.reward_steps += 1
+        metrics |= self._synced
+        self._synced = {}
+        self._observe_phases(metrics)
+
+    def _observe_phases(self, metrics: dict[str, Any]) -> None:
+        """Says once what takes longest, and what would help. The seconds of each phase are in the metrics."""
+        phases = Phases.of(metrics)
+        if phases is None:
+            return
+        self._phases = phases if self._phases is None else self._phases + phases
+        self._phase_steps += 1
+        if self._phase_steps == ADVICE_AFTER:
+            rollout = self.config.rollout
+            servers = max(1, len(rollout.urls)) if rollout is not None and rollout.engine == "vllm" else 0
+            workers = self.config.reward.workers if self.config.reward is not None else 1
+            self.display.note(advice(self._phases, servers=servers, reward_workers=workers, ranks=self.ranks.size))
 
     def take_checkpoint_metric(self) -> float | None:
         """Returns the mean reward since the checkpoint before."""

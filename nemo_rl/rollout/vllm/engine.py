@@ -1,0 +1,522 @@
+"""Rollouts by vLLM servers: keeps them at the weights that are trained, proves it, and spreads requests over them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from nemo_rl.errors import RolloutLost, WeightSyncMismatch
+from nemo_rl.job.spec import RolloutSpec
+from nemo_rl.model.packing import TokenSequence, pack
+from nemo_rl.model.policy import Policy
+from nemo_rl.rollout.protocol import Completion, Request, Sampling
+from nemo_rl.rollout.sync import LIMITS, NEW_TOKENS, Verdict, mean_difference, mismatch, probe_prompts
+from nemo_rl.rollout.vllm.client import MODEL, Client, RequestRefused, ServerGone
+from nemo_rl.rollout.vllm.fetch import TOKEN_VARIABLE
+from nemo_rl.rollout.vllm.server import ServerProcess
+from nemo_rl.rollout.vllm.weights import Published, Publisher, ShardServer, own_address
+from nemo_rl.run.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+ROWS_PER_SERVER = 256
+"""Completions that wait at one server at most; the others wait here, where another server may take them."""
+SECONDS_PER_TOKEN = 0.5
+"""What a completion may take at most, beside the time that the run waits for a server."""
+HEALTH_EVERY = 10.0
+PROVED = "+proved"
+"""What the first rank adds to the version of a server that has passed the gate; without it no rank takes its tokens."""
+CPU_CACHE_BYTES = 512 * 2**20
+ADAPTER = "policy-adapter"
+"""Name under which servers serve the model with the LoRA adapter that is trained."""
+
+
+@dataclass
+class Member:
+    """One server, as a rank sees it. `instance` is the process that is trusted; tokens of any other are not taken."""
+
+    client: Client
+    model: str
+    """Name of what completions are asked of."""
+    instance: str = ""
+    pending: int = 0
+    refused: str = ""
+    started: set[str] = field(default_factory=set)
+    """Processes in which the transfer of weights was set up."""
+
+
+class VLLMRollouts:
+    """Implements `RolloutEngine`. The first rank owns the child process, publishes weights and runs the gate."""
+
+    def __init__(
+        self,
+        spec: RolloutSpec,
+        policy: Policy,
+        tokenizer: Any,
+        ranks: Ranks,
+        *,
+        end_ids: list[int],
+        longest: int,
+        probe: Sampling,
+        log_file: Path,
+        poll: Callable[[], None],
+        note: Callable[[str], None],
+    ) -> None:
+        """Starts the server, or reaches those of `spec.urls`. `longest`: tokens of the longest prompt and completion together.
+
+        `probe`: how the run samples. Raises ValueError and RolloutLost, in words.
+        """
+        self.spec, self.ranks, self.end_ids = spec, ranks, end_ids
+        self.poll, self.note = poll, note
+        self.version: int | None = None
+        self.proved_version = ""
+        """What a server tells that has the weights of now and has passed the gate."""
+        self.published: Published | None = None
+        self.dtype = policy.dtype
+        self.adapter = hasattr(policy.model, "peft_config") and spec.weight_transfer in ("auto", "adapter")
+        self.probe = Sampling(1, NEW_TOKENS, probe.temperature, probe.top_k, probe.top_p)
+        self.prompts = probe_prompts(min(policy.head.weight.shape[0], len(tokenizer)), longest)
+        self.limit = spec.mismatch_limit or LIMITS[str(self.dtype).removeprefix("torch.")]
+        self.process: ServerProcess | None = None
+        self.shards: ShardServer | None = None
+        self.folder: Path | None = None
+        self.members: list[Member] = []
+        self.pool: ThreadPoolExecutor | None = None
+        self._expected: list[tuple[list[int], list[float]]] = []
+        """What the probe gave under the weights of now, by the trainer's own log-probabilities."""
+        if ranks.is_first:
+            self.folder = Path(tempfile.mkdtemp(prefix="nemo-rl-rollout-"))
+        self.publisher = Publisher(self.folder, self.dtype)
+        try:
+            if self.adapter:  # the server's own weights are the base, which stays as it is
+                self.publisher.write_base(policy.model)
+            reached = ranks.first(lambda: self._reach(policy, tokenizer, longest, log_file))
+            token = reached["token"]
+            self.members = [
+                Member(Client(url, token), ADAPTER if self.adapter else model)
+                for url, model in zip(reached["urls"], reached["models"], strict=True)
+            ]
+            self.pool = ThreadPoolExecutor(64 * len(self.members), thread_name_prefix="rollout")
+        except BaseException:
+            self.close()
+            raise
+
+    # ------------------------------------------------------------------ servers
+
+    def _reach(self, policy: Policy, tokenizer: Any, longest: int, log_file: Path) -> dict[str, Any]:
+        assert self.folder is not None
+        if self.spec.urls:
+            token = os.environ.get(TOKEN_VARIABLE, "")
+            if not token:
+                raise ValueError(
+                    f"rollout urls are given, but {TOKEN_VARIABLE} is not set; set it to the word that the servers were started "
+                    "with, here and there"
+                )
+            if self.spec.weight_transfer != "files":
+                parts = urlsplit(self.spec.urls[0])
+                host = own_address(parts.hostname or "127.0.0.1", parts.port or 80)
+                self.shards = ShardServer(self.folder, token, host)
+            models = [self._until_ready(Client(url, token)) for url in self.spec.urls]
+            return {"urls": list(self.spec.urls), "models": models, "token": token}
+        model = self.folder / "model"
+        model.mkdir(exist_ok=True)
+        config = copy.deepcopy(policy.causal.config)
+        config.architectures = [type(policy.causal).__name__]  # a model made from its configuration alone has none
+        config.save_pretrained(model)
+        tokenizer.save_pretrained(model)
+        self.process = ServerProcess(str(self.spec.python), model, self._options(policy, longest), log_file)
+        self.note(f"starting a vLLM server for rollouts with {self.spec.python}; its log: {log_file}")
+        started = time.perf_counter()
+        client = self.process.start(self.poll, self.spec.timeout_seconds)
+        self.note(f"the vLLM server was ready after {time.perf_counter() - started:.0f} s")
+        if self.spec.weight_transfer == "http":
+            self.shards = ShardServer(self.folder, self.process.token)
+        return {"urls": [client.url], "models": [MODEL], "token": self.process.token}
+
+    def _options(self, policy: Policy, longest: int) -> list[str]:
+        length = self.spec.max_model_length or longest
+        options = ["--dtype", str(self.dtype).removeprefix("torch."), "--served-model-name", MODEL]
+        options += ["--max-model-len", str(length)]
+        options += ["--load-format", "auto" if self.adapter else "dummy"]  # the first update brings the weights
+        if (self.probe.top_k is not None or self.probe.top_p < 1.0) and self.probe.temperature == 1.0:
+            # processed ones are of what top_k and top_p leave; the trainer's are of the whole distribution
+            options += ["--logprobs-mode", "raw_logprobs"]
+        if policy.device.type == "cpu":
+            options += ["--enforce-eager", "--max-num-seqs", "64", "--kv-cache-memory-bytes", str(CPU_CACHE_BYTES)]
+        else:
+            options += ["--gpu-memory-utilization", str(self.spec.gpu_memory_fraction)]
+        if self.adapter:
+            config = policy.model.peft_config[policy.model.active_adapter]
+            options += ["--enable-lora", "--max-lora-rank", str(_lora_rank(config.r)), "--max-loras", "1"]
+        return options
+
+    def _until_ready(self, client: Client) -> str:
+        """Waits for a server of somebody else, and returns the name of its model."""
+        deadline = time.monotonic() + self.spec.timeout_seconds
+        while True:
+            self.poll()
+            try:
+                client.get("/health", timeout=10)
+                return str(client.get("/v1/models").content["data"][0]["id"])
+            except ServerGone as error:
+                if time.monotonic() > deadline:
+                    raise RolloutLost(f"{error}, for {self.spec.timeout_seconds:.0f} s; see the server's log") from None
+                time.sleep(0.5)
+
+    # ------------------------------------------------------------------ weights
+
+    def update(self, policy: Policy, version: int) -> dict[str, float]:
+        if self.version == version:
+            return {}
+        started = time.perf_counter()
+        published = self.publisher.publish(policy.model, version, adapter=self.adapter)
+        published_at = time.perf_counter()
+        self.version, self._expected = None, []  # until servers have passed the gate
+        if published is not None:
+            self.published = published
+        probes = self.ranks.first(lambda: self._load_everywhere())
+        loaded_at = time.perf_counter()
+        verdicts = []
+        for member, (name, completions, failure, _) in zip(self.members, probes, strict=True):
+            difference, ours = None, []
+            if not failure:
+                ours = self._score(policy, completions)
+                difference = mean_difference([c.logprobs for c in completions], ours)
+            verdict = Verdict(name, difference, self.limit, failure)
+            if verdict.good and not self._expected:
+                self._expected = [(c.ids, mine) for c, mine in zip(completions, ours, strict=True)]
+            verdicts.append(verdict)
+            member.refused = "" if verdict.good else failure or f"differs by {difference:.3g} nats a token"
+        if not any(verdict.good for verdict in verdicts):
+            if all(gone for _, _, _, gone in probes):
+                raise RolloutLost(f"no rollout server is left: {'; '.join(failure for _, _, failure, _ in probes)}")
+            raise WeightSyncMismatch(self._words(policy, version, verdicts))
+        for member, verdict in zip(self.members, verdicts, strict=True):
+            if not verdict.good and self.ranks.is_first:
+                self.note(f"rollout server {member.client.url} is refused at version {version}: {member.refused}")
+        self.proved_version = self.ranks.first(self._mark_proved)
+        self.version = version
+        metrics = {
+            "weight_sync_seconds": time.perf_counter() - started,
+            "weight_publish_seconds": published_at - started,
+            "weight_load_seconds": loaded_at - published_at,
+            "rollout_probe": max(v.difference for v in verdicts if v.good and v.difference is not None),
+        }
+        return metrics
+
+    def _words(self, policy: Policy, version: int, verdicts: list[Verdict]) -> str:
+        config = policy.causal.config.get_text_config()
+        dtype, trained = (str(d).removeprefix("torch.") for d in (self.dtype, policy.dtype))
+        tied = bool(getattr(config, "tie_word_embeddings", False))
+        return mismatch(version, verdicts, tied=tied, dtype=dtype, trained=trained)
+
+    def _load_everywhere(self) -> list[tuple[str, list[Completion], str, bool]]:
+        """Of each server its name, what it made of the probe, what failed, and whether it is gone; on the first rank."""
+        assert self.pool is not None
+        futures = [self.pool.submit(self._load_and_probe, member) for member in self.members]
+        while not all(future.done() for future in futures):
+            wait(futures, timeout=0.2)
+            self.poll()
+        found = []
+        for member, future in zip(self.members, futures, strict=True):
+            try:
+                found.append((member.client.url, future.result(), "", False))
+            except (ServerGone, RequestRefused) as error:
+                if self.process is None:
+                    found.append((member.client.url, [], str(error), isinstance(error, ServerGone)))
+                    continue
+                self.note(f"{error}; starting a new one")
+                try:
+                    found.append((member.client.url, self._restart(member), "", False))
+                except (ServerGone, RequestRefused) as again:
+                    text = f"{again}; its log ends with: {self.process.tail()}"
+                    found.append((member.client.url, [], text, isinstance(again, ServerGone)))
+        return found
+
+    def _restart(self, member: Member) -> list[Completion]:
+        """Starts the child process anew, loads the weights of now, and returns what it makes of the probe."""
+        assert self.process is not None
+        self.process.start(self.poll, self.spec.timeout_seconds)
+        return self._load_and_probe(member)
+
+    def _load_and_probe(self, member: Member) -> list[Completion]:
+        published = self.published
+        assert published is not None
+        client = member.client
+        instance = client.get("/weight_info").instance
+        base = self.shards.url if self.shards is not None else None
+        source = f"{base}/{published.folder.name}" if base else str(published.folder)
+        if published.adapter:
+            client.load_adapter(source, published.files, ADAPTER, published.name)
+        else:
+            update = {"source": source, "shards": published.files, "tied": published.tied}
+            client.load(update, published.name, first=instance not in member.started)
+            member.started.add(instance)
+        told = client.weight_version()
+        if told.content != published.name or told.instance != instance:
+            raise RequestRefused(
+                f"the rollout server at {client.url} says that it has version {told.content}, expected {published.name}",
+                200,
+            )
+        member.instance = instance
+        completions, answered = client.complete(
+            self.prompts, self.probe, end_ids=[], seed=0, model=member.model, timeout=self.spec.timeout_seconds
+        )
+        if answered != instance:
+            raise ServerGone(f"the rollout server at {client.url} was started anew during the probe")
+        return completions
+
+    @torch.no_grad()
+    def _score(self, policy: Policy, completions: Sequence[Completion]) -> list[list[float]]:
+        """The trainer's own log-probabilities of the probe's completions. Every rank computes them."""
+        sequences = [
+            TokenSequence(prompt + completion.ids, len(prompt))
+            for prompt, completion in zip(self.prompts, completions, strict=True)
+        ]
+        batch = pack(
+            sequences, policy.device, None if policy.sharded is None else 1
+        )  # each view is a pass of all ranks
+        values = policy.logprobs(batch, self.probe.temperature)
+        parts = values.split([sequences[i].num_targets for i in batch.order])
+        found: list[list[float]] = [[] for _ in sequences]
+        for i, part in zip(batch.order, parts, strict=True):
+            found[i] = part.tolist()
+        return found
+
+    def _mark_proved(self) -> str:
+        """Tells the servers that have passed the gate so; other ranks ask them. Returns the version that they then tell."""
+        assert self.published is not None
+        name = self.published.name + PROVED
+        for member in self.members:
+            if not member.refused:
+                with contextlib.suppress(ServerGone):  # then it is brought back when it is needed
+                    member.client.post("/update_weight_version", {"new_version": name})
+        return name
+
+    # ------------------------------------------------------------------ completions
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        seed: int,
+        step: int,
+        poll: Callable[[], None] = lambda: None,
+        on_group: Callable[[int, list[Completion]], None] | None = None,
+    ) -> list[list[Completion]]:
+        return _Generation(self, requests, sampling, seed, step, poll, on_group).run()
+
+    def proved(self, member: Member) -> str:
+        """The process of a server that has the weights of now and has passed the gate; "" while there is none."""
+        with contextlib.suppress(ServerGone, RequestRefused):
+            told = member.client.weight_version()
+            if told.content == self.proved_version:
+                return told.instance
+        return ""
+
+    def bring_back(self, member: Member) -> bool:
+        """Brings a server that was lost to the weights of now, and whether it may be used. Only the first rank can."""
+        if not self.ranks.is_first:
+            return False
+        try:
+            if self.process is not None and not self.process.alive:
+                self.note("the vLLM server is gone; starting a new one")
+                completions = self._restart(member)
+            else:
+                completions = self._load_and_probe(member)
+        except (ServerGone, RequestRefused) as error:
+            log.warning("%s", error)
+            return False
+        theirs, ours = [], []
+        for completion, (ids, logprobs) in zip(completions, self._expected, strict=True):
+            same = next((i for i, (a, b) in enumerate(zip(completion.ids, ids, strict=False)) if a != b), len(ids))
+            theirs.append(completion.logprobs[:same])
+            ours.append(logprobs[:same])
+        difference = mean_difference(theirs, ours)
+        if sum(map(len, ours)) < len(ours) or difference > self.limit:
+            member.refused = f"differs by {difference:.3g} nats a token"
+            return False
+        member.refused = ""
+        assert self.published is not None
+        member.client.post("/update_weight_version", {"new_version": self.published.name + PROVED})
+        return True
+
+    def close(self) -> None:
+        for member in self.members:
+            member.client.abort()
+        if self.pool is not None:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+        if self.process is not None:
+            self.process.close()
+        if self.shards is not None:
+            self.shards.close()
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class _Generation:
+    """One call of `generate`: which requests wait, which are under way at which server, and which are done."""
+
+    def __init__(
+        self,
+        engine: VLLMRollouts,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        seed: int,
+        step: int,
+        poll: Callable[[], None],
+        on_group: Callable[[int, list[Completion]], None] | None,
+    ) -> None:
+        self.engine, self.requests, self.sampling, self.poll, self.on_group = engine, requests, sampling, poll, on_group
+        self.seeds = [request_seed(seed, step, request.key) for request in requests]
+        self.waiting = sorted(range(len(requests)), key=lambda i: len(requests[i].ids))
+        self.under_way: dict[Future[tuple[list[Completion], str]], tuple[int, Member]] = {}
+        self.groups: list[list[Completion]] = [[] for _ in requests]
+        self.timeout = engine.spec.timeout_seconds + SECONDS_PER_TOKEN * sampling.max_new_tokens
+        self.per_server = max(1, ROWS_PER_SERVER // sampling.num_samples)
+        self.lost_since: float | None = None
+        self.failing_since: float | None = None
+        """When requests began to fail without one that succeeded since."""
+        self.next_health = time.monotonic() + HEALTH_EVERY
+
+    def run(self) -> list[list[Completion]]:
+        members = [member for member in self.engine.members if not member.refused]
+        for member in members:
+            member.instance, member.pending = self.engine.proved(member), 0
+        try:
+            while self.waiting or self.under_way:
+                self.poll()
+                self._restore()
+                self._submit()
+                done, _ = wait(self.under_way, timeout=0.1, return_when=FIRST_COMPLETED)
+                for future in done:
+                    self._take(future)
+                self._look_after()
+            self._check_unchanged()
+            return self.groups
+        finally:
+            if self.under_way:
+                for future in self.under_way:
+                    future.cancel()
+                for member in self.engine.members:
+                    member.client.abort()
+
+    def _submit(self) -> None:
+        assert self.engine.pool is not None
+        while self.waiting:
+            ready = [m for m in self.engine.members if m.instance and not m.refused and m.pending < self.per_server]
+            if not ready:
+                return
+            member = min(ready, key=lambda m: m.pending)
+            i = self.waiting.pop(0)
+            member.pending += 1
+            future = self.engine.pool.submit(
+                member.client.complete,
+                [self.requests[i].ids],
+                self.sampling,
+                end_ids=self.engine.end_ids,
+                seed=self.seeds[i],
+                model=member.model,
+                version=self.engine.version or 0,
+                timeout=self.timeout,
+            )
+            self.under_way[future] = i, member
+
+    def _take(self, future: Future[tuple[list[Completion], str]]) -> None:
+        """A request counts once: when its whole answer is here, from the process that has passed the gate."""
+        i, member = self.under_way.pop(future)
+        member.pending -= 1
+        try:
+            completions, instance = future.result()
+        except ServerGone as error:
+            log.warning("%s; its requests are repeated", error)
+            member.instance = ""
+            self.waiting.insert(0, i)
+            self.failing_since = self.failing_since or time.monotonic()
+            if time.monotonic() - self.failing_since > self.timeout:
+                raise RolloutLost(f"no request has succeeded for {self.timeout:.0f} s; the last one: {error}") from None
+            return
+        if instance != member.instance:
+            member.instance = ""
+            self.waiting.insert(0, i)
+            return
+        self.failing_since = None
+        self.groups[i] = completions
+        if self.on_group is not None:
+            self.on_group(i, completions)
+
+    def _restore(self) -> None:
+        """Finds lost servers again, or brings them back; RolloutLost where there has been none for too long."""
+        engine = self.engine
+        for member in engine.members:
+            if member.instance or member.refused or member.pending:
+                continue
+            member.instance = engine.proved(member)
+            if not member.instance and engine.bring_back(member):
+                member.instance = engine.proved(member)
+        if any(member.instance or member.pending for member in engine.members):
+            self.lost_since = None
+            return
+        refused = [f"{member.client.url}: {member.refused}" for member in engine.members if member.refused]
+        if len(refused) == len(engine.members):
+            raise WeightSyncMismatch(
+                f"no rollout server has version {engine.version} of the weights any more: {'; '.join(refused)}"
+            )
+        self.lost_since = self.lost_since or time.monotonic()
+        if time.monotonic() - self.lost_since > engine.spec.timeout_seconds:
+            raise RolloutLost(
+                f"no rollout server has been ready for {engine.spec.timeout_seconds:.0f} s; see the servers' logs, or raise "
+                "rollout's timeout_seconds"
+            )
+        time.sleep(0.5)
+
+    def _check_unchanged(self) -> None:
+        """Raises WeightSyncMismatch where the process that sampled has been given other weights meanwhile, by somebody else."""
+        for member in self.engine.members:
+            if not member.instance or member.refused:
+                continue
+            with contextlib.suppress(ServerGone):
+                told = member.client.weight_version()
+                if told.instance == member.instance and told.content != self.engine.proved_version:
+                    raise WeightSyncMismatch(
+                        f"the rollout server at {member.client.url} was given version {told.content} of somebody's weights while it "
+                        f"sampled with {self.engine.proved_version}; give each server to one run only"
+                    )
+
+    def _look_after(self) -> None:
+        """Gives up a server that does not answer any more, although its connections stand."""
+        if time.monotonic() < self.next_health:
+            return
+        for member in {id(m): m for _, m in self.under_way.values()}.values():
+            try:
+                member.client.get("/health", timeout=HEALTH_EVERY)
+            except (ServerGone, RequestRefused) as error:
+                log.warning("%s", error)
+                member.client.abort()
+        self.next_health = time.monotonic() + HEALTH_EVERY
+
+
+def request_seed(seed: int, step: int, key: int) -> int:
+    """The seed of a request, below 2**62: vLLM adds the number of each of its samples."""
+    digest = hashlib.sha256(f"{seed} {step} {key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 2
+
+
+def _lora_rank(rank: int) -> int:
+    """The next rank that vLLM has kernels for."""
+    return next((known for known in (1, 8, 16, 32, 64, 128, 256, 320, 512) if known >= rank), rank)

@@ -1,0 +1,251 @@
+"""The trainer's side of a weight update: writes a version as safetensors shards, slice by slice, and serves them by HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import re
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+KEPT = 2
+"""Versions that stay: servers may still fetch the one before the newest."""
+SHARD_BYTES = 2 * 2**30
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_CHUNK = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Published:
+    """One version of the weights on disk. `name` holds a digest of the content: two versions of one number never share it."""
+
+    version: int
+    name: str
+    folder: Path
+    files: list[dict[str, Any]]
+    """Of each its name, sha256 and size in bytes."""
+    tied: dict[str, str] = field(default_factory=dict)
+    """Names of weights that no shard holds by the names of those that they are the same as."""
+    adapter: bool = False
+
+
+class Publisher:
+    """Writes versions below a folder of this machine and keeps the two newest. Every rank makes one; only the first has a folder."""
+
+    def __init__(self, folder: Path | None, dtype: torch.dtype) -> None:
+        self.folder, self.dtype = folder, dtype
+        self._kept: list[Path] = []
+
+    def publish(self, model: Any, version: int, *, adapter: bool = False) -> Published | None:
+        """Writes the model's weights, or its LoRA adapter alone; None on ranks without a folder.
+
+        Every rank calls it: sharded weights are gathered slice by slice, never all at once.
+        """
+        target = self.folder / f"version-{version}" if self.folder is not None else None
+        if target is not None:
+            shutil.rmtree(target, ignore_errors=True)
+            target.mkdir(parents=True)
+        tied: dict[str, str] = {}
+        if adapter:
+            from nemo_rl.run.checkpoint_tensors import _full_state_dict
+
+            weights = _full_state_dict(model)
+            if target is not None:
+                model.save_pretrained(target, state_dict=weights, save_embedding_layers=False)
+                for extra in set(target.iterdir()) - {target / name for name in ADAPTER_FILES}:
+                    extra.unlink()
+        else:
+            tied = self._write_shards(model, target)
+        if target is None:
+            return None
+        files = [_about(path) for path in sorted(target.iterdir())]
+        digest = hashlib.sha256(repr([(f["name"], f["sha256"]) for f in files]).encode()).hexdigest()[:16]
+        self._kept = [*(path for path in self._kept if path != target), target]
+        for old in self._kept[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+        self._kept = self._kept[-KEPT:]
+        return Published(version, f"{version}-{digest}", target, files, tied, adapter)
+
+    def write_base(self, model: Any) -> None:
+        """Writes the weights below the LoRA adapter to the folder `model`, from which a server is started."""
+        target = self.folder / "model" if self.folder is not None else None
+        if target is not None:
+            target.mkdir(exist_ok=True)
+        self._write_shards(model, target, merged=False)
+
+    def _write_shards(self, model: Any, target: Path | None, merged: bool = True) -> dict[str, str]:
+        shard: dict[str, Tensor] = {}
+        size = number = 0
+        failure: OSError | None = None
+
+        def write() -> None:
+            nonlocal shard, size, number, failure
+            number += 1
+            try:
+                if failure is None and target is not None:
+                    save_file(shard, target / f"model-{number:05d}.safetensors")
+            except OSError as error:  # the other ranks go on gathering, and so must this one
+                failure = error
+            shard, size = {}, 0
+
+        slices, tied = checkpoint_slices(model, merged)
+        for part in slices:
+            if target is None:
+                continue
+            for name, tensor in part.items():
+                value = tensor.to("cpu", self.dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+                shard[name] = value.clone() if value.data_ptr() == tensor.data_ptr() else value
+                size += value.numel() * value.element_size()
+            if size >= SHARD_BYTES:
+                write()
+        if shard:
+            write()
+        if failure is not None:
+            failure.add_note(f"while writing weights for the rollout servers to {target}")
+            raise failure
+        return tied
+
+
+def checkpoint_slices(model: Any, merged: bool = True) -> tuple[Iterator[dict[str, Tensor]], dict[str, str]]:
+    """Returns the weights as a checkpoint names them, one layer after the other, and the names of tied weights by what they are.
+
+    Of a LoRA model those of its base, `merged` with the adapter or without it. On every rank: each slice of a sharded model is gathered by all.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    from nemo_rl.run.checkpoint_tensors import _base_name, _full_state_dict, _is_lora, _merged_weights
+
+    state = model.state_dict()
+    parameters = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if ".lora_" not in name]
+    if _is_lora(model):
+        if merged:
+            state = _merged_weights(model, _full_state_dict(model))
+        else:
+            state = {_base_name(name): tensor for name, tensor in state.items() if ".lora_" not in name}
+        parameters = [(_base_name(name), parameter) for name, parameter in parameters]
+        model = model.get_base_model()
+    tied: dict[str, str] = {}
+    slices: dict[str, list[str]] = {}
+    names: dict[int, str] = {}
+    for name, parameter in parameters:
+        if names.setdefault(id(parameter), name) != name:
+            tied[name] = names[id(parameter)]
+    for name, tensor in state.items():
+        if name in tied and _same(tensor, state[tied[name]]):
+            continue
+        tied.pop(name, None)
+        slices.setdefault(_slice_of(name), []).append(name)
+
+    def read() -> Iterator[dict[str, Tensor]]:
+        for members in slices.values():
+            whole = {name: _whole(state[name]) for name in members}
+            with torch.no_grad():
+                yield revert_weight_conversion(model, whole)
+
+    def renamed(name: str) -> str:
+        return next(iter(revert_weight_conversion(model, {name: _whole(state[name])})))
+
+    return read(), {renamed(copy): renamed(original) for copy, original in tied.items()}
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two tied weights are still one: an adapter may have set them apart."""
+    return one is other or _local(one).data_ptr() == _local(other).data_ptr()
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+
+
+def _slice_of(name: str) -> str:
+    """The part of the model that a weight belongs to: its layer, or what is outside of layers."""
+    found = re.match(r"(.*?\.\d+)\.", name)
+    return found.group(1) if found else ""
+
+
+def _about(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as stream:
+        return {
+            "name": path.name,
+            "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
+            "size": path.stat().st_size,
+        }
+
+
+# --- by HTTP --------------------------------------------------------------------------------------------------------
+
+
+class ShardServer:
+    """Serves the files of published versions to whoever has the token, with ranges, from a thread."""
+
+    def __init__(self, folder: Path, token: str, host: str = "127.0.0.1") -> None:
+        """`host`: the address of this machine by which the rollout servers reach it."""
+        self.folder = folder
+        expected = f"Bearer {token}".encode()
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                given = self.headers.get("Authorization", "").encode("latin-1", "replace")
+                if not hmac.compare_digest(given, expected):
+                    self.send_error(401)
+                    return
+                found = re.fullmatch(r"/(version-\d+)/([A-Za-z0-9][\w.-]*)", self.path)
+                try:
+                    stream = open(folder / found[1] / found[2], "rb") if found else None  # noqa: SIM115 - closed below
+                except OSError:
+                    stream = None
+                if stream is None:
+                    self.send_error(404)
+                    return
+                with stream:
+                    size = stream.seek(0, 2)
+                    asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+                    start = int(asked[1]) if asked else 0
+                    if start > size:
+                        self.send_error(416)
+                        return
+                    self.send_response(206 if asked else 200)
+                    self.send_header("Content-Length", str(size - start))
+                    if asked:
+                        self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
+                    self.end_headers()
+                    stream.seek(start)
+                    with contextlib.suppress(OSError):  # the other side has had enough
+                        shutil.copyfileobj(stream, self.wfile, _CHUNK)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer((host, 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://{host}:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def own_address(peer: str, port: int) -> str:
+    """The address of this machine on the way to a peer."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+        way.connect((peer, port))
+        return str(way.getsockname()[0])
+    return "127.0.0.1"

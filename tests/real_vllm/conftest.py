@@ -1,0 +1,80 @@
+"""Real vLLM servers on the CPU. Starting one takes up to minutes, so that tests share those of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_rl.job.spec import RolloutSpec, TrainingSpec
+from nemo_rl.model.load import prepare_model
+from nemo_rl.model.policy import Policy
+from nemo_rl.rollout.protocol import Sampling
+from nemo_rl.rollout.vllm.engine import VLLMRollouts
+from nemo_rl.run.ranks import Ranks
+from real_vllm.environment import interpreter
+from unit.engine.tiny import make_model
+
+STARTUP_SECONDS = 1800.0
+LONGEST = 96
+WIDE = 128
+"""Hidden size: vLLM's attention on the CPU takes heads of 32 and more."""
+ENDS = list(range(0, 97, 13))
+"""Tokens that end completions in these tests: enough of them that lengths differ."""
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    return str(interpreter())
+
+
+class Plain:
+    """A tokenizer of 97 tokens that vLLM can load, for models whose tokens mean nothing."""
+
+    def __new__(cls) -> Any:
+        from tokenizers import Tokenizer, models
+        from transformers import PreTrainedTokenizerFast
+
+        vocabulary = {f"<{i}>": i for i in range(97)}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<0>"))
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<1>", unk_token="<0>")
+
+
+Start = Callable[..., tuple[VLLMRollouts, Policy]]
+
+
+@pytest.fixture(scope="session")
+def start(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts a server for a model; ends all of them after the last test."""
+    engines: list[VLLMRollouts] = []
+
+    def started(model: Any, *, lora_rank: int | None = None, probe: Sampling | None = None, **spec: Any) -> Any:
+        training = TrainingSpec(lora_rank=lora_rank, precision="fp32")
+        policy = Policy(prepare_model(model, training, torch.device("cpu")), "fp32", longest=LONGEST)
+        given = {"engine": "vllm", "python": vllm_python, "timeout_seconds": STARTUP_SECONDS, **spec}
+        engine = VLLMRollouts(
+            RolloutSpec(**given),
+            policy,
+            Plain(),
+            Ranks(),
+            end_ids=ENDS,
+            longest=LONGEST,
+            probe=probe or Sampling(1, 1),
+            log_file=tmp_path_factory.mktemp("server") / "vllm.log",
+            poll=lambda: None,
+            note=print,
+        )
+        engines.append(engine)
+        return engine, policy
+
+    yield started
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture(scope="session")
+def tied(start: Start) -> tuple[VLLMRollouts, Policy]:
+    """A server of a Qwen2 model with tied embeddings, which vLLM's own reload gets wrong."""
+    return start(make_model("qwen2", hidden_size=WIDE))

@@ -1,0 +1,123 @@
+"""A server that speaks vLLM's routes, for faults that a real one cannot be made to show at a chosen moment."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+TOKEN = "a token of sixteen and more"
+
+
+class FakeServer:
+    """Answers completions with tokens that depend on prompt and seed alone. `faults`: what happens to the next completions."""
+
+    def __init__(self, tokens: int = 50) -> None:
+        """`tokens`: how many different ones it samples."""
+        self.tokens = tokens
+        self.faults: list[str] = []
+        self.completed: list[list[int]] = []
+        self.version = "default"
+        self.instance = uuid.uuid4().hex
+        self.healthy = True
+        self.updates: list[dict[str, Any]] = []
+        self.released = threading.Event()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                outer.answer(self, None)
+
+            def do_POST(self) -> None:
+                outer.answer(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.released.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+    def start_anew(self) -> None:
+        """As a process that took the place of a killed one: it has none of the weights."""
+        self.instance, self.version = uuid.uuid4().hex, "default"
+
+    def answer(self, handler: Any, content: Any) -> None:
+        path = handler.path.partition("?")[0]
+        if handler.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self.send(handler, 401, {"error": "no"})
+        if path == "/health":
+            if not self.healthy:
+                self.released.wait(30)
+            return self.send(handler, 200, None)
+        if path == "/weight_info":
+            return self.send(handler, 200, {"weight_version": self.version})
+        if path == "/v1/models":
+            return self.send(handler, 200, {"data": [{"id": "a model"}]})
+        if path == "/v1/completions":
+            return self.complete(handler, content)
+        if path == "/update_weights":
+            self.updates.append(content["update_info"])
+        if path == "/finish_weight_update":
+            self.version = content["weight_version"]
+        if path == "/update_weight_version":
+            self.version = content["new_version"]
+        return self.send(handler, 200, {})
+
+    def complete(self, handler: Any, content: Any) -> None:
+        instance = self.instance
+        fault = self.faults.pop(0) if self.faults else ""
+        if fault == "drop":
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
+            handler.close_connection = True
+            return None
+        if fault == "unavailable":
+            return self.send(handler, 503, {"error": {"message": "paused"}})
+        if fault == "engine died":
+            return self.send(handler, 500, {"error": {"message": "EngineDeadError"}})
+        if fault == "refuse":
+            return self.send(handler, 400, {"error": {"message": "too long"}})
+        if fault == "restart":
+            self.start_anew()
+            instance = self.instance
+        if fault == "hang":
+            self.healthy = False
+            self.released.wait(30)
+            return None
+        if fault == "other weights":
+            self.version = "3-of-others"
+        if fault == "slow":
+            time.sleep(0.3)
+        self.completed += content["prompt"]
+        choices = []
+        for index in range(content["n"] * len(content["prompt"])):
+            number, sample = divmod(index, content["n"])
+            first = content["seed"] + sample + sum(content["prompt"][number])
+            ids = [(first + t) % self.tokens + 2 for t in range(3)]
+            choice = {
+                "index": index,
+                "token_ids": ids,
+                "finish_reason": "stop",
+                "logprobs": {"token_logprobs": [-1.0, -2.0, -0.5]},
+            }
+            choices.append(choice)
+        return self.send(handler, 200, {"choices": choices}, instance)
+
+    def send(self, handler: Any, status: int, content: Any, instance: str = "") -> None:
+        body = b"" if content is None else json.dumps(content).encode()
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.send_header("x-nemo-rl-instance", instance or self.instance)
+        handler.end_headers()
+        handler.wfile.write(body)
