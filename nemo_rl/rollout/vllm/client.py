@@ -14,6 +14,8 @@ from nemo_rl.rollout.protocol import Completion, Sampling
 from nemo_rl.rollout.vllm.middleware import ADAPTER_ROUTE, INSTANCE_HEADER
 
 COMPLETIONS = "/v1/completions"
+JSON_ROUTES = {COMPLETIONS, "/weight_info", "/v1/models", ADAPTER_ROUTE}
+"""Routes whose answers are read; some of the others answer in words."""
 CONNECT_SECONDS = 10.0
 UPDATE_SECONDS = 1800.0
 MODEL = "policy"
@@ -100,6 +102,9 @@ class Client:
             if response.status in (502, 503, 504) or (response.status == 500 and path == COMPLETIONS):
                 raise ServerGone(f"the rollout server at {self.url} is not available: {text}")
             raise RequestRefused(f"the rollout server at {self.url} refused {path}: {text}", response.status)
+        kind_of_answer = response.getheader("Content-Type") or ""
+        if not kind_of_answer.startswith("application/json") and path not in JSON_ROUTES:
+            return Answer(raw.decode(errors="replace"), response.getheader(INSTANCE_HEADER) or "")  # as of adapters
         try:
             return Answer(json.loads(raw) if raw.strip() else None, response.getheader(INSTANCE_HEADER) or "")
         except ValueError:

@@ -9,6 +9,8 @@ import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from nemo_rl.rollout.vllm.middleware import ADAPTER_ROUTE
+
 TOKEN = "a token of sixteen and more"
 
 
@@ -24,6 +26,7 @@ class FakeServer:
         self.instance = uuid.uuid4().hex
         self.healthy = True
         self.updates: list[dict[str, Any]] = []
+        self.adapters: list[dict[str, Any]] = []
         self.released = threading.Event()
         outer = self
 
@@ -67,6 +70,11 @@ class FakeServer:
             return self.send(handler, 200, {"data": [{"id": "a model"}]})
         if path == "/v1/completions":
             return self.complete(handler, content)
+        if path == ADAPTER_ROUTE:
+            return self.send(handler, 200, {"folder": content["source"]})
+        if path == "/v1/load_lora_adapter":  # answers in words
+            self.adapters.append(content)
+            return self.send(handler, 200, "Success: LoRA adapter added successfully.")
         if path == "/update_weights":
             self.updates.append(content["update_info"])
         if path == "/finish_weight_update":
@@ -115,8 +123,10 @@ class FakeServer:
         return self.send(handler, 200, {"choices": choices}, instance)
 
     def send(self, handler: Any, status: int, content: Any, instance: str = "") -> None:
-        body = b"" if content is None else json.dumps(content).encode()
+        text = content if isinstance(content, str) else json.dumps(content)
+        body = b"" if content is None else text.encode()
         handler.send_response(status)
+        handler.send_header("Content-Type", "text/plain" if isinstance(content, str) else "application/json")
         handler.send_header("Content-Length", str(len(body)))
         handler.send_header("x-nemo-rl-instance", instance or self.instance)
         handler.end_headers()

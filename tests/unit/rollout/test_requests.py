@@ -148,6 +148,13 @@ def test_seeds_differ_by_run_step_and_prompt_and_leave_room_for_samples() -> Non
     assert all(0 <= seed < 2**62 for seed in seeds)
 
 
+def test_an_adapter_takes_the_place_of_the_one_before(servers: list[FakeServer]) -> None:
+    client = Client(servers[0].url, TOKEN)
+    client.load_adapter("/weights/version-3", [], "adapter", "3-abc")
+    assert servers[0].adapters == [{"lora_name": "adapter", "lora_path": "/weights/version-3", "load_inplace": True}]
+    assert client.weight_version().content == "3-abc"
+
+
 def test_a_wrong_token_is_said(servers: list[FakeServer]) -> None:
     with pytest.raises(RequestRefused, match="refuses the token; give the trainer the NEMO_RL_ROLLOUT_TOKEN"):
         Client(servers[0].url, "another").get("/health")
