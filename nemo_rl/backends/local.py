@@ -52,7 +52,17 @@ def say(spec: RLTrainingJobSpec, sentence: str) -> None:
 
 
 def check(run: Run) -> None:
-    """Refuses what this machine cannot do, before anything is loaded: ValueError, DatasetError for a missing file."""
+    """Refuses what this machine cannot do, before anything is loaded: as `check_places`, MissingPackage for an extra."""
+    check_places(run)
+    require("training on this machine", "torch")
+    if run.spec.training.lora_rank is not None:
+        require("lora_rank", "peft")
+    if run.spec.training.tensorboard:
+        require("tensorboard=True", "tensorboard")
+
+
+def check_places(run: Run) -> None:
+    """Refuses what only a cluster has, and what is not where the job says: ValueError, DatasetError for a missing file."""
     if not run.wait:
         raise ValueError("wait=False needs the kubernetes backend, but this run is local; leave wait at True")
     for field, reference in _references(run.spec):
@@ -65,11 +75,6 @@ def check(run: Run) -> None:
         raise ValueError(
             f"model {model!r} is not a folder on this machine; expected a hub name or a folder with a model"
         )
-    require("training on this machine", "torch")
-    if run.spec.training.lora_rank is not None:
-        require("lora_rank", "peft")
-    if run.spec.training.tensorboard:
-        require("tensorboard=True", "tensorboard")
     for field, path in _references(run.spec)[1:]:
         if "://" not in path and not Path(path).expanduser().is_file():
             raise DatasetError(

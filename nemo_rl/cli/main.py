@@ -15,10 +15,27 @@ app = typer.Typer(
     name="nemo-rl",
     help="Post-training of language models with GRPO, SFT and DPO, on this machine or on Kubernetes.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import nemo_rl
+
+        typer.echo(nemo_rl.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options before the command."""
 
 
 class Backend(enum.StrEnum):
@@ -62,7 +79,7 @@ def train(
     output_dir: Annotated[
         Path | None, typer.Option(help="Folder for checkpoints and metrics. [default: ./outputs/{metadata.name}]")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job with its overrides and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check reward and rows, print the job and stop.")] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow a job on the cluster to its result.")] = True,
     namespace: Annotated[str | None, typer.Option("--namespace", "-n", help="Of a job on the cluster.")] = None,
     log_level: Annotated[

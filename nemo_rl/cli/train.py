@@ -10,10 +10,12 @@ from pathlib import Path
 from nemo_rl.api.training import start
 from nemo_rl.backends import Run, choose
 from nemo_rl.backends.kubernetes.errors import JobCancelled
+from nemo_rl.backends.local import check_places
 from nemo_rl.cli.jobs import JobExit
 from nemo_rl.errors import DatasetError, NonFiniteTraining, RewardError, TrainingFailed, TrainingInterrupted
 from nemo_rl.job.manifest import Manifest, ManifestError, load_manifest
 from nemo_rl.job.names import ExitCode
+from nemo_rl.job.spec import RLTrainingJobSpec
 from nemo_rl.run.directory import nearby
 
 USAGE = 2
@@ -98,12 +100,44 @@ def run_manifest(
 
 
 def _dry_run(manifest: Manifest, run: Run, backend: str) -> str:
-    """What would be applied; for this machine, and where nothing has to travel, that is the job as it stands."""
-    if choose(backend)[0] == "local":
+    """What would be applied; for this machine, and where nothing has to travel, that is the job as it stands.
+
+    ValueError for a reward whose source does not compile, DatasetError for rows here that cannot be used.
+    """
+    here = choose(backend)[0] == "local"
+    if here:
+        check_places(run)
+    _look_at(manifest.spec)
+    if here:
         return manifest.to_yaml()
     from nemo_rl.backends.kubernetes import dry_run
 
     return str(dry_run(run))
+
+
+_ROWS_LOOKED_AT = 1000
+
+
+def _look_at(spec: RLTrainingJobSpec) -> None:
+    """Compiles an inline reward, and recognises the shape of rows that are in the job or in a file here."""
+    if spec.reward is not None and spec.reward.source is not None:
+        from nemo_rl.environments.load import check_source
+
+        check_source(spec.reward.source, spec.reward.entrypoint or "reward")
+    for data in (spec.dataset, spec.validation_dataset):
+        if data is None or not (data.inline or (data.path and Path(data.path).expanduser().is_file())):
+            continue
+        from nemo_rl.data.formats import no_rows_left, to_preference_rows, to_prompt_rows, to_text_rows
+        from nemo_rl.data.loading import open_rows
+
+        convert = {"grpo": to_prompt_rows, "sft": to_text_rows, "dpo": to_preference_rows}[spec.algorithm]
+        stream = open_rows(data)
+        rows = stream.read(_ROWS_LOOKED_AT)
+        if not rows:
+            raise stream.empty()
+        converted, report = convert(rows)
+        if not converted:
+            raise no_rows_left(report)
 
 
 _EXPECTED = (ValueError, TypeError, RewardError, NonFiniteTraining, RuntimeError, OSError)

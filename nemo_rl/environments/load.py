@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import hashlib
 import importlib
@@ -60,6 +61,29 @@ def _load_function(reference: str) -> Any:
     except Exception as error:
         raise _load_error(f"reward {reference!r}", error) from error
     return _attribute(module, path, f"reward {reference!r}")
+
+
+def check_source(source: str, entrypoint: str) -> None:
+    """Compiles inline source and looks for its entrypoint, without running it. ValueError for what cannot work."""
+    try:
+        tree = compile(source, "<reward>", "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
+        compile(source, "<reward>", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        raise _load_error("the inline source of the reward", error) from None
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.alias):
+            found.add((node.asname or node.name).split(".")[0])
+    if entrypoint.split(".")[0] not in found and "*" not in found:
+        listed = ", ".join(sorted(found)) or "nothing"
+        raise ValueError(
+            f"the inline source of the reward defines no {entrypoint!r}; found {listed}; name the function {entrypoint}, or "
+            "give entrypoint"
+        )
 
 
 def _load_source(source: str, entrypoint: str) -> Any:

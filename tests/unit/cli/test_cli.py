@@ -155,6 +155,33 @@ def test_a_dry_run_prints_the_job_with_its_overrides_and_trains_nothing(job: Pat
     assert printed["metadata"] == {"name": "sums"}
 
 
+SOURCE = "  reward:\n    source: |\n      def reward(prompt, response):\n          return 1.0\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code", "words"),
+    [
+        ("reward(prompt", "reward((prompt", ExitCode.USER_ERROR, ["inline source of the reward", "SyntaxError"]),
+        ("def reward(", "def score(", ExitCode.USER_ERROR, ["defines no 'reward'", "found score"]),
+        ('prompt: "1+1="', 'colour: "red"', ExitCode.BAD_DATA, ["'colour'", "prompt"]),
+        ('inline: [{prompt: "1+1=", answer: "2"}]', "path: ./rows.jsonl", ExitCode.BAD_DATA, ["rows.jsonl", "line 2"]),
+        ('inline: [{prompt: "1+1=", answer: "2"}]', "path: ./none.jsonl", ExitCode.BAD_DATA, ["none.jsonl", "not a file"]),
+        ("model: org/model", "model: ./nothing", ExitCode.USER_ERROR, ["./nothing", "not a folder"]),
+    ],
+)  # fmt: skip
+def test_a_dry_run_looks_at_reward_rows_and_places(job: Path, old: str, new: str, code: int, words: list[str]):
+    text = JOB.replace("  reward: {builtin: exact_match}\n", SOURCE)
+    (job.parent / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": oops}\n')
+    job.write_text(text)
+    assert nemo_rl("train", job, "--dry-run").exit_code == 0
+    assert old in text
+    job.write_text(text.replace(old, new))
+    result = nemo_rl("train", job, "--dry-run")
+    assert result.exit_code == code, result.output
+    assert not [word for word in words if word not in result.stderr], result.stderr
+    assert result.stdout == ""
+
+
 # --- the other commands
 
 
@@ -168,6 +195,28 @@ def test_the_version_is_printed():
     import nemo_rl as package
 
     assert nemo_rl("version").output.strip() == package.__version__
+    assert nemo_rl("--version").output.strip() == package.__version__
+
+
+@pytest.mark.parametrize("arguments", [(), ("train",), ("ps",), ("status",), ("cp",), ("doctor",)])
+def test_help_has_a_short_name(arguments: tuple[str, ...]):
+    assert nemo_rl(*arguments, "-h").output == nemo_rl(*arguments, "--help").output != ""
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_commands(shell: str):
+    asked = {"COMP_WORDS": "nemo-rl sta", "COMP_CWORD": "1", "_TYPER_COMPLETE_ARGS": "nemo-rl sta"}
+    code = "from nemo_rl.cli.main import main; import sys; sys.argv = ['nemo-rl']; main()"
+    command = [sys.executable, "-c", code]
+    environment = {
+        **os.environ,
+        **asked,
+        "_NEMO_RL_COMPLETE": f"complete_{shell}",
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert "status" in done.stdout
+    assert "resume" not in done.stdout
 
 
 def test_doctor_finds_what_this_machine_has():
