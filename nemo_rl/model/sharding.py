@@ -118,8 +118,9 @@ class ShardedModel:
     def own_memory(self) -> None:
         """Copies shards on the CPU that were read: they lie in the mapped files, which may be removed while the run needs them."""
         for parameter in self.root.parameters():
-            if _is_shard(parameter) and parameter.device.type == "cpu":
-                parameter._local_tensor = parameter._local_tensor.clone()
+            shard: Any = parameter
+            if _is_shard(shard) and shard.device.type == "cpu":
+                shard._local_tensor = shard._local_tensor.clone()
 
     def largest(self, values: Tensor) -> Tensor:
         """Returns the largest of each value over the ranks. Collective."""

@@ -185,6 +185,8 @@ def _chunks(policy: Policy, state: DecodeState, lengths: list[int], sampling: Sa
 def _cache_bytes(policy: Policy) -> int:
     if policy.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(policy.device)
+        # what the allocator keeps for itself after training is free for the cache
+        free += torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
         return int(free * 0.5)
     return CACHE_BYTES_CPU
 
