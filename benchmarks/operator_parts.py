@@ -282,15 +282,18 @@ def plane_cost(before: dict[str, float], count: int) -> Object:
 class Operator:
     """The operator as a process, and what the kernel and its own metrics say about it."""
 
-    def __init__(self, kubeconfig: Path, folder: Path) -> None:
-        self.kubeconfig, self.log = kubeconfig, folder / "operator.log"
+    def __init__(self, kubeconfig: Path, folder: Path, checkout: Path = ROOT) -> None:
+        """`checkout`: whose operator; another one than this has a virtual environment of its own."""
+        self.kubeconfig, self.log, self.checkout = kubeconfig, folder / "operator.log", checkout
+        own = checkout / ".venv" / "bin" / "python"
+        self.python = sys.executable if checkout == ROOT else str(own)
 
     def start(self) -> Operator:
         arguments = ["run", "--health-port", "18186", "--metrics-port", "18187", "--image", IMAGE]
-        paths = os.pathsep.join(str(ROOT / part) for part in (".", "operator"))
+        paths = os.pathsep.join(str(self.checkout / part) for part in (".", "operator"))
         environment = os.environ | {"KUBECONFIG": str(self.kubeconfig), "PYTHONPATH": paths}
         with self.log.open("ab") as log:
-            command = [sys.executable, "-m", "nemo_rl_operator.main", *arguments]
+            command = [self.python, "-m", "nemo_rl_operator.main", *arguments]
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         return self
 

@@ -1,11 +1,14 @@
 """Times and costs of the operator: N jobs at once, pods played by a stub, beside the floor of the same run.
 
     python benchmarks/operator_scale.py [--jobs 10 300 1000] [--restart 10000] [--rounds 1] [--json FILE]
+    python benchmarks/operator_scale.py --jobs 1000 --rounds 2 --beside CHECKOUT
 
 The floor is what the cluster needs without any operator: the same Jobs, created directly. For each number of jobs the
 floor runs first, then the operator, on the same API server; what is compared is the ratio. All times are taken where a
 user stands, by watches of this process. Pods run as soon as they are made and succeed five seconds later. --restart
-measures only a start beside so many finished jobs, which are made without running them. Without --kubeconfig a control
+measures only a start beside so many finished jobs, which are made without running them. --beside takes another checkout
+of this repository (git worktree add CHECKOUT COMMIT, with its dependencies in CHECKOUT/.venv): its operator, with its
+definition, is measured in turn with this one, and what is more than 10 % worse than there is a missed goal. Without --kubeconfig a control
 plane is started for the benchmark (see tests/lab). The thresholds at the end are the goals of the project; the exit
 code is 1 if one is missed. (The file is not called operator.py: beside it, that would hide the standard library's.)
 """
@@ -28,6 +31,7 @@ from pathlib import Path
 from operator_parts import (
     AT_ONCE,
     IMAGE,
+    ROOT,
     WORD,
     Object,
     Operator,
@@ -68,7 +72,7 @@ async def run_floor(server: Server, count: int) -> Object:
     async with namespace_of(server, f"floor-{count}-{os.getpid()}") as namespace:
         bodies = {}
         for name in job_names(count):
-            owner = Resource(namespace, name, "none", "", 1, "", False, "", "", "", "", "", False)
+            owner = Resource(namespace, name, "none", "", 1, "", False, "", "", json.dumps(JOB), "", "", False)
             body = build.attempt_job(owner, spec, 1, IMAGE)
             del body["metadata"]["ownerReferences"]
             bodies[name] = body
@@ -139,9 +143,8 @@ async def restart(operator: Operator) -> Object:
     return found
 
 
-async def run_restart(server: Server, operator: Operator, count: int) -> Object:
-    """A start beside finished jobs."""
-    load = os.getloadavg()[0]
+async def make_finished(server: Server, count: int) -> None:
+    """As many finished jobs, in a namespace of their own."""
     await server.call("POST", "/api/v1/namespaces", {"metadata": {"name": f"restart-{count}"}})
     limit = asyncio.Semaphore(AT_ONCE)
 
@@ -150,7 +153,6 @@ async def run_restart(server: Server, operator: Operator, count: int) -> Object:
             await finished_job(server, f"restart-{count}", name)
 
     await asyncio.gather(*(make(name) for name in job_names(count)))
-    return {"load": load, **await restart(operator)}
 
 
 async def finished_job(server: Server, namespace: str, name: str) -> None:
@@ -249,27 +251,59 @@ GOALS: dict[int, list[Goal]] = {
 }
 
 
-async def measure(chosen: argparse.Namespace, kubeconfig: Path, folder: Path) -> dict[int, list[Object]]:
+async def measure(chosen: argparse.Namespace, plane: Plane, folder: Path) -> dict[int, list[Object]]:
+    """The figures of each round, by number of jobs; those of the other checkout, if any, begin with `before_`."""
     found: dict[int, list[Object]] = {}
+    versions = [("", Operator(plane.kubeconfig, folder))]
+    if chosen.beside:
+        versions.append(("before_", Operator(plane.kubeconfig, folder, chosen.beside.resolve())))
 
     def note(count: int, result: Object) -> None:
         found.setdefault(count, []).append(result)
         print(f"N = {count}: {json.dumps({k: round(v, 3) for k, v in result.items()})}", file=sys.stderr)
 
-    async with Server(kubeconfig) as server:
-        stub = subprocess.Popen([sys.executable, __file__, "--play-pods", "--kubeconfig", str(kubeconfig)])
+    async with Server(plane.kubeconfig) as server:
+        stub = subprocess.Popen([sys.executable, __file__, "--play-pods", "--kubeconfig", str(plane.kubeconfig)])
         try:
             for count in chosen.jobs:
-                for _ in range(chosen.rounds):
+                for turn in range(chosen.rounds):
                     floor = await run_floor(server, count)
-                    result = await run_operator(server, Operator(kubeconfig, folder), count)
-                    note(count, result | {f"floor_{name}": value for name, value in floor.items()})
+                    result = {f"floor_{name}": value for name, value in floor.items()}
+                    for word, operator in versions[:: -1 if turn % 2 else 1]:
+                        plane.define(operator.checkout)
+                        one = await run_operator(server, operator, count)
+                        result |= {word + name: value for name, value in one.items()}
+                    note(count, result)
         finally:
             stub.terminate()
             stub.wait()
+        plane.define(ROOT)
         for count in chosen.restart:
-            note(count, await run_restart(server, Operator(kubeconfig, folder), count))
+            await make_finished(server, count)
+            result = {}
+            for word, operator in versions:
+                plane.define(operator.checkout)
+                one = {"load": os.getloadavg()[0], **await restart(operator)}
+                result |= {word + name: value for name, value in one.items()}
+            plane.define(ROOT)
+            note(count, result)
     return found
+
+
+WORSE = 1.1
+SMALL = {"_s": 0.05, "_p50": 0.05, "_p95": 0.05, "_ready": 0.3, "_cpu": 0.2, "sigterm": 0.1}
+"""Differences, in seconds, that are no more than noise."""
+
+
+def compared(label: str, name: str, result: Object) -> tuple[bool, str]:
+    """Whether a figure is not worse than beside it, and both in a line; empty where there is nothing to compare."""
+    before = result.get(f"before_{name}")
+    if before is None or name in ("load", "shown_running") or result[name] != result[name]:
+        return True, ""
+    now = result[name]
+    noise = next((value for end, value in SMALL.items() if name.endswith(end)), 0.0)
+    good = now <= before * WORSE or now - before <= noise
+    return good, f"{'reached' if good else 'MISSED '}  {label}: {now:.3g}, beside {before:.3g}"
 
 
 def report(found: dict[int, list[Object]]) -> bool:
@@ -287,6 +321,12 @@ def report(found: dict[int, list[Object]]) -> bool:
         print(f"| {label} | {' | '.join(cells)} |")
     good = True
     for count, result in medians.items():
+        for label, name, _ in ROWS:
+            if name in result:
+                one, line = compared(label, name, result)
+                good &= one
+                if line:
+                    print(f"N = {count}: {line}")
         for label, value, limit in GOALS.get(count, []):
             reached = value(result) <= limit
             good &= reached
@@ -296,26 +336,48 @@ def report(found: dict[int, list[Object]]) -> bool:
     return good
 
 
+class Plane:
+    """An API server, and which definition it serves."""
+
+    def __init__(self, kubeconfig: Path, folder: Path) -> None:
+        from cluster.api import Api  # type: ignore[import-not-found]
+        from cluster.scene import run_kubectl  # type: ignore[import-not-found]
+        from lab import programs  # type: ignore[import-not-found]
+
+        self.kubeconfig, self._api, self._defined = kubeconfig, Api(kubeconfig), None
+        self._kubectl = run_kubectl(programs.path("kubectl"), kubeconfig, folder / "cache")
+
+    def define(self, checkout: Path) -> None:
+        """Serve the definition of this checkout."""
+        from cluster.server import define  # type: ignore[import-not-found]
+
+        if self._defined == checkout:
+            return
+        first = self._defined is None
+        define(self._api, self._kubectl, checkout / "crds")
+        self._defined = checkout
+        if not first:
+            time.sleep(5)  # the API server takes the storage of the one before down, and ends its watches
+
+
 @asynccontextmanager
-async def cluster(kubeconfig: Path | None, folder: Path) -> AsyncIterator[Path]:
-    """The kubeconfig of an API server with the resource defined."""
-    from cluster.api import Api  # type: ignore[import-not-found]
-    from cluster.scene import run_kubectl  # type: ignore[import-not-found]
-    from cluster.server import define  # type: ignore[import-not-found]
-    from lab import programs  # type: ignore[import-not-found]
+async def cluster(kubeconfig: Path | None, folder: Path) -> AsyncIterator[Plane]:
+    """An API server with the resource defined."""
     from lab.control_plane import ControlPlane  # type: ignore[import-not-found]
 
-    kubectl = programs.path("kubectl")
     if kubeconfig:
-        define(Api(kubeconfig), run_kubectl(kubectl, kubeconfig, folder / "cache"))
-        yield kubeconfig
+        plane = Plane(kubeconfig, folder)
+        plane.define(ROOT)
+        yield plane
         return
-    plane = ControlPlane(folder)
+    own = ControlPlane(folder)
     try:
-        plane.start(lambda: define(Api(plane.kubeconfig), run_kubectl(kubectl, plane.kubeconfig, folder / "cache")))
-        yield plane.kubeconfig
+        own.start(lambda: Plane(own.kubeconfig, folder).define(ROOT))
+        plane = Plane(own.kubeconfig, folder)
+        plane.define(ROOT)
+        yield plane
     finally:
-        plane.stop()
+        own.stop()
 
 
 async def main() -> int:
@@ -324,6 +386,9 @@ async def main() -> int:
     parser.add_argument("--restart", type=int, nargs="*", default=[])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--kubeconfig", type=Path)
+    parser.add_argument(
+        "--beside", type=Path, help="another checkout, whose operator is measured in turn with this one"
+    )
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--play-pods", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -331,8 +396,8 @@ async def main() -> int:
         await play_pods(chosen.kubeconfig)
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        async with cluster(chosen.kubeconfig, Path(folder)) as kubeconfig:
-            found = await measure(chosen, kubeconfig, Path(folder))
+        async with cluster(chosen.kubeconfig, Path(folder)) as plane:
+            found = await measure(chosen, plane, Path(folder))
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=1))
     return 0 if report(found) else 1

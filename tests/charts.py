@@ -53,4 +53,5 @@ def render(
     words = ["template", release, str(CHART), "--namespace", namespace] + ([] if hooks else ["--no-hooks"])
     result = helm(*words, values=values or {})
     assert result.returncode == 0, result.stderr
-    return [found for found in yaml.safe_load_all(result.stdout) if found]
+    found = [found for found in yaml.safe_load_all(result.stdout) if found]
+    return [one for each in found for one in (each["items"] if each["kind"] == "List" else [each])]

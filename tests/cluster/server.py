@@ -69,9 +69,9 @@ def need_programs() -> None:
     programs.ensure(missing)
 
 
-def define(api: Api, kubectl: Callable[..., str]) -> None:
+def define(api: Api, kubectl: Callable[..., str], crds: Path = CRDS) -> None:
     """Creates or updates the resource definition and waits until it is served."""
-    kubectl("apply", "--server-side", "--force-conflicts", "-f", str(CRDS))
+    kubectl("apply", "--server-side", "--force-conflicts", "-f", str(crds))
 
     def served() -> bool:
         try:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import re
+import subprocess
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -235,6 +237,54 @@ def test_uninstalling_keeps_the_definition_and_all_jobs(scene: Scene, cluster: C
     assert "kept due to the resource policy" in removed.stdout + removed.stderr
     assert scene.job()["metadata"]["uid"] == uid
     assert scene.api.find("serviceaccounts", scene.namespace, "rl") is None
+
+
+def test_the_rights_of_helms_test_are_gone_when_it_has_ended(scene: Scene, cluster: Cluster):
+    """Also after one that failed. The pod's end is played; what it does is tried in tests/e2e."""
+    there = ("--namespace", scene.namespace)
+    values = {
+        "fullnameOverride": scene.namespace,
+        "crds": {"enabled": False},
+        "userRoles": {"create": False},
+        "watchNamespaces": [scene.namespace],
+    }
+    installed = helm("install", "rl", str(CHART), *there, values=values, kubeconfig=cluster.kubeconfig)
+    assert installed.returncode == 0, installed.stderr
+    account = f"{scene.namespace}-test"
+    subject = f"--as=system:serviceaccount:{scene.namespace}:{account}"
+
+    def left() -> list[str]:
+        kinds = "serviceaccounts,roles,rolebindings,clusterroles,clusterrolebindings"
+        found = scene.kubectl("get", kinds, "-l", "app.kubernetes.io/component=test", "-o", "name").split()
+        return [name for name in found if scene.namespace in name]
+
+    assert left() == []
+    for phase in ("Succeeded", "Failed"):
+        ended: list[subprocess.CompletedProcess[str]] = []
+        thread = threading.Thread(
+            target=lambda ended=ended: ended.append(helm("test", "rl", *there, kubeconfig=cluster.kubeconfig))
+        )
+        thread.start()
+
+        def fresh() -> bool:
+            pod = scene.api.find("pods", scene.namespace, account)
+            return pod is not None and "phase" in pod["status"] and pod["status"]["phase"] == "Pending"
+
+        eventually(fresh, "the test's pod", 60)
+        eventually(
+            lambda: "yes" in scene.kubectl("auth", "can-i", subject, "create", names.CRD_NAME, check=False),
+            "its rights",
+        )
+        scene.api.patch("pods", scene.namespace, account, {"status": {"phase": phase}}, "status")
+        thread.join(60)
+        assert ended[0].returncode == (0 if phase == "Succeeded" else 1), ended[0].stderr + ended[0].stdout
+        eventually(lambda: left() == [], "nothing is left but the pod with its log")
+        eventually(
+            lambda: "no" in scene.kubectl("auth", "can-i", subject, "create", names.CRD_NAME, check=False), "no right"
+        )
+        assert scene.api.find("pods", scene.namespace, account)
+    removed = helm("uninstall", "rl", *there, kubeconfig=cluster.kubeconfig)
+    assert removed.returncode == 0, removed.stderr
 
 
 def test_the_rights_of_the_chart_suffice_for_the_life_of_jobs(
