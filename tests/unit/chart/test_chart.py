@@ -120,8 +120,7 @@ def test_the_deployment_starts_the_operator_as_its_command_line_wants():
 def test_two_releases_share_no_name():
     def identities(release: str, namespace: str) -> set[tuple[str, str, str]]:
         values = {"watchNamespaces": [namespace], "crds": {"enabled": False}, "userRoles": {"create": False}}
-        result = helm("template", release, str(CHART), "--namespace", namespace, values=values)
-        objects = [found for found in yaml.safe_load_all(result.stdout) if found]
+        objects = render(values, release=release, namespace=namespace, hooks=True)
         assert len(objects) > 10
         return {(o["kind"], o["metadata"].get("namespace", ""), o["metadata"]["name"]) for o in objects}
 

@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 
 from nemo_rl.job import names
+from nemo_rl.job.names import ExitCode
 from nemo_rl.job.status import TRACEBACK_LINES, TerminationMessage
 from nemo_rl.worker import ending
 from nemo_rl.worker.report import SAVING, Report
 from unit.worker.pods import Engine, Job, Pod, surroundings
-from unit.worker.test_attempts import sft
+from unit.worker.test_attempts import grpo, sft
 
 HANG = [{"function": "pod_callbacks:Gate"}]
 OTHER = 1
@@ -122,3 +123,25 @@ def test_a_better_word_stays(tmp_path: Path):
     ending.write(TerminationMessage(kind="failure", exit_code=40, cause="UserError", message="mine"), log)
     ending.write_stalled(ending.stalled("no progress", "rank 1", "x", step=1, checkpoint=None), log)
     assert "mine" in log.read_text()
+
+
+def test_a_reward_that_hangs_is_the_users_error_by_its_own_limit(engine: Engine, tiny_model: Path, tmp_path: Path):
+    spec = grpo(tiny_model)
+    hangs = "import time\n\ndef reward(prompt: str, response: str) -> float:\n    time.sleep(10_000)\n    return 1.0\n"
+    spec |= {"callbacks": [], "reward": {"source": hangs, "timeoutSeconds": 3}, "stallTimeoutSeconds": 60}
+    pod = Pod(tmp_path, engine, spec)
+    assert pod.run() == ExitCode.USER_ERROR, pod.said()
+    word = pod.word()
+    assert (word.kind, word.cause) == ("failure", "UserError")
+    assert "3" in (word.message or "") and "reward" in (word.message or ""), word.message
+
+
+def test_a_reward_that_hangs_while_it_is_loaded_ends_as_stalled(engine: Engine, tiny_model: Path, tmp_path: Path):
+    spec = grpo(tiny_model)
+    hangs = "import time\n\ntime.sleep(10_000)\n\ndef reward(prompt: str, response: str) -> float:\n    return 1.0\n"
+    spec |= {"callbacks": [], "reward": {"source": hangs, "timeoutSeconds": 3}}
+    pod = Pod(tmp_path, engine, spec | {"stallTimeoutSeconds": 10, "startupTimeoutSeconds": 10})
+    assert pod.run() == OTHER, pod.said()
+    word = pod.word()
+    assert (word.kind, word.cause) == ("failure", "Stalled")
+    assert "time.sleep(10_000)" in (word.traceback or "") or "in <module>" in (word.traceback or "")
