@@ -101,9 +101,15 @@ def load_sharded(
     """Returns the causal language model of a hub name or directory and its shards, without dropout. Collective.
 
     `shard` gets the model before its weights are read: then each rank reads its own part of each weight, in `dtype`, from the
-    slices of safetensors files. Files of other kinds are read whole by each rank, which a warning says. `files`: a directory
-    that has the weights, a checkpoint of this model for example.
+    slices of safetensors files. Files of other kinds are read whole by each rank, which a warning says of a directory. `files`:
+    a directory that has the weights, a checkpoint of this model for example.
     """
+    folder = Path(files or name)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        log.warning(
+            "%s has no *.safetensors, so each rank reads all weights whole; save the model anew to load it in parts",
+            folder,
+        )
     made: list[ShardedModel] = []
     with _distributed_by(lambda model: made.append(shard(model)), device):
         from transformers.distributed import DistributedConfig

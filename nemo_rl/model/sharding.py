@@ -107,6 +107,7 @@ class ShardedModel:
             return found[0].clone() if isinstance(found[0], Tensor) else None
 
         out = self.root(inside)
+        self.ranks.settle(self.device)
         if not torch.is_grad_enabled():
             self.reset(keep_gradients=True)
         return cast(T, out) if isinstance(out, Tensor) else found[0]

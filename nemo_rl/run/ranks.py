@@ -185,6 +185,14 @@ class Ranks:
             return
         self._wait(lambda: begin(group), within_pass=True)
 
+    def settle(self, device: torch.device) -> None:
+        """Waits within a pass for what a GPU still has to do, in Python: where the host waits in a kernel it does not see that
+        another rank left the pass. Nothing to do on a CPU, where `send` waits."""
+        if device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            self._wait(lambda: _Reached(event), within_pass=True)
+
     def _leave_pass(self) -> None:
         """Gives up the groups in which another rank may still wait for this one; the next pass makes new ones."""
         for kind, group in self._pass_groups.items():
@@ -351,6 +359,15 @@ def join(device: torch.device, seconds: float = JOIN_SECONDS) -> Ranks:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return Ranks()
     return Ranks(dist.get_rank(), dist.get_world_size(), _group["store"], _group["key"])
+
+
+class _Reached:
+    """An event on a stream of the GPU, as the handle of an operation."""
+
+    def __init__(self, event: Any) -> None:
+        self.is_completed = event.query
+
+    def wait(self) -> None: ...
 
 
 _group: dict[str, Any] = {}

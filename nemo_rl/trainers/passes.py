@@ -107,6 +107,8 @@ class Passes:
                 loss = loss_fn(batch, indices)
                 if counts:
                     loss.backward()
+                    if self.policy.sharded is not None:
+                        self.ranks.settle(self.device)
                     total += loss.item()
                 else:
                     (loss * 0.0).backward()
