@@ -11,6 +11,7 @@ ALONE := tests/e2e/test_startup.py tests/e2e/test_waiting.py
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
 .PHONY: help demo test test-vllm architectures test-cluster e2e e2e-integrations bench lint docs generate images lab-up lab-deploy lab-down lab-status clean
+.PHONY: help demo test architectures test-storage test-cluster e2e e2e-integrations bench lint docs generate images lab-up lab-deploy lab-down lab-status clean
 help:            ## list the commands
 	@grep -E '^[a-z0-9 -]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 16
 
@@ -24,6 +25,9 @@ architectures: $(VENV)/.dev            ## every causal model type of transformer
 	rm -rf build/architectures
 	NEMO_RL_ARCHITECTURES=build/architectures $(BIN)/python -m pytest -n 2 tests/architectures; found=$$?; \
 	$(BIN)/python tests/architectures/table.py build/architectures && exit $$found
+
+test-storage: $(VENV)/.dev            ## models, data and runs in a real S3 server (built once from its Go module)
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/storage
 
 test-cluster: $(VENV)/.dev            ## the operator against a real API server (built once from Go modules, or KUBECONFIG)
 	$(BIN)/python -m pytest $(if $(NEMO_RL_TEST_KUBECONFIG),,-n 2 --dist loadfile) tests/cluster

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from nemo_rl.api.algorithms import algorithm_name
 from nemo_rl.job import names
 from nemo_rl.job.foreign import meaning_of, nearest
+from nemo_rl.job import names, uris
 from nemo_rl.job.spec import (
     ALGORITHMS,
     SECTIONS,
@@ -233,6 +234,8 @@ def _is_file(dataset: str) -> bool:
     if dataset.startswith(("pvc://", "bundle://", "/", "./", "../", "~")) or dataset.lower().endswith(
         names.DATA_FILE_NAMES
     ):
+        return True
+    if uris.is_readable(dataset):
         return True
     path = Path(
         dataset

@@ -28,6 +28,7 @@ class TrainResult:
         metrics: the last step's metrics by name.
         checkpoint_path: folder of the best checkpoint, for `AutoModelForCausalLM.from_pretrained`; None if none. It is
             kept, also when the run is lengthened.
+        checkpoint_uri: where that checkpoint is in an object store; None where the run has none.
         total_steps: optimizer steps that the run took in all, those before a resume included.
         output_dir: folder with metrics.jsonl and the checkpoints; None if not known.
         history: one dict of metrics per step; where it is not given, read from metrics.jsonl at first use.
@@ -38,6 +39,7 @@ class TrainResult:
     checkpoint_path: str | None = None
     total_steps: int = 0
     _: KW_ONLY
+    checkpoint_uri: str | None = None
     output_dir: Path | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     load_trainer: InitVar[Callable[[], Any] | None] = None
@@ -121,6 +123,11 @@ class TrainResult:
         return chosen + sorted(n for n in found if n.startswith("validation_") and not _is_timing(n))
 
     @property
+    def shown_checkpoint(self) -> str | None:
+        """The checkpoint as people find it: its address in the store, else its path as seen from here."""
+        return self.checkpoint_uri or self._shown_path
+
+    @property
     def _shown_path(self) -> str | None:
         from nemo_rl.run.directory import nearby
 
@@ -132,7 +139,7 @@ class TrainResult:
 
     def _repr_html_(self) -> str:
         """A small table for notebooks, with the reward or loss curve."""
-        rows = [("steps", str(self.total_steps)), ("checkpoint", str(self._shown_path))]
+        rows = [("steps", str(self.total_steps)), ("checkpoint", str(self.shown_checkpoint))]
         rows += [(name, _number(value)) for name, value in self.metrics.items() if _is_shown(name, value)]
         cells = "".join(
             f"<tr><th style='text-align:left'>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"

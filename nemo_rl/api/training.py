@@ -13,6 +13,7 @@ from nemo_rl.api.algorithms import algorithm_name
 from nemo_rl.api.keywords import LIVE_MODEL, build_spec
 from nemo_rl.backends import Run, choose
 from nemo_rl.errors import DatasetError
+from nemo_rl.job import uris
 from nemo_rl.job.manifest import name_problem, namespace_problem
 from nemo_rl.job.spec import LEARNING_RATES, DatasetSpec, GRPOSpec, RewardSpec, RLTrainingJobSpec
 from nemo_rl.run.directory import check_output_dir, default_output_dir
@@ -98,7 +99,8 @@ def train(
             `lora_rank` 1e-5, 1e-4 and 1e-5.
         batch_size: prompts (GRPO), examples (SFT) or pairs (DPO) per optimizer step.
         num_generations_per_prompt: GRPO completions per prompt.
-        output_dir: where checkpoints and metrics go; default ./outputs/{last part of the model's name}.
+        output_dir: where checkpoints and metrics go, a folder or s3://, gs:// or az://bucket/folder; default
+            ./outputs/{last part of the model's name}.
         callbacks: `Callback` objects.
         **kwargs: every other setting by its name (see the README's table), and `backend`, `name`, `namespace`,
             `secrets`, `tokenizer`, `validation_dataset`, `wait`: with wait=False the call returns the `Job` on the cluster
@@ -138,7 +140,7 @@ def train(
         _check_rewards(reward_fn, spec.reward.weights if spec.reward else None, dataset)
     run = Run(
         spec,
-        check_output_dir(output_dir if output_dir is not None else default_output_dir(model)),
+        _output(output_dir if output_dir is not None else default_output_dir(model)),
         dataset=None if _in_spec(dataset) else dataset,
         validation_dataset=None if _in_spec(call.get("validation_dataset")) else call["validation_dataset"],
         reward_fn=None if isinstance(reward_fn, str | RewardSpec) else reward_fn,
@@ -187,6 +189,15 @@ def _require(model: Any, dataset: Any, reward_fn: Any, algorithm: str) -> None:
             "reward_fn is required for GRPO: found None; give a function (prompt, response) -> float, "
             "or choose algorithm='sft' or 'dpo'"
         )
+
+
+def _output(given: Any) -> Any:
+    """The folder that output_dir names, or the address of a store as it is."""
+    if not isinstance(given, str) or "://" not in given:
+        return check_output_dir(given)
+    if (wrong := uris.problem(given)) is not None:
+        raise ValueError(f"train(): output_dir: {wrong}")
+    return given
 
 
 def _check_call(call: Mapping[str, Any]) -> None:

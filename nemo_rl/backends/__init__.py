@@ -32,7 +32,8 @@ class Run:
     """
 
     spec: RLTrainingJobSpec
-    output_dir: Path
+    output_dir: Path | str
+    """A folder, or the address of an object store."""
     dataset: Any = None
     validation_dataset: Any = None
     reward_fn: Any = None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from nemo_rl.errors import DatasetError
-from nemo_rl.job import names
+from nemo_rl.job import names, uris
 
 ROWS = 'a list of rows such as [{"prompt": "2+2=", "answer": "4"}]'
 PARQUET_BATCH_ROWS = 1024
@@ -24,12 +25,23 @@ _LARGEST_CELL = 2**31 - 1
 
 def is_local(source: str) -> bool:
     """Whether a text that names a data set means something on this machine rather than a name on the hub."""
+    if uris.is_readable(source):
+        return True
     path = Path(source).expanduser()
     return _suffix(path) in _READERS or path.is_file() or _is_saved_dataset(path)
 
 
 def read_file(name: str) -> Iterator[Any]:
-    """The rows of a local file, in order, without holding all of them. Raises `DatasetError` for what cannot be read as rows."""
+    """The rows of a file, in order, without holding all of them. Raises `DatasetError` for what cannot be read as rows.
+
+    Addresses of object stores and web servers are read through copies on this machine; a pattern or a folder is all its files.
+    """
+    if uris.is_readable(name):
+        from nemo_rl.data.remote import local_files
+
+        return itertools.chain.from_iterable(read_file(str(file)) for file in local_files(name))
+    if "://" in name and not name.startswith(("pvc://", "bundle://")):
+        raise DatasetError(f"found the path {name!r}: {uris.problem(name, uris.READABLE)}")
     if "://" in name:
         raise DatasetError(
             f"found the path {name}, which only means something within a pod; expected a local file; download it "

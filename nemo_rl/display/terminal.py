@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from rich.console import Console, Group
@@ -93,6 +94,32 @@ class PlainDisplay:
 
     def close(self) -> None:
         pass
+
+
+class RecordedDisplay:
+    """Shows by another display, and writes the same as plain lines to a file."""
+
+    def __init__(self, shown: Display, path: Path) -> None:
+        self._shown = shown
+        # half of a surrogate pair, which a tokenizer may decode to, is written as \uXXXX
+        self._stream = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        self._plain = PlainDisplay(self._stream)
+
+    def start(self, total_steps: int, header: str) -> None:
+        self._plain.start(total_steps, header)
+        self._shown.start(total_steps, header)
+
+    def step(self, metrics: Mapping[str, Any], samples: list[dict[str, Any]]) -> None:
+        self._plain.step(metrics, samples)
+        self._shown.step(metrics, samples)
+
+    def note(self, text: str) -> None:
+        self._plain.note(text)
+        self._shown.note(text)
+
+    def close(self) -> None:
+        self._shown.close()
+        self._stream.close()
 
 
 class LiveDisplay:

@@ -239,6 +239,19 @@ RULES: dict[str, list[Schema]] = {
             ".value",
         ),
     ],
+    "output": [
+        _rule(
+            "!has(self.uri) || !(has(self.claim) || has(self.storageClassName) || has(self.accessMode))",
+            "uri takes the place of a claim: remove claim, storageClassName and accessMode, or remove uri",
+            ".uri",
+        ),
+        _rule(
+            "!has(self.uri) || self.uri.matches('^(s3|gs|az)://[A-Za-z0-9][A-Za-z0-9._-]+[A-Za-z0-9](/[^/?#@]+)*/?$')",
+            "uri is the address of an object store, without credentials: s3://bucket/folder, gs://bucket/folder or "
+            "az://container/folder",
+            ".uri",
+        ),
+    ],
     "labels": [PREFIX_RULE, KEY_RULE, VALUE_RULE],
     "annotations": [PREFIX_RULE, KEY_RULE],
     "nodeSelector": [KEY_RULE, VALUE_RULE],

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic.alias_generators import to_camel
 
-from nemo_rl.job import names
+from nemo_rl.job import names, uris
 from nemo_rl.job.decode import too_deep
 
 Algorithm = Literal["grpo", "sft", "dpo"]
@@ -63,7 +63,7 @@ class DatasetSpec(Section):
     )
     """Rows written into the job itself, at most 64 kB; each is a mapping of column to value. The Python client ships more as files."""
     path: Annotated[str, Field(min_length=1, max_length=1000)] | None = None
-    """A .jsonl, .json, .parquet or .csv file: a path in the image, pvc://claim/path or bundle://name/file."""
+    """.jsonl, .json, .parquet or .csv files: a path in the image, pvc://claim/path, bundle://name/file, or s3://, gs://, az:// with a file, a folder or a pattern (part-*.parquet); https:// for one file."""
     split: Annotated[str, Field(min_length=1, max_length=200)] = "train"
     """Split of a hub data set, as in datasets.load_dataset (slices like train[:1000] work). Default train."""
     subset: Annotated[str, Field(min_length=1, max_length=200)] | None = None
@@ -377,9 +377,17 @@ class SFTSpec(Section):
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$", max_length=20)]
 
 
+def _store(value: str) -> str:
+    if (wrong := uris.problem(value)) is not None:
+        raise ValueError(wrong)
+    return value.rstrip("/")
+
+
 class OutputSpec(Section):
     """Where checkpoints and metrics are kept on the cluster."""
 
+    uri: Annotated[str, Field(min_length=8, max_length=uris.MAX_LENGTH), AfterValidator(_store)] | None = None
+    """Object store in place of a claim: s3://bucket/folder, gs://… or az://…; the job writes to the folder with its name below. Credentials come from env, envFrom or the service account. Default none."""
     claim: ObjectName | None = None
     """Existing PersistentVolumeClaim to write to. Default: one is made for the job."""
     size: Quantity = "20Gi"
@@ -392,6 +400,14 @@ class OutputSpec(Section):
     """Keep the claim when the job is deleted. Default true."""
     serve_until: Annotated[str, Field(json_schema_extra={"format": "date-time"}, max_length=40)] | None = None
     """While this time (RFC 3339) is in the future, a pod serves the output for download. Default: not served."""
+
+    @model_validator(mode="after")
+    def _claim_or_store(self) -> OutputSpec:
+        given = [f for f in ("claim", "storage_class_name", "access_mode") if getattr(self, f) is not None]
+        if self.uri is not None and given:
+            fields = ", ".join(to_camel(f) for f in given)
+            raise ValueError(f"uri takes the place of a claim, so {fields} would have no effect; give either")
+        return self
 
 
 class CacheSpec(Section):
@@ -494,7 +510,7 @@ class RLTrainingJobSpec(Section):
     """One post-training run: what to train, on which data, by which algorithm, with which resources."""
 
     model: Annotated[str, Field(min_length=1, max_length=500)]
-    """Hub name, path in the image, pvc://claim/path or bundle://name."""
+    """Hub name, path in the image, pvc://claim/path, bundle://name, or s3://, gs://, az:// with a folder, a checkpoint or a run of ours."""
     algorithm: Algorithm = "grpo"
     """grpo (reinforcement learning from a reward), sft (supervised) or dpo (preferences). Default grpo."""
     dataset: DatasetSpec
@@ -601,6 +617,9 @@ class RLTrainingJobSpec(Section):
                 raise ValueError(
                     "found rollout weight_transfer adapter, but no adapter is trained; set lora_rank, or leave weight_transfer out"
                 )
+        named = "://" in self.model and not self.model.startswith(("pvc://", "bundle://", "python:"))
+        if named and (wrong := uris.problem(self.model)) is not None:
+            raise ValueError(f"model: {wrong}")
         known = {bundle.name for bundle in self.bundles}
         if len(known) < len(self.bundles):
             raise ValueError("two bundles have the same name; names must differ")

@@ -21,10 +21,13 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_rl.errors import LeaseLost
 from nemo_rl.run.lease import REPLACED, Lease, guarded
+
+if TYPE_CHECKING:
+    from nemo_rl.run.stored import StoredRuns
 
 logger = logging.getLogger(__name__)
 
@@ -110,15 +113,24 @@ def _step_directories(root: Path) -> list[Path]:
 class CheckpointStore:
     """Writes and prunes the checkpoints of one run. Only the process that holds the run makes one."""
 
-    def __init__(self, run_dir: Path, keep: int, *, always: Collection[str] = (), lease: Lease | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        keep: int,
+        *,
+        always: Collection[str] = (),
+        lease: Lease | None = None,
+        stored: StoredRuns | None = None,
+    ) -> None:
         """Keep the `keep` newest checkpoints, the best one besides, and those whose names are in `always`. With a lease,
-        all is written and moved by it."""
+        all is written and moved by it. `stored`: what is whole in the folder is published there, in the background."""
         if keep < 1:
             raise ValueError(f"found keep={keep}; at least one checkpoint must be kept")
         self.run_dir = Path(run_dir)
         self.root = self.run_dir / CHECKPOINTS
         self.keep = keep
         self.lease = lease
+        self.stored = stored
         self.always = frozenset(always)
         if is_rank_zero():
             self._clear_leftovers()
@@ -140,16 +152,27 @@ class CheckpointStore:
         """
         path = self.root / f"{_STEP_PREFIX}{step:08d}"
         parts = {"model": model, "tokenizer": tokenizer, "optimizer": optimizer}
-        write_checkpoint(path, step, **parts, state=state, metric=metric, lease=self.lease)
+        if self.stored is not None:
+            self.stored.wait()
+        write_checkpoint(path, step, **parts, state=state, metric=metric, lease=self.lease, here=self._writes_here())
+        if self.stored is not None:
+            finite = metric if metric is not None and math.isfinite(metric) else None
+            self.stored.saved(path, step, finite, self.keep, self.always)
         if is_rank_zero():
             self._prune()
         return path
 
+    def _writes_here(self) -> bool | None:
+        """Whether this rank makes the folder on its node: with a store each node has its own."""
+        return self.stored.carries if self.stored is not None else None
+
     def try_out(self, *, model: Any, tokenizer: Any, optimizer: Any, state: Mapping[str, Any]) -> None:
         """Save a checkpoint aside, and remove it. With several ranks every rank calls it."""
         path = self.root / f"{_UNFINISHED}first"
-        write_checkpoint(path, 0, model=model, tokenizer=tokenizer, optimizer=optimizer, state=state, lease=self.lease)
-        if is_rank_zero():
+        parts = {"model": model, "tokenizer": tokenizer, "optimizer": optimizer}
+        here = self._writes_here()
+        write_checkpoint(path, 0, **parts, state=state, lease=self.lease, here=here)
+        if is_rank_zero() or here:
             shutil.rmtree(path)
         _barrier()
 
@@ -163,7 +186,21 @@ class CheckpointStore:
 
     def best(self) -> Checkpoint | None:
         """The complete checkpoint with the highest metric; without metrics the newest; or None."""
+        if self.stored is not None:
+            self.stored.wait()
+            name = self.stored.best()
+            brought = self.stored.bring([name, *self.stored.newest()]) if name else None
+            return read_checkpoint(self.root / brought) if brought else None
         return best_of(self.checkpoints())
+
+    def settle(self) -> None:
+        """Until what was saved is where it is kept. Raises what went wrong there."""
+        if self.stored is not None:
+            self.stored.wait()
+
+    def shown(self, path: Path) -> str:
+        """A checkpoint as people find it: its address in the store, or its path."""
+        return (self.stored.checkpoint_uri(path.name) if self.stored is not None else None) or str(path)
 
     def latest_path(self) -> Path | None:
         checkpoint = self.latest()
@@ -251,11 +288,13 @@ def write_checkpoint(
     state: Mapping[str, Any],
     metric: float | None = None,
     lease: Lease | None = None,
+    here: bool | None = None,
 ) -> Path:
     """Write one checkpoint as directory `path`: a kill at any moment leaves the whole of it, or what was there before.
 
     Weights are saved in the dtype that the model was loaded with (`nemo_rl.run.dtypes`), else in that which they have; what
-    a narrower dtype leaves out is in the optimizer's state. With several ranks every rank calls it.
+    a narrower dtype leaves out is in the optimizer's state. With several ranks every rank calls it. `here`: nodes share no
+    folder, and this rank makes the one of its node; default the first rank makes it for all.
     """
     from nemo_rl.run.checkpoint_tensors import optimizer_groups, save_model, save_optimizer
 
@@ -268,8 +307,9 @@ def write_checkpoint(
         metric = None
     record = {"format": FORMAT, "step": step, "metric": metric, "state": dict(state), "optimizer_groups": groups}
     json.dumps(record)  # what is not JSON-able fails here, before gigabytes are written
+    makes = is_rank_zero() if here is None else here
     try:
-        if is_rank_zero():
+        if makes:
             if aside.exists():
                 shutil.rmtree(aside)
             aside.mkdir(parents=True)
@@ -277,9 +317,9 @@ def write_checkpoint(
         save_model(aside, model)
         save_optimizer(aside / TRAINER_STATE, optimizer, model)
         _barrier()
-        if is_rank_zero():
-            if tokenizer is not None:
-                tokenizer.save_pretrained(aside)
+        if is_rank_zero() and tokenizer is not None:
+            tokenizer.save_pretrained(aside)
+        if makes:
             _seal(aside, record)
             _publish(aside, path, lease)
         _barrier()
@@ -288,7 +328,7 @@ def write_checkpoint(
             raise lease.lost() from error
         written = sum(file.stat().st_size for file in aside.rglob("*") if file.is_file()) if aside.is_dir() else 0
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        if is_rank_zero():
+        if makes:
             shutil.rmtree(aside, ignore_errors=True)
         cause = no_room(error)
         if cause is not None:

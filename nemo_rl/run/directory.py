@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from nemo_rl.run.checkpoint import CHECKPOINTS, find_checkpoints
 from nemo_rl.run.lease import Lease, guarded
@@ -40,6 +40,22 @@ class RunBusyError(RuntimeError):
     """Another process, or another call in this one, trains the same run at this moment."""
 
 
+class Kept(Protocol):
+    """Where runs are kept beside their folders (nemo_rl.run.stored.StoredRuns); what is there decides."""
+
+    def uri_of(self, place: Path) -> str:
+        """The address that a folder stands for."""
+
+    def look(self, place: Path) -> None:
+        """Makes the folder show whether there is a run."""
+
+    def take(self, place: Path, *, begin: bool) -> bool:
+        """Takes the run for this process, with what it needs to go on; False where somebody else began it first."""
+
+    def publish(self, place: Path) -> None:
+        """Publishes the folder's record."""
+
+
 @dataclass
 class Run:
     """An open run: `dir` is ours until `finish` or `close`. A context manager that closes.
@@ -62,6 +78,7 @@ class Run:
     kept: tuple[str, ...] = ()
     _lock: int | None = field(default=None, repr=False)
     lease: Lease | None = field(default=None, repr=False)
+    stored: Kept | None = field(default=None, repr=False)
 
     def finish(self, checkpoint: str | os.PathLike[str] | None = None) -> None:
         """Record that the run is complete, with the checkpoint of its result, and let go of the directory."""
@@ -100,6 +117,8 @@ class Run:
                 stream.flush()
                 os.fsync(stream.fileno())
             aside.replace(self.dir / RUN_FILE)
+        if self.stored is not None:
+            self.stored.publish(self.dir)
 
 
 def open_run(
@@ -111,6 +130,7 @@ def open_run(
     inside: bool = False,
     started: datetime.datetime | None = None,
     lease: Lease | None = None,
+    stored: Kept | None = None,
 ) -> Run:
     """Take `output_dir`, or a folder beside it, for a run of these settings (JSON-able: the run's identity).
 
@@ -120,28 +140,29 @@ def open_run(
     `started` then, default now. The folders beside `out` are
     `out-2`, `out-3`, …; with `inside` (and where `out` is a mount point) `out/run-2`, …. Nothing is ever moved or
     overwritten, and no two calls share a folder: RunBusyError when the run that would go on is being trained. With a
-    lease, no lock is asked for: a lost node may keep one for ever.
+    lease, no lock is asked for: a lost node may keep one for ever. `stored`: the runs are kept there, and the folders stand
+    for them.
     """
     directory = check_output_dir(output_dir).resolve()
     settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists, keys are strings
     obstacles: list[str] = []
     candidates: list[tuple[Path, dict[str, Any]]] = []
-    for place in _family(directory, inside):
+    for place in _family(directory, inside, stored):
         if not place.is_dir() or not _holds_run(place):
             break
         record = _read_record(place)
-        obstacle = _obstacle(place, record, settings, total_steps)
+        obstacle = _obstacle(place, record, settings, total_steps, stored)
         if record is not None and obstacle is None:
             candidates.append((place, record))
         elif obstacle is not None:
             obstacles.append(obstacle)
     if resume != "never" and candidates:
-        return _go_on(*candidates[-1], settings, total_steps, resume, lease)
+        return _go_on(*candidates[-1], settings, total_steps, resume, lease, stored)
     if resume == "required":
         reason = obstacles[-1] if obstacles else "there is no run there; use resume='auto' to begin one"
-        raise ValueError(f"resume=True cannot go on in {_from_here(directory)}: {reason}")
+        raise ValueError(f"resume=True cannot go on in {_named(directory, stored)}: {reason}")
     started = started or datetime.datetime.now().astimezone()
-    return _begin(directory, inside, settings, total_steps, started, obstacles, lease)
+    return _begin(directory, inside, settings, total_steps, started, obstacles, lease, stored)
 
 
 def _go_on(
@@ -151,6 +172,7 @@ def _go_on(
     total_steps: int,
     resume: str,
     lease: Lease | None,
+    stored: Kept | None,
 ) -> Run:
     lock = _take_lock(place) if lease is None else None
     if lock is None and lease is None:
@@ -159,14 +181,16 @@ def _go_on(
             "resume=False to begin another one beside it"
         )
     try:
+        if stored is not None:
+            stored.take(place, begin=False)
         if resume == "required" and not find_checkpoints(place):
             raise ValueError(
-                f"resume=True cannot go on in {_from_here(place)}: the run there has no complete checkpoint; "
+                f"resume=True cannot go on in {_named(place, stored)}: the run there has no complete checkpoint; "
                 "use resume='auto' to begin it anew"
             )
         record = _read_record(place) or record  # as the holder before left it
         finished = record["status"] == "finished"
-        here = _from_here(place)
+        here = _named(place, stored)
         if finished:
             notice = f"the run in {here} had finished its {record['total_steps']} steps; it goes on to {total_steps}"
         else:
@@ -185,6 +209,7 @@ def _go_on(
             tuple(record["kept"]),
             lock,
             lease,
+            stored,
         )
         run._write("unfinished")
         return run
@@ -201,9 +226,10 @@ def _begin(
     started: datetime.datetime,
     obstacles: list[str],
     lease: Lease | None,
+    stored: Kept | None,
 ) -> Run:
     """Begin in the first folder of the family that nobody has: another call may take one at the same moment."""
-    for place in _family(directory, inside):
+    for place in _family(directory, inside, stored):
         if place.is_dir() and _holds_run(place):
             continue
         place.mkdir(parents=True, exist_ok=True)
@@ -212,14 +238,16 @@ def _begin(
             obstacles.append(f"{_from_here(place)} is being trained in by another call")
             continue
         try:
-            if _holds_run(place):  # begun and ended by another call since we looked
+            taken = stored is None or stored.take(place, begin=True)
+            if not taken or _holds_run(place):  # begun, and perhaps ended, by another call since we looked
                 _unlock(place, lock)
                 continue
             notice = None
             if place != directory:
-                reason = obstacles[-1] if obstacles else f"{_from_here(directory)} holds another run"
-                notice = f"{reason}; this run begins beside it, in {_from_here(place)}"
+                reason = obstacles[-1] if obstacles else f"{_named(directory, stored)} holds another run"
+                notice = f"{reason}; this run begins beside it, in {_named(place, stored)}"
             run = Run(place, False, notice, settings, total_steps, total_steps, started, _lock=lock, lease=lease)
+            run.stored = stored
             run._write("unfinished")
             return run
         except BaseException:
@@ -229,14 +257,18 @@ def _begin(
     raise AssertionError("a family of folders has no end")
 
 
-def _family(directory: Path, inside: bool) -> Iterator[Path]:
+def _family(directory: Path, inside: bool, stored: Kept | None = None) -> Iterator[Path]:
     """The folders that runs of this output_dir may take, in order. Of those beside it, none that holds other things."""
+    if stored is not None:
+        stored.look(directory)
     yield directory
     inside = inside or os.path.ismount(directory)
     number = 2
     while True:
         place = directory / f"run-{number}" if inside else directory.with_name(f"{directory.name}-{number}")
         number += 1
+        if stored is not None:
+            stored.look(place)
         if not os.path.lexists(place) or (
             place.is_dir() and (_holds_run(place) or set(os.listdir(place)) <= {LOCK_FILE})
         ):
@@ -328,9 +360,11 @@ def unfinished_runs(output_dir: Path, *, inside: bool = False) -> list[Path]:
 # --- what is found ----------------------------------------------------------------------------------------------------
 
 
-def _obstacle(directory: Path, record: dict[str, Any] | None, settings: dict[str, Any], total_steps: int) -> str | None:
+def _obstacle(
+    directory: Path, record: dict[str, Any] | None, settings: dict[str, Any], total_steps: int, stored: Kept | None
+) -> str | None:
     """Why the run that `directory` holds cannot go on with `settings`; None when it can."""
-    here = _from_here(directory)
+    here = _named(directory, stored)
     if record is None:
         return f"{here} holds no readable {RUN_FILE}"
     if record["sha256"] != _digest(settings):
@@ -339,6 +373,11 @@ def _obstacle(directory: Path, record: dict[str, Any] | None, settings: dict[str
         more = f" of {record['total_steps']} steps (a larger max_steps or max_epochs lengthens it)"
         return f"{here} holds a finished run{more if record['total_steps'] else ''}"
     return None
+
+
+def _named(place: Path, stored: Kept | None) -> str:
+    """A folder as messages show it: the address that it stands for, or the path as seen from here."""
+    return stored.uri_of(place) if stored is not None else str(_from_here(place))
 
 
 def _from_here(directory: Path) -> Path:

@@ -20,9 +20,10 @@ from nemo_rl.data.clock import set_clock, writes_the_time
 from nemo_rl.data.module import train_and_validation
 from nemo_rl.data.prepare import Prepared, describe_example, prepare
 from nemo_rl.data.templates import end_tokens_of, with_template
-from nemo_rl.display.terminal import NullDisplay, make_display
+from nemo_rl.display.terminal import Display, NullDisplay, RecordedDisplay, make_display
 from nemo_rl.job.spec import Algorithm, RLTrainingJobSpec
 from nemo_rl.model.adapters import add_adapters
+from nemo_rl.job.uris import is_store
 from nemo_rl.model.ends import known_ends, teach_ends
 from nemo_rl.model.limits import check_positions, check_tokens
 from nemo_rl.model.load import (
@@ -40,10 +41,10 @@ from nemo_rl.run.checkpoint import Checkpoint, CheckpointStore
 from nemo_rl.run.directory import (
     METRICS_FILE,
     Run,
+    RunBusyError,
     check_output_dir,
     default_output_dir,
     differences,
-    nearby,
     open_run,
 )
 from nemo_rl.run.identity import (
@@ -59,6 +60,8 @@ from nemo_rl.run.lease import Claim, Lease
 from nemo_rl.run.metrics import read_history
 from nemo_rl.run.ranks import Ranks, join
 from nemo_rl.run.signals import Interrupted, StopSignals
+from nemo_rl.run.sources import local_model
+from nemo_rl.run.stored import LOG, RunHeldError, StoredRuns
 from nemo_rl.trainers.callbacks import CallbackList
 from nemo_rl.trainers.loop import Loop
 from nemo_rl.trainers.optimizer import Optimizer, learning_rate
@@ -108,7 +111,9 @@ class Trainer(Passes, ABC):
         given = (
             output_dir if output_dir is not None else default_output_dir(model if model is not None else config.model)
         )
-        self.output_dir = self._asked_dir = check_output_dir(given)
+        self.stored = StoredRuns(str(given)) if is_store(given) else None
+        """What publishes the run where output_dir is the address of an object store."""
+        self.output_dir = self._asked_dir = Path() if self.stored is not None else check_output_dir(given)
         self.model: Any = model
         self.tokenizer: Any = tokenizer
         self.device = choose_device(config.resources.gpus_per_node)
@@ -123,7 +128,11 @@ class Trainer(Passes, ABC):
         self.lease_claim: Claim | None = None
         """Set in a pod: what asks for the right to write to output_dir, which an earlier attempt may still believe to have."""
         self.lease: Lease | None = None
+        self.stored_root: Path | None = None
+        """Set in a pod: the folder for runs that are kept in a store; default one of the cache."""
         self._start_model: Any = None
+        self._model_folder: str | None = None
+        """The copy on this machine of a model in an object store."""
         self.policy: Policy
         self.optimizer: Optimizer | None = None
 
@@ -181,6 +190,8 @@ class Trainer(Passes, ABC):
         dataset, own_validation = train_and_validation(dataset)
         validation_dataset = own_validation if validation_dataset is None else validation_dataset
         if self.model is None:
+            if is_store(self.config.model):
+                self._model_folder = str(self.ranks.together(lambda: local_model(self.config.model)))
             refuse_adapter(self._model_name())
         if self.tokenizer is None or isinstance(self.tokenizer, str | os.PathLike):
             name = self._model_name() if self.tokenizer is None else os.fspath(self.tokenizer)
@@ -212,6 +223,8 @@ class Trainer(Passes, ABC):
             return result
         finally:
             self._release()
+            if self.stored is not None:
+                self.stored.close()
             run.close()
             for model in (given, self.model):
                 if model is not None and self.current_step > 0:
@@ -232,14 +245,34 @@ class Trainer(Passes, ABC):
         def take() -> Run:
             resume, steps = self.training.resume, self.total_steps
             where = {"inside": self.runs_inside, "started": self._started, "lease": self.lease}
-            opened.append(open_run(self._asked_dir, identity, resume, total_steps=steps, **where))
-            return dataclasses.replace(opened[0], _lock=None)
+            if self.stored is not None:
+                self._asked_dir = self.stored.open(self.stored_root)
+            try:
+                opened.append(
+                    open_run(self._asked_dir, identity, resume, total_steps=steps, stored=self.stored, **where)
+                )
+            except RunHeldError as error:
+                raise RunBusyError(str(error)) from None
+            return dataclasses.replace(opened[0], _lock=None, stored=None)
 
-        run = self.ranks.first(take)
+        try:
+            run = self.ranks.first(take)
+            if self.stored is not None:
+                told = self.ranks.first(self.stored.told)
+                node, nodes = int(os.environ.get("GROUP_RANK", "0")), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+                self.ranks.together(lambda: self.stored.follow(told, node, nodes))
+        except BaseException:
+            if self.stored is not None:
+                self.stored.close()
+            if opened:
+                opened[0].close()
+            raise
         return opened[0] if opened else run
 
     def _run(self, run: Run, data: Prepared, validation: Prepared | None) -> TrainResult:
-        store = CheckpointStore(run.dir, self.training.keep_checkpoints, always=run.kept, lease=self.lease)
+        store = CheckpointStore(
+            run.dir, self.training.keep_checkpoints, always=run.kept, lease=self.lease, stored=self.stored
+        )
         checkpoint = self.ranks.first(lambda: store.latest() if run.resuming else None)
         self.run_dir = self.output_dir = run.dir
         self.first_total_steps = run.first_total_steps
@@ -250,27 +283,31 @@ class Trainer(Passes, ABC):
         if run.lengthened:
             self.should_stop = False  # what a callback said of the run's earlier end
         loop = Loop(self, store, data, validation, checkpoint)
-        self.display = make_display(self.training.log_level) if self.ranks.is_first else NullDisplay()
+        self.display: Display = make_display(self.training.log_level) if self.ranks.is_first else NullDisplay()
+        if self.stored is not None and self.ranks.is_first:
+            self.display = RecordedDisplay(self.display, run.dir / LOG)
         self.display.start(self.total_steps, self._header(data))
         try:
-            self._announce(run, data, checkpoint)
+            self._announce(run, data, checkpoint, store)
             self._start(data, validation)
             if checkpoint is None:
                 self._prove_saving(store)
             self.callbacks.on_train_begin(self)
             self.agree_to_stop()
             loop.run()
+            self.ranks.together(store.settle)
             best = self.ranks.first(store.best)
             result = TrainResult(
                 trainer=self,
                 metrics=loop.metrics,
                 checkpoint_path=str(best.path) if best else None,
+                checkpoint_uri=self.stored.checkpoint_uri(best.path.name) if best and self.stored else None,
                 total_steps=self.current_step,
                 output_dir=run.dir,
                 history=self.ranks.first(lambda: read_history(run.dir / METRICS_FILE)),
             )
             self.callbacks.on_train_end(self, result)
-            self.display.note(f"finished after {self.current_step} steps; checkpoint: {nearby(result.checkpoint_path)}")
+            self.display.note(f"finished after {self.current_step} steps; checkpoint: {result.shown_checkpoint}")
             return result
         except Interrupted as interrupted:
             raise loop.interrupted(interrupted) from None
@@ -308,6 +345,12 @@ class Trainer(Passes, ABC):
     def agree_to_stop(self) -> None:
         """Stops all ranks where one was asked to."""
         self.should_stop = any(self.ranks.gather(lambda: self.should_stop))
+
+    def check_may_go_on(self) -> None:
+        """Raises Interrupted after a signal, LeaseLost once another process writes to the run."""
+        self.signals.check()
+        if self.stored is not None:
+            self.stored.check()
 
     def stop_requested(self) -> str | None:
         """Returns the signal that asked this process to stop; called again and again while it waits for other ranks."""
@@ -375,6 +418,8 @@ class Trainer(Passes, ABC):
     def _model_name(self) -> str:
         if self.model is not None:
             return str(getattr(self.model.config, "_name_or_path", "") or self.config.model)
+        if self._model_folder is not None:
+            return self._model_folder
         return str(Path(self.config.model).expanduser()) if self.config.model.startswith("~") else self.config.model
 
     def _prepare_both(self, dataset: Any, validation_dataset: Any) -> tuple[Prepared, Prepared | None]:
@@ -537,11 +582,11 @@ class Trainer(Passes, ABC):
             f"{self.total_steps} steps · {self.device.type}"
         )
 
-    def _announce(self, run: Run, data: Prepared, checkpoint: Checkpoint | None) -> None:
+    def _announce(self, run: Run, data: Prepared, checkpoint: Checkpoint | None, store: CheckpointStore) -> None:
         if run.notice:
             self.display.note(run.notice)
         if checkpoint is not None:
-            self.display.note(f"going on after step {checkpoint.step} from {checkpoint.path}")
+            self.display.note(f"going on after step {checkpoint.step} from {store.shown(checkpoint.path)}")
         self.display.note(str(data.report))
         if rate := self.config.default_learning_rate_in_words():
             self.display.note(rate)

@@ -91,7 +91,7 @@ class Loop:
         if position == 0 or not self._order:
             self._order = batches(len(self.data.examples), training.batch_size, training.seed, training.shuffle, epoch)
         trainer.callbacks.on_step_begin(trainer, step)
-        trainer.ranks.together(trainer.signals.check)
+        trainer.ranks.together(trainer.check_may_go_on)
         metrics = trainer.make_step(step, epoch, [self.data.examples[i] for i in self._order[position]])
         trainer.current_step = step
         self._unsaved = True
@@ -168,9 +168,11 @@ class Loop:
             self._save(self.metrics, None, open_step=dataclasses.asdict(opened))
         elif self._unsaved:  # what callbacks did since the last step they do again
             self._save(self.metrics, None, callbacks=self._settled_callbacks, should_stop=False)
+        self.store.settle()
         latest = self.store.latest()
         path = str(latest.path) if latest else None
-        where = f"saved step {trainer.current_step} to {path}" if path else "before the first step; nothing to save"
+        shown = self.store.shown(latest.path) if latest else None
+        where = f"saved step {trainer.current_step} to {shown}" if path else "before the first step; nothing to save"
         message = f"stopped by {interrupted.signal}; {where}. Run the same call again to go on"
         trainer.display.note(message)
         if interrupted.signal == "SIGINT":

@@ -12,7 +12,7 @@ from nemo_rl.trainers.callbacks import Callback
 from nemo_rl.worker import report as phases
 from nemo_rl.worker.grace import Grace
 from nemo_rl.worker.prometheus import TrainMetrics
-from nemo_rl.worker.report import Report, read_checkpoints
+from nemo_rl.worker.report import Report, published_checkpoints, read_checkpoints
 
 SAMPLES_SECONDS = 10.0
 """Sample completions are said at the first and the last step, and no more often than this between: logs shall be short."""
@@ -42,13 +42,20 @@ class Observer(Callback):
             self._first = False
             self._say(trainer, startup_line(self._report.seconds, metrics["step_seconds"]))
         self._say_samples(trainer, step)
+        if trainer.stored is not None and trainer.stored.take_news():
+            self.saved(trainer)
 
     def on_train_end(self, trainer: Any, result: Any) -> None:
+        if trainer.stored is not None:
+            self.saved(trainer)
         self._report.enter(phases.FINISHED)
 
     def saved(self, trainer: Any, seconds: float | None = None) -> None:
         """Reads the checkpoints anew. `seconds`: how long the save took that was just made."""
-        checkpoint = read_checkpoints(trainer.run_dir, self._claim, trainer.algorithm)
+        if trainer.stored is not None:
+            checkpoint = published_checkpoints(trainer.stored, trainer.algorithm)
+        else:
+            checkpoint = read_checkpoints(trainer.run_dir, self._claim, trainer.algorithm)
         self._report.saved(checkpoint)
         if checkpoint is not None and checkpoint.latest_step is not None:
             self._metrics.saved(checkpoint.latest_step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
@@ -15,12 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_rl.backends.local import say
-from nemo_rl.job import names
+from nemo_rl.errors import StorageError
+from nemo_rl.job import names, uris
 from nemo_rl.job.names import ExitCode
 from nemo_rl.job.status import TerminationMessage
 from nemo_rl.run.checkpoint import find_checkpoints
 from nemo_rl.run.directory import unfinished_runs
 from nemo_rl.run.lease import Claim, Lease, guarded
+from nemo_rl.run.stored import Writer, notes_of, read_head
+from nemo_rl.storage.store import Store
 from nemo_rl.worker import ending, inputs, probe
 from nemo_rl.worker.digest import digest_argument
 from nemo_rl.worker.grace import Grace
@@ -35,6 +39,8 @@ if TYPE_CHECKING:
 
 RESULT_FILE = "result.json"
 """In the output folder: the last word of the attempt that finished the job, and the job's uid."""
+RESULT_NOTE = "result"
+"""The same in the record of a run that is kept in a store."""
 EXIT_SECONDS = 30.0
 """After the last word, threads of users' libraries get this long to end."""
 
@@ -91,6 +97,7 @@ def _attempt(job: Job, pod: Pod, report: Report) -> TerminationMessage:
     spec = job.spec
     _configure_logging(spec.training.log_level)
     claim = pod.path(names.OUTPUT_DIR).resolve()
+    uri = _output_uri(job)
     output = claim / job.name
     metrics = TrainMetrics()
     if spec.reward is not None:
@@ -99,7 +106,7 @@ def _attempt(job: Job, pod: Pod, report: Report) -> TerminationMessage:
     report.silent_seconds = float(max(spec.stall_timeout_seconds, spec.startup_timeout_seconds))
     StallWatch(report, pod).start()
     if pod.rank == 0:
-        report.expect(_step_to_go_on_from(output, spec.training.resume))
+        report.expect(_step_to_go_on_from(output, uri, spec.training.resume))
     if pod.local_rank == 0:
         _serve(pod, report, metrics, spec)
     bundles = inputs.open_bundles(spec.bundles, pod)
@@ -120,8 +127,12 @@ def _attempt(job: Job, pod: Pod, report: Report) -> TerminationMessage:
     report.enter(STARTING)
     grace = Grace(float(spec.termination_grace_period_seconds)) if pod.rank == 0 else None
     observer = Observer(report, metrics, claim=claim, grace=grace)
-    trainer = observed(trainer_class, report, observer)(spec, output_dir=output)
-    trainer.lease_claim = _lease_claim(job, output)
+    trainer = observed(trainer_class, report, observer)(spec, output_dir=uri or output)
+    if trainer.stored is not None:
+        trainer.stored.writer, trainer.stored_root = _writer(job), claim
+        trainer.stored.say = lambda sentence: say(spec, sentence)
+    else:
+        trainer.lease_claim = _lease_claim(job, output)
     result = trainer.fit(
         spec.dataset,
         reward_fn=reward,
@@ -130,7 +141,9 @@ def _attempt(job: Job, pod: Pod, report: Report) -> TerminationMessage:
         reward_weights=spec.reward.weights if spec.reward else None,
     )
     word = _success(result, report)
-    if pod.rank == 0:
+    if pod.rank == 0 and trainer.stored is not None:
+        trainer.stored.leave_note(RESULT_NOTE, {"uid": job.uid, "word": json.loads(word.encode())})
+    elif pod.rank == 0:
         _keep(word, job, output, trainer.lease)
     return word
 
@@ -153,6 +166,17 @@ def _lease_claim(job: Job, output: Path) -> Claim | None:
     return Claim.on(output, job.uid, int(number), socket.gethostname()) if number.isdigit() else None
 
 
+def _writer(job: Job) -> Writer:
+    """Who writes to a store: this attempt of the job."""
+    number = os.environ.get(names.ATTEMPT_VARIABLE, "")
+    return Writer(job.uid if number.isdigit() else "", int(number) if number.isdigit() else 0, socket.gethostname())
+
+
+def _output_uri(job: Job) -> str | None:
+    """The address that the job writes to, the folder with its name; None where it has a claim."""
+    return uris.joined(job.spec.output.uri, job.name) if job.spec.output.uri else None
+
+
 def _keep(word: TerminationMessage, job: Job, output: Path, lease: Lease | None) -> None:
     """Leaves the word of success in the output: should the node die now, the next attempt has nothing to do."""
     record = {"uid": job.uid, "word": json.loads(word.encode())}
@@ -167,20 +191,31 @@ def _keep(word: TerminationMessage, job: Job, output: Path, lease: Lease | None)
 
 def _finished_before(job: Job, pod: Pod) -> TerminationMessage | None:
     """The word of an earlier attempt of this very job that finished it, but was not heard."""
+    uri = _output_uri(job)
     try:
-        record = json.loads((pod.path(names.OUTPUT_DIR) / job.name / RESULT_FILE).read_text(encoding="utf-8"))
-        if not job.uid or record["uid"] != job.uid:
-            return None
-        word = TerminationMessage.parse(json.dumps(record["word"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        if uri is not None:
+            records = list(notes_of(uri, RESULT_NOTE))
+        else:
+            records = [json.loads((pod.path(names.OUTPUT_DIR) / job.name / RESULT_FILE).read_text(encoding="utf-8"))]
+        word = None
+        for record in records:
+            if job.uid and record["uid"] == job.uid:
+                word = TerminationMessage.parse(json.dumps(record["word"]))
+    except (OSError, ValueError, KeyError, TypeError, StorageError):
         return None
     if word is not None and pod.rank == 0:
         say(job.spec, f"an earlier attempt finished this job after {word.total_steps} steps; nothing is left to do")
     return word
 
 
-def _step_to_go_on_from(output: Path, resume: str) -> int:
+def _step_to_go_on_from(output: Path, uri: str | None, resume: str) -> int:
     """The step that the run will most likely go on from, told before torch is there: progress must not fall to 0."""
+    if uri is not None:
+        head = None
+        if resume != "never":
+            with contextlib.suppress(StorageError):  # what keeps it from being read ends the run when it is needed
+                head = read_head(Store(uri, patience=5.0))
+        return max((entry["step"] for entry in head["checkpoints"]), default=0) if head else 0
     unfinished = unfinished_runs(output, inside=True) if resume != "never" else []
     found = find_checkpoints(unfinished[-1]) if unfinished else []
     return found[-1].step if found else 0

@@ -67,9 +67,9 @@ def frozen_job(resource: Resource, spec: RLTrainingJobSpec) -> Object:
 
 
 def output_claim(resource: Resource, spec: RLTrainingJobSpec) -> Object | None:
-    """The claim for checkpoints, or None where the job brings its own. A retained claim outlives the job: no owner."""
+    """The claim for checkpoints, or None where the job brings its own or writes to a store. A retained claim outlives the job: no owner."""
     output = spec.output
-    if output.claim:
+    if output.claim or output.uri:
         return None
     mode = output.access_mode or ("ReadWriteOnce" if spec.resources.nodes == 1 else "ReadWriteMany")
     claim: Object = {"accessModes": [mode], "resources": {"requests": {"storage": output.size}}}
@@ -379,7 +379,7 @@ def files_pod(resource: Resource, spec: RLTrainingJobSpec, image: str) -> Object
         **_pod_security(),
         "containers": [container],
         "volumes": [
-            _claim_volume("output", spec.output.claim or names.output_claim(resource.name)),
+            _output_volume(resource, spec),
             {"name": "job", "configMap": {"name": names.frozen_job(resource.name)}},
             {"name": "home", "emptyDir": {}},
             {"name": "tmp", "emptyDir": {}},
@@ -453,6 +453,7 @@ def _environment(spec: RLTrainingJobSpec) -> list[Object]:
         *_scratch_environment(),
         {"name": "HF_HOME", "value": f"{names.CACHE_DIR}/huggingface"},
         {"name": "XDG_CACHE_HOME", "value": f"{names.CACHE_DIR}/xdg"},
+        {"name": names.CACHE_VARIABLE, "value": f"{names.CACHE_DIR}/nemo-rl"},
         {"name": "PYTHONUNBUFFERED", "value": "1"},
     ]
     theirs = {e.name for e in spec.env}
@@ -470,10 +471,17 @@ def _claim_volume(name: str, claim: str, read_only: bool = False) -> Object:
     return {"name": name, "persistentVolumeClaim": source}
 
 
+def _output_volume(resource: Resource, spec: RLTrainingJobSpec) -> Object:
+    """The claim; with a store a folder of the pod, from which the worker publishes."""
+    if spec.output.uri:
+        return {"name": "output", "emptyDir": {}}
+    return _claim_volume("output", spec.output.claim or names.output_claim(resource.name))
+
+
 def _volumes(resource: Resource, spec: RLTrainingJobSpec) -> tuple[list[Object], list[Object]]:
     """Volumes of a trainer pod and where they are mounted."""
     found: list[tuple[Object, str, bool]] = [
-        (_claim_volume("output", spec.output.claim or names.output_claim(resource.name)), names.OUTPUT_DIR, False),
+        (_output_volume(resource, spec), names.OUTPUT_DIR, False),
         ({"name": "job", "configMap": {"name": names.frozen_job(resource.name)}}, names.JOB_DIR, True),
         ({"name": "home", "emptyDir": {}}, names.HOME_DIR, False),
         ({"name": "tmp", "emptyDir": {}}, "/tmp", False),

@@ -35,9 +35,10 @@ PROGRAMS: dict[str, tuple[str, str, Path]] = {
     "coredns": ("coredns", "github.com/coredns/coredns", BIN),
     "helm": ("helm", "helm.sh/helm/v3/cmd/helm", BIN),
     "kueue": ("kueue", "sigs.k8s.io/kueue/cmd/kueue", BIN),
+    "versitygw": ("versitygw", "github.com/versity/versitygw/cmd/versitygw", BIN),
 }
 CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kubectl")
-NODE = tuple(name for name in PROGRAMS if name not in ("helm", "kueue"))
+NODE = tuple(name for name in PROGRAMS if name not in ("helm", "kueue", "versitygw"))
 
 
 def path(name: str) -> Path:

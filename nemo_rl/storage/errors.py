@@ -1,0 +1,121 @@
+"""What goes wrong with a store, in words: what was found, and the cure. Secrets in a server's answer are never repeated."""
+
+from __future__ import annotations
+
+import re
+
+from nemo_rl.errors import StorageError
+
+
+class Conflict(StorageError):
+    """A conditional write was refused: the object exists already, or is another one than the writer has read."""
+
+
+class Unavailable(StorageError):
+    """The store did not answer, or asked to come back later; the same call may succeed in a while."""
+
+
+class Missing(StorageError):
+    """There is no such object."""
+
+
+_CAUSES: tuple[tuple[str, str, bool], ...] = (
+    # what the answer holds, the sentence, whether waiting may help
+    (
+        r"NoSuchBucket|ContainerNotFound|The specified bucket does not exist",
+        "there is no such bucket; create it, or correct the name",
+        False,
+    ),
+    (
+        r"ExpiredToken|TokenRefreshRequired|token (?:has |is )?expired|ExpiredAuthenticationToken",
+        "the credentials have expired; get new ones (a Secret or service account whose token is renewed does so by itself)",
+        False,
+    ),
+    (
+        r"RequestTimeTooSkewed|RequestExpired|AuthenticationFailed.*time",
+        "this machine's clock differs from the server's by more than the store allows; set the clock (timedatectl shows it)",
+        False,
+    ),
+    (
+        r"InvalidAccessKeyId|InvalidClientTokenId|XAdminUserNotFound",
+        "the server does not know the access key; check AWS_ACCESS_KEY_ID, and AWS_ENDPOINT_URL if it is another server's",
+        False,
+    ),
+    (
+        r"SignatureDoesNotMatch",
+        "the server refuses the signature: the secret key is not the one of this access key; check AWS_SECRET_ACCESS_KEY",
+        False,
+    ),
+    (
+        r"PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraint|301 Moved|region is wrong|expecting '",
+        "the bucket is in another region than the one asked; set AWS_REGION to the bucket's region",
+        False,
+    ),
+    (
+        r"QuotaExceeded|XMinioStorageFull|InsufficientStorage|code: 507|EntityTooLarge.*quota|No space left",
+        "the store has no room left (a quota or its disk is full); free some, or ask for more",
+        False,
+    ),
+    (
+        r"169\.254\.169\.254|metadata\.google\.internal|instance metadata|CredentialsNotLoaded|[Mm]issing.*credential"
+        r"|InstanceCredentialProvider|no credentials|MetadataHeader",
+        "found no credentials; give them by environment variables (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+        "GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME and _KEY), on a cluster by envFrom or the service account",
+        False,
+    ),
+    (
+        r"SlowDown|code: (?:503|429)|503 S|ServerBusy|TooManyRequests",
+        "the store asks to slow down (503); it was asked again and again in vain: try later, or with fewer jobs at once",
+        True,
+    ),
+    (
+        r"NotImplemented|code: 501",
+        "the server does not know this request; expected one that speaks S3 with conditional writes",
+        False,
+    ),
+)
+_SECRETS = re.compile(
+    r"(?i)((?:x-amz-(?:signature|credential|security-token)|sig|signature|access_token|authorization|<AWSAccessKeyId>"
+    r"|<StringToSign>|<SignatureProvided>)\s*[=:>]\s*)[^&\s<\"]+"
+)
+
+
+def in_words(error: BaseException, doing: str, uri: str) -> StorageError:
+    """The error that says what happened while `doing` something with `uri`: Conflict, Unavailable, Missing or StorageError."""
+    if isinstance(error, StorageError):
+        return error
+    kind, text = type(error).__name__, f"{type(error).__name__}: {error}"
+    absent = isinstance(error, FileNotFoundError)
+    if absent and not any(re.search(pattern, text) for pattern, *_ in _CAUSES[:5]):
+        return Missing(f"cannot {doing} {uri}: there is no such object")
+    if kind in ("AlreadyExistsError", "PreconditionError"):
+        return Conflict(f"cannot {doing} {uri}: somebody else wrote it first")
+    for pattern, sentence, transient in _CAUSES:
+        if re.search(pattern, text):
+            return (Unavailable if transient else StorageError)(f"cannot {doing} {uri}: {sentence}{_said(text)}")
+    if kind == "UnauthenticatedError":
+        return StorageError(
+            f"cannot {doing} {uri}: the server asks who we are; give credentials by environment variables, envFrom or the "
+            f"service account{_said(text)}"
+        )
+    if kind == "PermissionDeniedError" or "AccessDenied" in text:
+        return StorageError(
+            f"cannot {doing} {uri}: these credentials have no right to; allow them to list, read, write and delete objects "
+            f"below this address{_said(text)}"
+        )
+    if kind in ("NotSupportedError", "NotImplementedError"):
+        return StorageError(f"cannot {doing} {uri}: this kind of store cannot do that{_said(text)}")
+    if isinstance(error, OSError | TimeoutError) or re.search(
+        r"code: 50[0-4]|error sending request|[Cc]onnection|[Tt]imed? ?out|timeout|dns|reset|decoding response body|end of file|hyper|"
+        r"IncompleteBody|BadDigest|InternalError|request error",
+        text,
+    ):
+        return Unavailable(f"cannot {doing} {uri}: the store was not reached or broke off{_said(text)}")
+    return StorageError(f"cannot {doing} {uri}{_said(text)}")
+
+
+def _said(text: str) -> str:
+    """What the server or the library said, short and without secrets."""
+    text = re.split(r"\n\s*Debug source:|\n\nDebug", text)[0]
+    text = _SECRETS.sub(r"\1…", " ".join(text.split()))
+    return f" ({text[:300]}{'…' if len(text) > 300 else ''})"

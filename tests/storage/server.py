@@ -1,0 +1,183 @@
+"""A real S3 server for tests: versitygw over a folder, as a process of its own, and a fault proxy before it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from lab import programs
+
+ACCESS, SECRET = "nemo-rl-tests", "not-a-secret-of-anybody"
+BUCKET = "bucket"
+
+
+@dataclass
+class S3:
+    """A running server; `data` is the folder in which each bucket is a folder, and each object a file."""
+
+    port: int
+    data: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def environment(self, url: str | None = None) -> dict[str, str]:
+        return {
+            "AWS_ENDPOINT_URL": url or self.url,
+            "AWS_ACCESS_KEY_ID": ACCESS,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def objects(self, prefix: str = "", bucket: str = BUCKET) -> list[str]:
+        """The names of all objects, as the server's own folder has them."""
+        root = self.data / bucket
+        found = [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()]
+        return sorted(name for name in found if name.startswith(prefix) and not name.startswith(".sgwtmp"))
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[S3]:
+    """versitygw with the bucket `bucket`; built from its Go module where the cache lacks it."""
+    programs.ensure(("versitygw",))
+    data = folder / "data"
+    (data / BUCKET).mkdir(parents=True)
+    port = free_port()
+    command = [str(programs.path("versitygw")), "--port", f"127.0.0.1:{port}", "posix", str(data)]
+    environment = os.environ | {"ROOT_ACCESS_KEY": ACCESS, "ROOT_SECRET_KEY": SECRET}
+    with open(folder / "versitygw.log", "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    try:
+        end = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            if process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"versitygw did not start: {(folder / 'versitygw.log').read_text()[-2000:]}")
+            time.sleep(0.05)
+        yield S3(port, data, process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+REASONS = {
+    503: b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>",
+    400: b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>",
+    507: b"<Error><Code>QuotaExceeded</Code><Message>The quota is used up.</Message></Error>",
+}
+
+
+@dataclass
+class Faults:
+    """A proxy before an S3 server. `choose` is asked for each request: None passes it on.
+
+    "503", "expired", "full": an answer in the server's place; "reset": the connection is cut; "lost": the server does it, and
+    its answer is cut; "truncated": half of the answer's body, then a cut; "slow": half a second late.
+    """
+
+    server: S3
+    choose: Callable[[str, str], str | None] = lambda method, path: None
+    seen: list[tuple[str, str, str | None]] = field(default_factory=list)
+    without_conditions: bool = False
+    """Whether an object that shall only be made new is overwritten, as a store does that does not know conditions."""
+
+    def __post_init__(self) -> None:
+        faults = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+            def _pass(self) -> None:
+                fault = faults.choose(self.command, self.path)
+                faults.seen.append((self.command, self.path, fault))
+                length = int(self.headers.get("Content-Length") or 0)
+                if fault == "reset":
+                    self.rfile.read(length // 2)
+                    return self._cut()
+                body = self.rfile.read(length)
+                if fault in ("503", "expired", "full"):
+                    return self._answer({"503": 503, "expired": 400, "full": 507}[fault])
+                if fault == "slow":
+                    time.sleep(0.5)
+                headers = dict(self.headers.items())
+                if faults.without_conditions and headers.get("if-none-match"):
+                    (faults.server.data / self.path.strip("/")).unlink(missing_ok=True)
+                upstream = HTTPConnection("127.0.0.1", faults.server.port, timeout=60)
+                try:
+                    upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+                    for name, value in headers.items():
+                        upstream.putheader(name, value)
+                    upstream.endheaders(body)
+                    answer = upstream.getresponse()
+                    content = answer.read()
+                    told = answer.getheaders()
+                finally:
+                    upstream.close()
+                if fault == "lost":
+                    return self._cut()
+                self.send_response(answer.status)
+                for name, value in told:
+                    if name.lower() not in ("transfer-encoding", "connection", "content-length"):
+                        self.send_header(name, value)
+                size = int(dict((k.lower(), v) for k, v in told).get("content-length", len(content)))
+                self.send_header("Content-Length", str(size if self.command == "HEAD" else len(content)))
+                self.end_headers()
+                if fault == "truncated" and content:
+                    self.wfile.write(content[: len(content) // 2])
+                    return self._cut()
+                self.wfile.write(content)
+
+            def _answer(self, status: int) -> None:
+                self.send_response(status)
+                content = b"" if self.command == "HEAD" else REASONS[status]
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def _cut(self) -> None:
+                self.close_connection = True
+                with contextlib.suppress(OSError):
+                    self.connection.shutdown(socket.SHUT_RDWR)
+
+            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass
+
+        class Quiet(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, request: object, client_address: object) -> None:
+                pass  # connections that are cut are what this is for
+
+        self._http = Quiet(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._http.server_address[1]}"
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
