@@ -15,7 +15,8 @@ from nemo_rl.backends.kubernetes.errors import ApiError, ClusterError, DownloadE
 from nemo_rl.backends.kubernetes.fetch import FileClient, RemoteFile, download, relative_to
 from nemo_rl.backends.kubernetes.progress import TransferBar
 from nemo_rl.backends.kubernetes.tunnel import open_tunnel
-from nemo_rl.job import names
+from nemo_rl.errors import StorageError
+from nemo_rl.job import names, uris
 from nemo_rl.job.reading import read_spec
 from nemo_rl.job.status import JobStatus
 from nemo_rl.run.checkpoint import CHECKPOINTS, TRAINER_STATE
@@ -135,8 +136,12 @@ def collect(
     try:
         if run is not None and run.notice and "continuing" not in run.notice:
             say(run.notice)
-        with open_files(name) as client:
-            checkpoint = _fetch_all(client, name, status, output_dir, say)
+        uri = _output_uri(job)
+        if uri is not None:
+            checkpoint = _fetch_from_store(checkpoint_uri(job) or uri, output_dir, say)
+        else:
+            with open_files(name) as client:
+                checkpoint = _fetch_all(client, name, status, output_dir, say)
         if run is not None:
             run.finish()
     finally:
@@ -166,6 +171,39 @@ def _fetch_all(
     with TransferBar("download") as bar:
         download(files, client, output_dir, folder, bar)
     return output_dir / relative_to(checkpoint, folder) if checkpoint is not None else None
+
+
+def _output_uri(job: dict[str, Any]) -> str | None:
+    """The address that the job writes to; None where it has a claim."""
+    uri = (job["spec"].get("output") or {}).get("uri")
+    return uris.joined(uri, job["metadata"]["name"]) if uri else None
+
+
+def checkpoint_uri(job: dict[str, Any]) -> str | None:
+    """Where the best checkpoint is in the store; None for a job with a claim. DownloadError for one that is not the job's."""
+    uri = _output_uri(job)
+    status = JobStatus.load(job.get("status"))
+    kept = (status.result.checkpoint if status.result else None) or status.checkpoint
+    path = (kept.best or kept.latest) if kept else None
+    if uri is None or path is None:
+        return None
+    if not path.startswith(f"{uri}/") or uris.problem(path) is not None:
+        raise DownloadError(f"the status names the checkpoint {path!r}, which is not below {uri}, where the job writes")
+    return path
+
+
+def _fetch_from_store(uri: str, output_dir: Path, say: Callable[[str], None]) -> Path | None:
+    """The best checkpoint and the records of a job that writes to a store, read from there."""
+    from nemo_rl.run.published import fetch
+
+    try:
+        with TransferBar("download") as bar:
+            return fetch(uri, output_dir, bar, say)
+    except (StorageError, ImportError, ValueError) as error:
+        raise DownloadError(
+            f"the result is in {uri}, but cannot be read from this machine: {error}. With credentials of the store in the "
+            "environment the same call fetches it; the model can also be used by its address, as in train(model=…)"
+        ) from None
 
 
 def _refuse_what_was_left_out(told: dict[str, Any], status: JobStatus, name: str) -> None:
@@ -199,6 +237,7 @@ def build_result(
     return TrainResult(
         metrics=history[-1] if history else {name: _number(text) for name, text in told.items()},
         checkpoint_path=str(checkpoint) if checkpoint else None,
+        checkpoint_uri=checkpoint_uri(job),
         total_steps=status.result.total_steps if status.result else 0,
         output_dir=output_dir,
         load_trainer=None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -30,6 +32,7 @@ from nemo_rl.backends.kubernetes.trial import try_reward
 from nemo_rl.job import names
 from nemo_rl.job.manifest import Manifest
 from nemo_rl.job.reading import read_spec
+from nemo_rl.job.spec import OutputSpec
 
 _FINISHED = ("Succeeded", "Failed")
 _CLEARING_SECONDS, _CLEARING_PAUSE = 30.0, 0.5
@@ -41,6 +44,7 @@ def start(run: Run) -> Job:
     """Submits the run, or finds the live job of the same content, and returns its handle."""
     cluster = connect(run.namespace)
     require(cluster)
+    run, folder = _to_store(run)
     say = _speaker(run)
     contents = gather(run, installation(cluster).python_of(run.spec.image))
     for note in contents.notes:
@@ -57,7 +61,7 @@ def start(run: Run) -> Job:
     job = Job(
         cluster,
         existing,
-        output_dir=run.output_dir,
+        output_dir=folder,
         origins=contents.origins,
         trust_remote_code=run.spec.training.trust_remote_code,
     )
@@ -65,8 +69,21 @@ def start(run: Run) -> Job:
     return job
 
 
+def _to_store(run: Run) -> tuple[Run, Path]:
+    """The run, with the address that output_dir may be as its output, and the folder here that the result is fetched to."""
+    if isinstance(run.output_dir, Path):
+        return run, run.output_dir
+    from nemo_rl.run.directory import default_output_dir
+
+    given = {name: getattr(run.spec.output, name) for name in run.spec.output.model_fields_set}
+    output = OutputSpec.model_validate({**given, "uri": run.output_dir})
+    folder = default_output_dir(run.model if run.model is not None else run.spec.model)
+    return replace(run, spec=run.spec.model_copy(update={"output": output}), output_dir=folder), folder
+
+
 def dry_run(run: Run) -> str:
     """The resource and its ConfigMaps as YAML documents; asks no cluster."""
+    run, _ = _to_store(run)
     contents = gather(run)
     name = run.name or job_name(contents.spec, _model_name(run))
     contents = contents.for_job(name)

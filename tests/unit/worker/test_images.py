@@ -109,7 +109,7 @@ def test_the_listed_requirements_are_those_of_the_project():
     def listed(file: str) -> set[str]:
         return distributions((FOLDER / file).read_text().splitlines())
 
-    assert listed("requirements.txt") == wanted("engine", "worker", "lora", "tensorboard")
+    assert listed("requirements.txt") == wanted("engine", "object-storage", "worker", "lora", "tensorboard")
     assert listed("operator-requirements.txt") == wanted("operator") - {"kubernetes"}
 
 
