@@ -357,7 +357,8 @@ class StoredRuns:
                 raise
             except StorageError as error:
                 logger.warning("passed over the checkpoint %s in %s: %s", name, self.uri_of(self.place), error)
-                shutil.rmtree(target, ignore_errors=True)
+                for path in (target, _aside(target)):
+                    shutil.rmtree(path, ignore_errors=True)
         return None
 
     def saved(self, path: Path, step: int, metric: float | None, keep: int, always: Collection[str]) -> None:
@@ -670,7 +671,7 @@ def _metrics_of(path: Path) -> dict[str, Any]:
 
 def _fetch(store: Store, entry: dict[str, Any], target: Path) -> None:
     """A checkpoint into a folder of this name, whole or not at all."""
-    aside = target.with_name(f".fetch-{target.name}")
+    aside = _aside(target)
     if target.is_dir() and not aside.exists():
         os.rename(target, aside)  # what is there and right is kept
     files = checked(entry["files"], store.uri)
@@ -681,6 +682,10 @@ def _fetch(store: Store, entry: dict[str, Any], target: Path) -> None:
             path.unlink()
     shutil.rmtree(target, ignore_errors=True)
     os.rename(aside, target)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".fetch-{target.name}")
 
 
 def _encoded(value: Any) -> bytes:

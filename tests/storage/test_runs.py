@@ -23,7 +23,7 @@ KILLS = int(os.environ.get("NEMO_RL_TEST_KILLS", "8"))
 
 # The server imports the engine once and forks a child for each run: a kill costs no import.
 SERVER = """
-import os, sys, json
+import faulthandler, os, sys, json
 import torch, torch.distributed.checkpoint, datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, Qwen2TokenizerFast
 import nemo_rl.trainers.sft, nemo_rl.api.training
@@ -44,6 +44,7 @@ while line := sys.stdin.readline():
     pid = os.fork()
     if pid == 0:
         try:
+            faulthandler.dump_traceback_later(120)  # whatever hangs tells where
             run(*json.loads(line))
             os._exit(0)
         except BaseException:
@@ -62,7 +63,11 @@ class Runs:
 
     def __init__(self, model: str, environment: dict[str, str]) -> None:
         self.model = model
-        variables = os.environ | environment | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        variables = (
+            os.environ
+            | environment
+            | {"NEMO_RL_STORAGE_PATIENCE": "20", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        )
         self.server = subprocess.Popen(
             [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables
         )

@@ -1,0 +1,264 @@
+"""Who may write to a run in a store: a writer that lost it publishes nothing more, whenever it wakes up."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from nemo_rl.errors import LeaseLost, StorageError
+from nemo_rl.run import stored
+from nemo_rl.run.stored import RunHeldError, StoredRuns, Writer, read_head
+from nemo_rl.storage.store import Store
+from storage.server import S3, Faults
+
+RECORD = {"format": 2, "status": "unfinished", "settings": {}}
+TAKEOVERS = 50
+
+
+def save(runs: StoredRuns, step: int, content: bytes, keep: int = 2) -> None:
+    """Publishes a checkpoint with this content, and a line of metrics before it."""
+    assert runs.place is not None
+    path = runs.place / "checkpoints" / f"step-{step:08d}"
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    (path / "model.safetensors").write_bytes(content)
+    (path / "state.json").write_text(json.dumps({"state": {}, "by": content.decode()}))
+    with open(runs.place / "metrics.jsonl", "a") as metrics:
+        metrics.write(json.dumps({"step": step, "by": content.decode()}) + "\n")
+    runs.saved(path, step, None, keep, ())
+    runs.wait()
+
+
+def opened(uri: str, root: Path, number: int, begin: bool = False) -> StoredRuns:
+    root.mkdir(parents=True, exist_ok=True)
+    runs = StoredRuns(uri, Writer("job", number, f"pod-{number}"), rank=0, carries=True)
+    place = runs.open(root)
+    assert runs.take(place, begin=begin)
+    if begin:
+        (place / "run.json").write_text(json.dumps(RECORD))
+        runs.publish(place)
+    return runs
+
+
+def everything(s3: S3, prefix: str) -> dict[str, bytes]:
+    """What a reader of the run sees: all objects but slices that no head names."""
+    root = s3.data / "bucket"
+    head = json.loads((root / prefix / "run.json").read_bytes())
+    head.pop("beat")
+    head["holder"] = None
+    named = {e["folder"] for e in head["checkpoints"]}
+    seen = {
+        name: (root / name).read_bytes()
+        for name in s3.objects(prefix)
+        if not name.endswith("run.json")
+        and ("/checkpoints/" not in name or name.split("/checkpoints/")[1].split("/")[0] in named or "manifest" in name)
+    }
+    return seen | {"head": json.dumps(head, sort_keys=True).encode()}
+
+
+def test_a_writer_that_lost_the_run_publishes_nothing_more(store_environment, s3: S3, tmp_path, monkeypatch):
+    """The older one is asleep at every possible moment: before each of its requests to the store, in turn."""
+    monkeypatch.setattr(stored, "BEAT_SECONDS", 3600.0)
+    monkeypatch.setattr(stored, "FLUSH_SECONDS", 3600.0)
+    monkeypatch.setattr(stored.StoredRuns, "_keep_beating", lambda self: None)
+    draw = random.Random(50)
+    lost = 0
+    for turn in range(TAKEOVERS):
+        prefix = f"lease/run-{turn}-x"
+        old = opened(f"s3://bucket/{prefix}", tmp_path / f"old-{turn}", 1, begin=True)
+        save(old, 2, b"old")
+        asleep, awake = threading.Event(), threading.Event()
+        left = draw.randrange(0, 12)
+
+        def slow(work, left=[left], asleep=asleep, awake=awake):  # noqa: B006
+            def wrapped(*arguments, **named):
+                left[0] -= 1
+                if left[0] < 0 and not asleep.is_set():
+                    asleep.set()
+                    awake.wait(60)
+                return work(*arguments, **named)
+
+            return wrapped
+
+        original = {name: getattr(Store, name) for name in ("write", "swap", "create", "delete")}
+        try:
+            for name, work in original.items():
+                monkeypatch.setattr(Store, name, slow(work))
+            errors: list[BaseException] = []
+
+            def train(old=old, errors=errors):
+                try:
+                    for step in (4, 6):
+                        save(old, step, b"old", keep=1)
+                    old.publish(old.place)
+                except BaseException as error:
+                    errors.append(error)
+
+            thread = threading.Thread(target=train)
+            thread.start()
+            while thread.is_alive() and not asleep.wait(0.01):
+                pass
+            for name, work in original.items():
+                monkeypatch.setattr(Store, name, work)
+            new = opened(f"s3://bucket/{prefix}", tmp_path / f"new-{turn}", 2)
+            if draw.random() < 0.5:
+                save(new, 8, b"new")
+            before = everything(s3, prefix)
+        finally:
+            awake.set()
+            thread.join(60)
+        if asleep.is_set():
+            assert errors and isinstance(errors[0], LeaseLost), errors
+            lost += 1
+        assert everything(s3, prefix) == before
+        with pytest.raises(LeaseLost) if asleep.is_set() else contextlib.nullcontext():
+            old.check()
+        save(new, 10, b"new")
+        assert [e["name"] for e in new.entries()][-1] == "step-00000010"
+        new.close()
+        head = read_head(Store(f"s3://bucket/{prefix}"))
+        for entry in head["checkpoints"]:
+            for file in entry["files"]:
+                assert (s3.data / "bucket" / prefix / "checkpoints" / entry["folder"] / file["path"]).is_file()
+        old.close()
+        assert read_head(Store(f"s3://bucket/{prefix}")) == head
+    assert lost > TAKEOVERS / 2
+
+
+def test_an_attempt_that_comes_too_late_is_told(store_environment, tmp_path):
+    opened("s3://bucket/late/run", tmp_path / "one", 2, begin=True).close()
+    new = opened("s3://bucket/late/run", tmp_path / "two", 3)
+    with pytest.raises(LeaseLost, match="attempt 2 came too late: attempt 3"):
+        opened("s3://bucket/late/run", tmp_path / "three", 2)
+    new.close()
+
+
+def test_a_living_call_of_this_machine_keeps_its_run(store_environment, tmp_path):
+    uri = "s3://bucket/living/run"
+    first = StoredRuns(uri, rank=0, carries=True)
+    place = first.open(tmp_path / "one")
+    assert first.take(place, begin=True)
+    (place / "run.json").write_text(json.dumps(RECORD))
+    first.publish(place)
+    second = StoredRuns(uri, rank=0, carries=True)
+    with pytest.raises(RunHeldError, match="is being trained by another call"):
+        second.take(second.open(tmp_path / "two"), begin=False)
+    first.close()
+    assert second.take(second.open(tmp_path / "two"), begin=False)
+    second.close()
+
+
+KILLED = """
+import json, os, sys
+from pathlib import Path
+from nemo_rl.run.stored import StoredRuns
+runs = StoredRuns(sys.argv[1], rank=0, carries=True)
+place = runs.open(Path(sys.argv[2]))
+assert runs.take(place, begin=True)
+(place / "run.json").write_text(json.dumps({"format": 2, "status": "unfinished", "settings": {}}))
+runs.publish(place)
+print("taken", flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_killed_call_of_this_machine_gives_way_at_once(store_environment, tmp_path):
+    uri = "s3://bucket/killed/lease"
+    subprocess.run([sys.executable, "-c", KILLED, uri, str(tmp_path / "one")], env=os.environ, check=False)
+    second = StoredRuns(uri, rank=0, carries=True)
+    begin = time.monotonic()
+    assert second.take(second.open(tmp_path / "two"), begin=False)
+    assert time.monotonic() - begin < 10
+    second.close()
+
+
+def test_a_silent_machine_gives_way_and_a_living_one_does_not(store_environment, tmp_path, monkeypatch):
+    uri = "s3://bucket/silent/run"
+    monkeypatch.setattr(stored, "SILENT_SECONDS", 4.0)
+    monkeypatch.setattr(stored, "BEAT_SECONDS", 1.0)
+    first = StoredRuns(uri, rank=0, carries=True)
+    place = first.open(tmp_path / "one")
+    monkeypatch.setattr(stored, "_machine", lambda: "another machine")
+    assert first.take(place, begin=True)
+    (place / "run.json").write_text(json.dumps(RECORD))
+    first.publish(place)
+    monkeypatch.setattr(stored, "_machine", lambda: "this machine")
+    told: list[str] = []
+    second = StoredRuns(uri, rank=0, carries=True, say=told.append)
+    with pytest.raises(RunHeldError):
+        second.take(second.open(tmp_path / "two"), begin=False)
+    first._stopping.set()  # from now on it is silent
+    first._beat.join()
+    assert second.take(second.open(tmp_path / "two"), begin=False)
+    assert "which did not say that it ended" in told[0]
+    with pytest.raises(LeaseLost):
+        save(first, 2, b"old")
+    second.close()
+
+
+@pytest.mark.parametrize("fault", ["503", "reset", "lost", "expired", "full"])
+@pytest.mark.parametrize("moment", [3, 7, 11])
+def test_a_fault_in_the_midst_of_saving_leaves_whole_checkpoints(faults: Faults, tmp_path, monkeypatch, fault, moment):
+    """A fault that passes is waited for; one that lasts is told, and what is there is whole."""
+    monkeypatch.setenv("NEMO_RL_STORAGE_PATIENCE", "10")
+    uri = f"s3://bucket/faults/{fault}-{moment}"
+    runs = opened(uri, tmp_path / "one", 1, begin=True)
+    save(runs, 2, b"first")
+    puts = iter(range(1000))
+    lasting = fault in ("expired", "full")
+
+    def choose(method, path):
+        number = next(puts) if method in ("PUT", "POST") else -1
+        return fault if (number >= moment if lasting else moment <= number < moment + 3) else None
+
+    faults.choose = choose
+    told = None
+    try:
+        for step in (4, 6):
+            save(runs, step, b"later", keep=2)
+    except StorageError as error:
+        told = str(error)
+    faults.choose = lambda method, path: None
+    assert (told is not None) == lasting
+    if told is not None:
+        assert {"expired": "credentials have expired", "full": "no room left"}[fault] in told
+    runs.close()
+    again = opened(uri, tmp_path / "two", 2)
+    assert [e["step"] for e in again.entries()] if lasting else [e["step"] for e in again.entries()] == [4, 6]
+    for entry in again.entries():
+        assert again.bring([entry["name"]]) == entry["name"]
+    assert again.place is not None
+    steps = [json.loads(line)["step"] for line in (again.place / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[: len(again.entries())] == [2, 4, 6][: len(again.entries())]
+    again.close()
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_sentence(store_environment, s3: S3, tmp_path, caplog):
+    uri = "s3://bucket/damaged/run"
+    runs = opened(uri, tmp_path / "one", 1, begin=True)
+    save(runs, 2, b"first")
+    save(runs, 4, b"second")
+    runs.close()
+    (s3.data / "bucket/damaged/run/checkpoints/step-00000004-g1/model.safetensors").write_bytes(b"sec0nd")
+    again = opened(uri, tmp_path / "two", 2)
+    assert sorted(p.name for p in (again.place / "checkpoints").iterdir()) == ["step-00000002"]
+    assert "passed over the checkpoint step-00000004" in caplog.text
+    again.close()
+
+
+def test_a_folder_of_somebody_else_is_refused(store_environment, tmp_path):
+    Store("s3://bucket/theirs/run").write("run.json", b'{"title": "jogging"}')
+    runs = StoredRuns("s3://bucket/theirs/run", rank=0, carries=True)
+    place = runs.open(tmp_path)
+    with pytest.raises(StorageError, match="is not the record of a run of nemo-rl"):
+        runs.look(place)
