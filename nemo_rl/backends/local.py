@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_rl.backends import Run
 from nemo_rl.errors import DatasetError
 from nemo_rl.extras import require
+from nemo_rl.job import uris
 from nemo_rl.job.spec import CallbackSpec, OutputSpec, ResourcesSpec, RLTrainingJobSpec
 
 if TYPE_CHECKING:
@@ -28,11 +29,15 @@ def run(run: Run) -> TrainResult:
         say(run.spec, f"only a cluster uses these, ignored here: {', '.join(dropped)}")
     from nemo_rl.api.algorithms import get_algorithm
 
+    output_dir = run.output_dir
+    if run.spec.output.uri is not None and isinstance(output_dir, Path):
+        output_dir = uris.joined(run.spec.output.uri, run.name or output_dir.name)
+        say(run.spec, f"the run is kept in {output_dir}")
     with _environment(run.spec):
         reward_fn = run.reward_fn if run.reward_fn is not None else _load_reward(run.spec)
         callbacks = [*run.callbacks, *(load_callback(spec) for spec in run.spec.callbacks)]
         trainer = get_algorithm(run.spec.algorithm)(
-            run.spec, output_dir=run.output_dir, model=run.model, tokenizer=run.tokenizer
+            run.spec, output_dir=output_dir, model=run.model, tokenizer=run.tokenizer
         )
         return trainer.fit(
             run.dataset if run.dataset is not None else run.spec.dataset,
@@ -91,6 +96,7 @@ def ignored(run: Run) -> list[str]:
             given = getattr(spec, name).model_fields_set
             if name == "resources" and spec.resources.gpus_per_node <= 1:
                 given = given - {"gpus_per_node"}  # 0 trains on the CPU here too, and 1 is what is used here
+            given = given - {"uri"}
             at = found.index(name)
             found[at : at + 1] = [f"{name}.{field}" for field in section.model_fields if field in given]
     found += [

@@ -19,6 +19,7 @@ _EXTRAS = {
     "lora": ("peft", "lora_rank=…"),
     "tensorboard": ("tensorboard", "tensorboard=True"),
     "demo": ("matplotlib", "result.plot()"),
+    "object-storage": ("obstore", "s3://, gs:// and az:// addresses"),
     "kubernetes": ("kubernetes", "training on a cluster"),
     "notebook": ("ipykernel", "notebooks in this environment"),
 }
@@ -29,6 +30,38 @@ def checks(namespace: str | None = None) -> list[Check]:
     """All checks of this machine, then those of the cluster. Imports torch and the cluster client where they are there."""
     here = [_nemo_rl(), _python(), *(_package(name) for name in _ENGINE), *_devices(), *_extras(), _processors()]
     return here + _cluster(namespace)
+
+
+def store_checks(uri: str) -> list[Check]:
+    """Whether an object store can be listed, read, written on condition and deleted from, with this machine's credentials."""
+    from nemo_rl.errors import StorageError
+    from nemo_rl.job import uris
+    from nemo_rl.run.stored import read_head
+    from nemo_rl.storage.store import Store
+
+    if (wrong := uris.problem(uri)) is not None:
+        return [Check("bad", "address", wrong)]
+    try:
+        store = Store(uri, patience=5.0)
+        objects = store.list()
+        found = [Check("good", "reading", f"{len(objects)} objects below {uri}, {_gib(sum(o.size for o in objects))}")]
+    except (StorageError, ImportError) as error:
+        return [Check("bad", "reading", str(error))]
+    try:
+        store.probe()
+        found.append(Check("good", "writing", "an object was written, read and deleted; conditional writes work"))
+    except StorageError as error:
+        found.append(Check("bad", "writing", str(error), "models and data can be read, a run cannot be kept there"))
+    try:
+        head = read_head(store)
+    except StorageError as error:
+        return [*found, Check("bad", "run", str(error))]
+    if head is None:
+        return [*found, Check("absent", "run", "none at this address")]
+    holder = head.get("holder")
+    held = f"; {holder.get('name')} writes to it" if holder else ""
+    steps = ", ".join(str(entry["step"]) for entry in head["checkpoints"])
+    return [*found, Check("good", "run", f"complete checkpoints of steps {steps or 'none yet'}{held}")]
 
 
 def as_json(found: list[Check]) -> str:
@@ -58,6 +91,8 @@ def render(found: list[Check]) -> str:
         if check.cure:
             lines.append(f"    {'':<{width}}  → {check.cure}")
     bad = sum(check.state == "bad" for check in found)
+    if any(check.subject == "reading" for check in found) and not bad:
+        return "\n".join([*lines, "\nThis store can be used."])
     works = any(check.subject == "rights" and check.state == "good" for check in found)
     good = "This machine and the cluster can train." if works else "This machine can train."
     lines.append(f"\n{bad} of {len(found)} checks failed." if bad else f"\n{good}")

@@ -205,14 +205,20 @@ def cp(
 
 
 @app.command()
-def doctor(namespace: _Namespace = None, output: _Output = Output.text) -> None:
-    """Check this machine (Python, torch, GPUs, extras) and, where there is a context, the cluster.
+def doctor(
+    uri: Annotated[
+        str | None, typer.Argument(help="Address of an object store to try instead: s3://bucket/folder")
+    ] = None,
+    namespace: _Namespace = None,
+    output: _Output = Output.text,
+) -> None:
+    """Check this machine (Python, torch, GPUs, extras) and, where there is a context, the cluster; or a store's address.
 
     Exit code 1 if something needed is missing.
     """
-    from nemo_rl.cli.doctor import as_json, checks, render
+    from nemo_rl.cli.doctor import as_json, checks, render, store_checks
 
-    found = checks(namespace)
+    found = checks(namespace) if uri is None else store_checks(uri)
     typer.echo(as_json(found) if output is Output.json else render(found))
     raise typer.Exit(1 if any(check.state == "bad" for check in found) else 0)
 
