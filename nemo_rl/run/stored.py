@@ -587,16 +587,36 @@ class StoredRuns:
         """What processes on other nodes need to carry their part."""
         return {"place": str(self.place), "folder": str(self.folder), "generation": self.generation, "head": self._head}
 
-    def follow(self, told: dict[str, Any], node: int, nodes: int) -> None:
-        """Joins what the first rank took. On another node the newest checkpoint is fetched."""
+    def follow(self, told: dict[str, Any], node: int, nodes: int, root: Path | None) -> tuple[int, str | None]:
+        """Joins what the first rank took; returns the number of this node and, where this rank carries, its folder.
+
+        On another node the newest checkpoint is fetched, into a folder of that node.
+        """
         self.node, self.nodes = node, nodes
-        if self.rank == 0:
-            return
-        self.place, self.folder = Path(told["place"]), Path(told["folder"])
-        self.generation, self._head = told["generation"], told["head"]
-        if self.carries and node > 0:
-            shutil.rmtree(self.place, ignore_errors=True)
-            self.bring(self.newest())
+        if self.rank != 0:
+            place, self.folder = Path(told["place"]), Path(told["folder"])
+            self.generation, self._head = told["generation"], told["head"]
+            if self.carries and node > 0:
+                below = place.relative_to(self.folder.parent)
+                if root is None:
+                    root, self._lock = runs_folder(self.uri)
+                self.folder, place = root / self.folder.name, root / below
+                shutil.rmtree(place, ignore_errors=True)
+                place.mkdir(parents=True)
+                self.place = place
+                self.bring(self.newest())
+            self.place = place
+        return node, str(self.place) if self.carries else None
+
+    def settle_in(self, places: list[tuple[int, str | None]]) -> Path:
+        """The folder of this rank's node, of those that all ranks told."""
+        self.place = next(Path(place) for node, place in places if node == self.node and place is not None)
+        self.folder = self.folder if self.place.is_relative_to(self.folder) else self._parent_of(self.place)
+        return self.place
+
+    def _parent_of(self, place: Path) -> Path:
+        """The folder that stands for the address itself: `place` is it, or one beside or within it."""
+        return place.parent if place.parent.name == self._name else place.parent / self._name
 
 
 # --- reading the runs of others -----------------------------------------------------------------------------------

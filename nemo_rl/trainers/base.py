@@ -260,7 +260,8 @@ class Trainer(Passes, ABC):
             if self.stored is not None:
                 told = self.ranks.first(self.stored.told)
                 node, nodes = int(os.environ.get("GROUP_RANK", "0")), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-                self.ranks.together(lambda: self.stored.follow(told, node, nodes))
+                places = self.ranks.gather(lambda: self.stored.follow(told, node, nodes, self.stored_root))
+                run = dataclasses.replace(run, dir=self.stored.settle_in(places))
         except BaseException:
             if self.stored is not None:
                 self.stored.close()
@@ -274,6 +275,8 @@ class Trainer(Passes, ABC):
             run.dir, self.training.keep_checkpoints, always=run.kept, lease=self.lease, stored=self.stored
         )
         checkpoint = self.ranks.first(lambda: store.latest() if run.resuming else None)
+        if checkpoint is not None and self.stored is not None:  # on another node it lies in a folder of its own
+            checkpoint = dataclasses.replace(checkpoint, path=store.root / checkpoint.path.name)
         self.run_dir = self.output_dir = run.dir
         self.first_total_steps = run.first_total_steps
         self._load(store, checkpoint)

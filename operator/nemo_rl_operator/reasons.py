@@ -96,6 +96,8 @@ REFUSED = "Refused"
 API_FAILS = "ApiCallFails"
 UNBLOCKED = "Resolved"
 SERVED = "Serving"
+IN_STORE = "InStore"
+IN_STORE_MESSAGE = "the output is in {uri}, where everybody reads it who has a right to; no pod serves it"
 HELD_INVALID_MESSAGE = (
     "no further attempt is started, since this operator cannot read the job: {problem}; run an operator of the version "
     "that the job was made for"

@@ -78,6 +78,11 @@ BAD = [
         "spec.bundles",
         dataset={"inline": None, "path": "bundle://d/f"},
     ),
+    bad(
+        "a store and a claim", "spec.output.uri", "takes the place", output={"uri": "s3://bucket/run", "claim": "mine"}
+    ),
+    bad("a store that is none", "spec.output.uri", "address of an object store", output={"uri": "/data/run"}),
+    bad("a store with a password", "spec.output.uri", "credentials", output={"uri": "s3://key:word@bucket/run"}),
     bad("model of an unknown bundle", "spec.model", "spec.bundles", model="bundle://weights"),
     bad("callback of an unknown bundle", "spec.callbacks", "spec.bundles", callbacks=[{"bundle": "code"}]),
     bad(

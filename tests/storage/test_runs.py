@@ -16,8 +16,9 @@ import pytest
 
 from nemo_rl.run.stored import read_head, read_text
 from nemo_rl.storage.store import Store
-from storage.server import S3
+from storage.server import S3, free_port
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 STEPS = 9
 KILLS = int(os.environ.get("NEMO_RL_TEST_KILLS", "8"))
 
@@ -28,14 +29,24 @@ import torch, torch.distributed.checkpoint, datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, Qwen2TokenizerFast
 import nemo_rl.trainers.sft, nemo_rl.api.training
 
-def run(model, output, cache, steps):
+def run(model, output, cache, steps, port):
     torch.set_num_threads(1)
     os.environ["NEMO_RL_CACHE"] = cache
+    other = None
+    if port:  # two nodes: processes with nothing in common but the store
+        other = os.fork()
+        rank = "0" if other else "1"
+        os.environ |= {"RANK": rank, "GROUP_RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NEMO_RL_CACHE": f"{cache}/node-{rank}"}
     import nemo_rl
     rows = [{"prompt": f"{i}=", "completion": f"{i % 10}a"} for i in range(10, 30)]
     result = nemo_rl.train(model, rows, algorithm="sft", max_steps=steps, max_epochs=9, batch_size=4, learning_rate=1e-2,
                            save_every=2, keep_checkpoints=2, seed=7, output_dir=output, backend="local",
                            log_level="warning", validation_dataset=rows[:4])
+    if other == 0:
+        os._exit(0)
+    if other:
+        assert os.waitpid(other, 0)[1] == 0
     told = {"checkpoint_path": result.checkpoint_path, "checkpoint_uri": result.checkpoint_uri, "steps": result.total_steps}
     open(cache + "/result.json", "w").write(json.dumps(told))
 
@@ -74,10 +85,10 @@ class Runs:
         assert self.server.stdout
         assert self.server.stdout.readline() == "ready\n"
 
-    def run(self, output: str, cache: Path, steps: int = STEPS, kill_after: float | None = None) -> int:
+    def run(self, output: str, cache: Path, steps: int = STEPS, kill_after: float | None = None, port: int = 0) -> int:
         assert self.server.stdin and self.server.stdout
         cache.mkdir(parents=True, exist_ok=True)
-        print(json.dumps([self.model, output, str(cache), steps]), file=self.server.stdin, flush=True)
+        print(json.dumps([self.model, output, str(cache), steps, port]), file=self.server.stdin, flush=True)
         pid = int(self.server.stdout.readline())
         if kill_after is not None:
             time.sleep(kill_after)  # the moment of the kill is what the test varies
@@ -181,6 +192,24 @@ def test_kills_at_any_moment_lose_nothing(runs, undisturbed, tmp_path, store_env
         kills += 1
     assert runs.run(uri, tmp_path / "last") == 0
     assert in_store(uri) == on_disk(disk)
+
+
+def test_two_nodes_share_nothing_but_the_store(runs, undisturbed, tmp_path, store_environment):
+    """Each writes its part of every checkpoint; a longer run goes on from them on two other machines, and then on one."""
+    uri = "s3://bucket/nodes/run"
+    assert runs.run(uri, tmp_path / "first", STEPS - 5, port=free_port()) == 0
+    head = read_head(Store(uri))
+    parts = {f["path"] for f in head["checkpoints"][-1]["files"]}
+    assert {name for name in parts if name.endswith(".distcp")} >= {
+        "trainer_state/__0_0.distcp",
+        "trainer_state/__1_0.distcp",
+    }
+    assert runs.run(uri, tmp_path / "second", STEPS - 2, port=free_port()) == 0
+    assert runs.run(uri, tmp_path / "third", STEPS) == 0
+    found, expected = in_store(uri)["metrics"], on_disk(undisturbed[0])["metrics"]
+    assert [m["step"] for m in found] == [m["step"] for m in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.get("loss") == pytest.approx(other.get("loss"), rel=1e-3)
 
 
 def test_a_finished_run_is_lengthened_on_another_machine(runs, undisturbed, tmp_path, store_environment):

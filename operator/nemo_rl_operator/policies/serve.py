@@ -12,7 +12,11 @@ def serve(plan: Plan) -> None:
     pod, spec = plan.snapshot.files, plan.snapshot.spec
     left = timestamps.seconds_until(spec.output.serve_until, plan.now)
     image = spec.image or plan.snapshot.image
-    wanted = left is not None and left > 0 and plan.number > 0 and bool(image)
+    asked = left is not None and left > 0 and plan.number > 0
+    wanted = asked and bool(image) and spec.output.uri is None
+    if asked and spec.output.uri is not None:
+        message = reasons.IN_STORE_MESSAGE.format(uri=spec.output.uri)
+        plan.condition("OutputServed", False, reasons.IN_STORE, message)
     if wanted and left is not None:
         plan.wake_in(left)
         if plan.snapshot.unserved is not None:

@@ -227,6 +227,33 @@ def test_no_claim_is_made_beside_the_users() -> None:
     assert volume["persistentVolumeClaim"] == {"claimName": "mine"}
 
 
+def test_a_job_with_a_store_needs_no_claim_on_any_number_of_nodes() -> None:
+    """Its pods publish from folders of their own; what they read is kept with the other caches."""
+    spec = {"output": {"uri": "s3://bucket/runs"}, "resources": {"nodes": 2, "ephemeralStorage": "40Gi"}}
+    assert build.output_claim(make.resource(), make.parsed(**spec)) is None
+    volumes = {v["name"]: v for v in pod(**spec)["volumes"]}
+    assert volumes["output"] == {"name": "output", "emptyDir": {}}
+    assert not any("persistentVolumeClaim" in v for v in volumes.values())
+    made = container(**spec)
+    assert made["resources"]["limits"]["ephemeral-storage"] == "40Gi"
+    assert {"name": "NEMO_RL_CACHE", "value": f"{names.CACHE_DIR}/nemo-rl"} in made["env"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"output": {"uri": "s3://bucket/runs", "claim": "mine"}}, "takes the place of a claim, so claim"),
+        ({"output": {"uri": "s3://key:word@bucket/runs"}}, "holds credentials"),
+        ({"output": {"uri": "gcs://bucket/runs"}}, "write gs://"),
+        ({"output": {"uri": "/data/runs"}}, "an address such as s3://bucket/folder"),
+        ({"model": "s4://bucket/model"}, "model: found the scheme s4://"),
+    ],
+)
+def test_addresses_that_cannot_work_are_refused_in_words(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make.parsed(**fields)
+
+
 def frozen_spec(**fields: Any) -> dict[str, Any]:
     made = build.frozen_job(make.resource(**fields), make.parsed(**fields))
     return json.loads(made["data"]["job.json"])["spec"]
