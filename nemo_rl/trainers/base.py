@@ -22,8 +22,8 @@ from nemo_rl.data.prepare import Prepared, describe_example, prepare
 from nemo_rl.data.templates import end_tokens_of, with_template
 from nemo_rl.display.terminal import Display, NullDisplay, RecordedDisplay, make_display
 from nemo_rl.job.spec import Algorithm, RLTrainingJobSpec
-from nemo_rl.model.adapters import add_adapters
 from nemo_rl.job.uris import is_store
+from nemo_rl.model.adapters import add_adapters
 from nemo_rl.model.ends import known_ends, teach_ends
 from nemo_rl.model.limits import check_positions, check_tokens
 from nemo_rl.model.load import (
