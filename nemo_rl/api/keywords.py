@@ -13,9 +13,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from nemo_rl.api.algorithms import algorithm_name
-from nemo_rl.job import names
-from nemo_rl.job.foreign import meaning_of, nearest
 from nemo_rl.job import names, uris
+from nemo_rl.job.foreign import meaning_of, nearest
 from nemo_rl.job.spec import (
     ALGORITHMS,
     SECTIONS,

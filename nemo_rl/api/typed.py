@@ -152,6 +152,8 @@ class Settings(TypedDict, total=False):
     """Disk of each pod's node for what is no volume (downloads, scratch), request and limit alike. Default: 1Gi is asked for, without a limit."""
     shared_memory: str
     """Size of /dev/shm. Default 1Gi."""
+    uri: str | None
+    """Object store in place of a claim: s3://bucket/folder, gs://… or az://…; the job writes to the folder with its name below. Credentials come from env, envFrom or the service account. Default none."""
     claim: str | None
     """Existing PersistentVolumeClaim to write to. Default: one is made for the job."""
     size: str

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from nemo_rl.errors import StorageError
+from nemo_rl.extras import require
 from nemo_rl.job import uris
 from nemo_rl.storage.errors import Conflict, Missing, Unavailable, in_words
 
@@ -234,13 +235,9 @@ def _part_size(size: int) -> int:
 
 
 def _obstore() -> Any:
-    try:
-        importlib.import_module("obstore.store")
-        return importlib.import_module("obstore")
-    except ModuleNotFoundError:
-        raise ImportError(
-            "object stores need the package obstore, which is not installed; pip install 'nemo-rl[object-storage]'"
-        ) from None
+    require("an object store", "obstore")
+    importlib.import_module("obstore.store")
+    return importlib.import_module("obstore")
 
 
 def _parts(uri: str) -> tuple[str, str, str]:
