@@ -64,5 +64,7 @@ class RolloutLost(RuntimeError):
 
 class WeightSyncMismatch(RuntimeError):
     """What samples completions has other weights than what is trained, whatever it says. Nothing of it was trained on."""
+
+
 class StorageError(RuntimeError):
     """An object store cannot be used, or holds something else than was expected."""

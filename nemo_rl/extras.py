@@ -47,7 +47,17 @@ def install_command(extra: str) -> str:
 def extra_of(module: str) -> str | None:
     """The extra that brings an importable module ("torch": "engine"), or None where none does."""
     package = _plain(_BROUGHT_BY.get(module.split(".")[0], module.split(".")[0]))
-    for extra in ("engine", "kubernetes", "lora", "math", "tensorboard", "demo", "notebook", "object-storage", "worker"):
+    for extra in (
+        "engine",
+        "kubernetes",
+        "lora",
+        "math",
+        "tensorboard",
+        "demo",
+        "notebook",
+        "object-storage",
+        "worker",
+    ):
         if any(_plain(re.split(r"[\[<>=!~; ]", requirement)[0]) == package for requirement in requirements(extra)):
             return extra
     return None
