@@ -10,7 +10,7 @@ IN_CLUSTER := $(if $(KUBECONFIG),,$(LAB) run)
 ALONE := tests/e2e/test_startup.py tests/e2e/test_waiting.py
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
-.PHONY: help demo test test-vllm architectures test-storage test-cluster e2e e2e-integrations bench lint docs generate images lab-up lab-deploy lab-down lab-status clean
+.PHONY: help demo test test-vllm architectures test-storage test-cluster e2e e2e-integrations bench gpu lint docs generate images lab-up lab-deploy lab-down lab-status clean
 help:            ## list the commands
 	@grep -E '^[a-z0-9 -]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 16
 
@@ -48,6 +48,9 @@ test-vllm: $(VENV)/.dev            ## rollouts by a real vLLM server on the CPU,
 
 bench: $(VENV)/.dev            ## speed and memory as ratios against TRL
 	$(BIN)/python benchmarks/engine.py
+
+gpu: $(VENV)/.dev            ## what a GPU must prove, in at most eight minutes on one card; writes benchmarks/results/gpu-<card>.md
+	$(BIN)/python benchmarks/gpu.py
 
 lint: $(VENV)/.dev            ## ruff and mypy
 	$(BIN)/ruff check .

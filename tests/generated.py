@@ -1,7 +1,8 @@
 """Writes every generated file anew, and says which changed: `python tests/generated.py`.
 
 In order: the definition from the models, its copy in the chart, the Kustomize base from the chart (where helm is at hand),
-the types of keywords, the tables of the README, the reference pages.
+the types of keywords, the tables of the README, the reference pages, what fits which GPUs (by the estimate, which takes a
+while).
 """
 
 from __future__ import annotations
@@ -55,8 +56,13 @@ def reference() -> dict[Path, str]:
     return {module.FOLDER / name: text for name, text in module.pages().items()}
 
 
+def what_fits() -> dict[Path, str]:
+    module = load(ROOT / "docs/what_fits.py")
+    return {module.PAGE: module.page()}
+
+
 def main() -> None:
-    for part in (definition, kustomize, typed, tables, reference):
+    for part in (definition, kustomize, typed, tables, reference, what_fits):
         for path, text in part().items():
             if not path.exists() or path.read_text(encoding="utf-8") != text:
                 path.write_text(text, encoding="utf-8")

@@ -110,6 +110,42 @@ def train(
 
 
 @app.command()
+def plan(
+    job: Annotated[
+        Path | None, typer.Argument(help="YAML or JSON file with one RLTrainingJob.", metavar="JOB.yaml")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="In place of a job: a folder, or a name on the hub.")] = None,
+    algorithm: Annotated[str, typer.Option(help="With --model: grpo, sft or dpo.")] = "grpo",
+    gpus: Annotated[int | None, typer.Option(help="GPUs of all nodes together. [default: the job's]", min=1)] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(help="GiB of each GPU. [default: that of this machine's GPU, else 80]", min=1)
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PATH=VALUE", help="Override a field, like training.loraRank=16. Repeatable."),
+    ] = None,
+    output: _Output = Output.text,
+) -> None:
+    """Say whether a job fits its GPUs, phase by phase, what is chosen for it, and what would make it fit.
+
+    Only the model's configuration is read: no weights, no GPU. Exit codes: 0 it fits, 1 it does not, 2 a wrong file or option.
+    """
+    from nemo_rl.cli.plan import plan_job
+
+    raise typer.Exit(
+        plan_job(
+            job,
+            model=model,
+            algorithm=algorithm,
+            gpus=gpus,
+            gpu_memory=gpu_memory,
+            overrides=overrides or [],
+            as_json=output is Output.json,
+        )
+    )
+
+
+@app.command()
 def crd() -> None:
     """Print the CustomResourceDefinition of RLTrainingJob, for kubectl apply -f -."""
     from nemo_rl.job.crd import crd_yaml

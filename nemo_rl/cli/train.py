@@ -12,6 +12,7 @@ from nemo_rl.backends import Run, choose
 from nemo_rl.backends.kubernetes.errors import JobCancelled
 from nemo_rl.backends.local import check_places
 from nemo_rl.cli.jobs import JobExit
+from nemo_rl.cli.plan import say_memory
 from nemo_rl.errors import DatasetError, NonFiniteTraining, RewardError, TrainingFailed, TrainingInterrupted
 from nemo_rl.job.manifest import Manifest, ManifestError, load_manifest
 from nemo_rl.job.names import ExitCode
@@ -69,7 +70,8 @@ def run_manifest(
     )
     try:
         if dry_run:
-            print(_dry_run(manifest, run, backend), end="")
+            print(_dry_run(manifest, run, backend), end="", flush=True)
+            say_memory(manifest.spec)
             return ExitCode.DONE
         result = start(run, backend)
         if not wait:

@@ -183,13 +183,13 @@ class TrainingSpec(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradients are scaled down to this norm; null clips nothing. Default 1."""
     tokens_per_microbatch: Annotated[int, Field(ge=1)] | None = None
-    """Tokens of one forward and backward pass; never changes the gradient, only memory and speed. Default by device."""
+    """Tokens of one forward and backward pass; never changes the gradient, only memory and speed. Default: what fits a GPU by the estimate of nemo-rl plan, at most 16384; 4096 on the CPU."""
     max_sequence_length: Annotated[int, Field(ge=2)] = 2048
     """Longest prompt plus completion, in tokens. Default 2048."""
     overlong_rows: Literal["drop", "truncate", "error"] = "drop"
     """What happens to rows over max_sequence_length: drop them, cut their end (of GRPO prompts the beginning), or stop. Counted and logged. Default drop."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a quarter slower. Default false."""
+    activation_checkpointing: bool | None = None
+    """Recompute activations in the backward pass: less memory, about a quarter slower. Default: on a GPU where the estimate of nemo-rl plan says that the run would not fit without; false on the CPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of forward and backward; weights and optimizer stay fp32. auto is bf16 on CUDA, fp32 on CPU. Default auto."""
     sharding: Literal["auto", "full", "none"] = "auto"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime
+import logging
 import os
 import time
 import warnings
@@ -72,7 +73,10 @@ if TYPE_CHECKING:
 
     from nemo_rl.api.arguments import Reward, Rows
     from nemo_rl.api.typed import TrainerKeywords
+    from nemo_rl.model.memory import Estimate
     from nemo_rl.trainers.callbacks import Callback
+
+log = logging.getLogger(__name__)
 
 
 class Trainer(Passes, ABC):
@@ -120,6 +124,9 @@ class Trainer(Passes, ABC):
         self.ranks = Ranks()
         self.sharded: ShardedModel | None = None
         """The trained model's shards, where ranks share its weights."""
+        self.recompute = bool(config.training.activation_checkpointing)
+        self.memory: Estimate | None = None
+        """On a GPU, what the run is expected to take."""
         self.current_step = 0
         self.making_step, self.making_epoch = 0, 0
         self.should_stop = False
@@ -436,7 +443,27 @@ class Trainer(Passes, ABC):
     def _prepare(self, dataset: Any, needed: int | None) -> Prepared:
         return prepare(self.algorithm, dataset, self.tokenizer, self.training, self.settings, needed=needed)
 
+    def _plan_memory(self) -> None:
+        """Chooses micro-batches and activation checkpointing for the GPU before anything is loaded. Raises DoesNotFit."""
+        if self.device.type != "cuda":
+            return
+        from nemo_rl.model.memory import DoesNotFit, Planner, Where, load_config
+
+        model, training = self.model, self.training
+        least = min(self.ranks.gather(lambda: torch.cuda.get_device_properties(self.device).total_memory))
+        try:
+            config = model.config if model is not None else load_config(self._model_name(), training.trust_remote_code)
+            self.memory = Planner(config, self.config).choose(Where(self.ranks.size, least))
+        except DoesNotFit:
+            raise
+        except Exception as error:  # whatever a family's code raises without numbers, the model itself may train
+            log.warning("the memory of this model cannot be estimated (%s: %s)", type(error).__name__, error)
+            return
+        self.planned_tokens = self.memory.tokens_per_microbatch
+        self.recompute = self.memory.activation_checkpointing
+
     def _load(self, store: CheckpointStore, checkpoint: Checkpoint | None) -> None:
+        self._plan_memory()
         live = self.model
         if is_sharded(self.training.sharding, self.ranks):
             self._load_shards(store, checkpoint)
@@ -452,7 +479,7 @@ class Trainer(Passes, ABC):
         self.policy = Policy(
             self.model,
             self.training.precision,
-            self.training.activation_checkpointing,
+            self.recompute,
             longest=self.training.max_sequence_length,
             sharded=self.sharded,
         )
@@ -593,6 +620,8 @@ class Trainer(Passes, ABC):
         self.display.note(str(data.report))
         if rate := self.config.default_learning_rate_in_words():
             self.display.note(rate)
+        if self.memory is not None:
+            self.display.note(self.memory.sentence())
         if ends := known_ends(getattr(self.policy.causal, "generation_config", None)):
             self.display.note(f"end tokens: {', '.join(map(str, self.tokenizer.convert_ids_to_tokens(ends)))}")
         if self.total_steps < self.training.max_steps / 2:

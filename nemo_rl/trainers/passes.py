@@ -32,6 +32,8 @@ class Passes:
     """What is left of the token budget after passes that ran out of memory."""
     _can_be_smaller: bool = False
     """Whether any pass has more than one sequence, or pair."""
+    planned_tokens: int | None = None
+    """Tokens of a micro-batch that fit, where the specification leaves them to the estimate of memory."""
 
     def poll(self) -> None:
         """Raises Interrupted if a signal asked this process to stop; leaves the share of a rank when another one ended."""
@@ -41,7 +43,7 @@ class Passes:
     @property
     def token_budget(self) -> int:
         """Tokens of one pass."""
-        budget = self.training.tokens_per_microbatch
+        budget = self.training.tokens_per_microbatch or self.planned_tokens
         if budget is None:
             budget = TOKENS_PER_MICROBATCH_CUDA if self.device.type == "cuda" else TOKENS_PER_MICROBATCH_CPU
         return max(1, int(budget * self.budget_share))

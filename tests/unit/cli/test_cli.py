@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import subprocess
@@ -292,3 +293,54 @@ def test_a_missing_model_folder_ends_a_process_with_40_and_without_a_traceback(t
     assert result.returncode == ExitCode.USER_ERROR
     assert "'./missing' is not a folder on this machine" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+# ------------------------------------------------------------------ plan
+
+
+@pytest.fixture
+def configuration(tmp_path: Path) -> Path:
+    """A folder with the configuration of a small model and nothing else."""
+    from transformers import Qwen2Config
+
+    shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
+    Qwen2Config(vocab_size=2000, **shape, num_key_value_heads=2).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_plan_says_what_fits_from_a_configuration_alone(job: Path, configuration: Path):
+    options = ["--set", f"model={configuration}", "--set", "training.maxSequenceLength=256"]
+    result = nemo_rl("plan", job, *options, "--gpus", 2, "--gpu-memory", 8)
+    assert result.exit_code == 0, result.output
+    assert "memory: about " in result.output
+    assert "activation checkpointing off (chosen)" in result.output
+    for part in ("weights", "optimizer", "gradients", "activations and logits", "cache", "training", "rollout", "save"):
+        assert part in result.output
+    answer = json.loads(nemo_rl("plan", "--model", configuration, "--algorithm", "sft", "-o", "json").output)
+    assert answer["fits"]
+    assert answer["ranks"] == 1
+    assert answer["peakBytes"] == max(sum(parts.values()) for parts in answer["phases"].values())
+
+
+def test_plan_refuses_what_cannot_fit_and_names_a_change_that_would(configuration: Path):
+    options = ["--model", configuration, "--algorithm", "sft", "--set", "training.maxSequenceLength=131072"]
+    result = nemo_rl("plan", *options, "--gpu-memory", 3)
+    assert result.exit_code == 1
+    assert "found 1 × 3 GiB, but this run needs about " in result.output
+    assert " would fit" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give the file of a job, or --model"),
+        (["--model", "nowhere/at-all-x"], "found no configuration of the model 'nowhere/at-all-x'"),
+        (["--model", "m", "--algorithm", "ppo"], "found --algorithm ppo; expected one of grpo, sft, dpo"),
+        (["missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_plan_explains_what_it_cannot_read(arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = nemo_rl("plan", *arguments)
+    assert result.exit_code == 2
+    assert said in result.output
