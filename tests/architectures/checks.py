@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -39,6 +40,8 @@ class Report:
     checks: dict[str, float] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     not_built: str = ""
+    seconds: float = 0.0
+    """Of a processor, for all of it."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -46,6 +49,13 @@ class Report:
 
 def check(model_type: str) -> Report:
     """Makes a tiny model of the type and checks it."""
+    started = time.process_time()
+    report = _checked(model_type)
+    report.seconds = time.process_time() - started
+    return report
+
+
+def _checked(model_type: str) -> Report:
     warnings.simplefilter("ignore")
     report = Report(model_type)
     try:

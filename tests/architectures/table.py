@@ -105,7 +105,9 @@ def main(folder: str) -> None:
 
     reports = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in Path(folder).glob("*.json")}
     PAGE.write_text(page(reports, all_types()), encoding="utf-8")
-    print(f"wrote {PAGE.relative_to(ROOT)}: {len(reports)} types")
+    slowest = sorted(reports.values(), key=lambda report: -report.get("seconds", 0.0))[:8]
+    shown = ", ".join(f"{report['type']} {report.get('seconds', 0.0):.0f}" for report in slowest)
+    print(f"wrote {PAGE.relative_to(ROOT)}: {len(reports)} types; the slowest, in seconds of a processor: {shown}")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def types() -> list[str]:
     return all_types() if "NEMO_RL_ARCHITECTURES" in os.environ else list(MECHANISMS)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("model_type", types())
 def test_trains_and_rolls_out_as_the_plain_model_does(model_type: str, write_report):
     if model_type in BIG:
