@@ -21,7 +21,7 @@ from nemo_rl.job.spec import RLTrainingJobSpec
 from nemo_rl.job.status import TerminationMessage
 
 HERE = Path(__file__).resolve().parent
-SECONDS = 90.0
+SECONDS = 240.0
 """Until a wait counts as failed."""
 
 # Imports the engine once and forks a child for each pod: what is tested begins after that in any case.
