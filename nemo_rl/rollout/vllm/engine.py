@@ -40,6 +40,8 @@ SECONDS_PER_TOKEN = 0.5
 HEALTH_EVERY = 10.0
 PROVED = "+proved"
 """What the first rank adds to the version of a server that has passed the gate; without it no rank takes its tokens."""
+PROBE_LENGTH = 80
+"""Tokens that a server takes at least, for the probe."""
 CPU_CACHE_BYTES = 512 * 2**20
 ADAPTER = "policy-adapter"
 """Name under which servers serve the model with the LoRA adapter that is trained."""
@@ -80,6 +82,7 @@ class VLLMRollouts:
 
         `probe`: how the run samples. Raises ValueError and RolloutLost, in words.
         """
+        longest = max(longest, PROBE_LENGTH)
         self.spec, self.ranks, self.end_ids = spec, ranks, end_ids
         self.poll, self.note = poll, note
         self.version: int | None = None
