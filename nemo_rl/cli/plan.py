@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_rl.errors import MissingPackage
+from nemo_rl.extras import explained
 from nemo_rl.job.manifest import Manifest, ManifestError, load_manifest, parse_manifest
 from nemo_rl.job.spec import RLTrainingJobSpec
 
@@ -33,11 +35,13 @@ def plan_job(
     """Prints the plan of a job's file or of a model; returns the exit code and never raises. Errors go to stderr."""
     try:
         spec = _manifest(path, model, algorithm, overrides).spec
-        print(_plan(spec, gpus, gpu_memory, as_json))
+        with explained("nemo-rl plan"):
+            text = _plan(spec, gpus, gpu_memory, as_json)
+        print(text)
     except _DoesNotFit as error:
         print(f"nemo-rl: {error}" if not as_json else error.as_json)
         return DOES_NOT_FIT
-    except (ManifestError, ValueError) as error:
+    except (ManifestError, ValueError, MissingPackage) as error:
         print(f"nemo-rl: {error}", file=sys.stderr)
         return USAGE
     return 0
