@@ -106,7 +106,7 @@ def _attempt(job: Job, pod: Pod, report: Report) -> TerminationMessage:
     report.silent_seconds = float(max(spec.stall_timeout_seconds, spec.startup_timeout_seconds))
     StallWatch(report, pod).start()
     if pod.rank == 0:
-        report.expect(_step_to_go_on_from(output, uri, spec.training.resume))
+        report.expect(_step_to_go_on_from(output, spec.training.resume, uri))
     if pod.local_rank == 0:
         _serve(pod, report, metrics, spec)
     bundles = inputs.open_bundles(spec.bundles, pod)
@@ -208,7 +208,7 @@ def _finished_before(job: Job, pod: Pod) -> TerminationMessage | None:
     return word
 
 
-def _step_to_go_on_from(output: Path, uri: str | None, resume: str) -> int:
+def _step_to_go_on_from(output: Path, resume: str, uri: str | None = None) -> int:
     """The step that the run will most likely go on from, told before torch is there: progress must not fall to 0."""
     if uri is not None:
         head = None
