@@ -19,6 +19,10 @@ _ROUNDS = 20
 """Each round removes unknown fields; those of one that was refused as a whole show only in the next."""
 
 
+FIRST_LEARNING_RATE = 1e-6
+"""What the first version of nemo-rl trained with where a job named no learning rate."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """A specification as far as this version understands it."""
@@ -48,6 +52,18 @@ def read_spec(value: Mapping[str, Any]) -> Reading:
                     raise error from None
                 unknown[".".join(["spec", *map(str, loc)])] = None
     return Reading(RLTrainingJobSpec.model_validate(kept, context=READING), tuple(unknown))
+
+
+def read_frozen(value: Mapping[str, Any]) -> Reading:
+    """As `read_spec`, of the specification in a frozen job.
+
+    The operator writes the learning rate into each of them. One without is of the first version, whose rate was 1e-6
+    for every algorithm: an attempt of a newer image goes on with it.
+    """
+    training = value.get("training") or {}
+    if not isinstance(training, Mapping) or training.get("learningRate") is not None:
+        return read_spec(value)
+    return read_spec({**value, "training": {**training, "learningRate": FIRST_LEARNING_RATE}})
 
 
 def salvage_spec(value: Mapping[str, Any]) -> RLTrainingJobSpec:

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from nemo_rl.job import names
-from nemo_rl.job.reading import read_spec
+from nemo_rl.job.reading import read_frozen
 from nemo_rl.job.spec import RLTrainingJobSpec
 from nemo_rl.worker.digest import check_digest
 
@@ -71,7 +71,7 @@ def read_job(path: Path, sha256: str | None = None) -> Job:
         check_digest(content, sha256)
         document: Any = json.loads(content)
         meta = document["metadata"]
-        reading = read_spec(document["spec"])
+        reading = read_frozen(document["spec"])
         job = Job(meta["name"], meta.get("namespace") or "", meta.get("uid") or "", reading.spec)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from nemo_rl.job import names
 from nemo_rl.job.crd import MUTABLE
-from nemo_rl.job.reading import read_spec
+from nemo_rl.job.reading import read_frozen
 from nemo_rl.job.spec import RLTrainingJobSpec
 from nemo_rl_operator.observe import Resource
 
@@ -99,7 +99,7 @@ def difference(config_map: Mapping[str, Any], body: Mapping[str, Any]) -> str:
 
 def _meaning(content: Any) -> tuple[Object, tuple[str, ...]]:
     """A specification with all defaults, and the paths of fields in it that are not known here."""
-    found = read_spec(content)
+    found = read_frozen(content)
     return _fixed(found.spec.model_dump(mode="json", by_alias=True)), found.unknown
 
 

@@ -171,6 +171,18 @@ async def test_a_frozen_job_of_another_version_is_used_and_pods_name_its_digest(
     assert made["args"] == [f"--job-sha256={wanted}"]
 
 
+async def test_a_frozen_job_without_a_learning_rate_is_of_the_first_version_and_goes_on_with_its_rate() -> None:
+    sft: dict[str, Any] = {"algorithm": "sft", "reward": None}
+    stored = {**sft, "training": {"learningRate": 1e-6}}  # the definition of that version filled it in
+    wanted = Create(Kind.CONFIG_MAP, build.frozen_job(make.resource(**stored), make.parsed(**stored)))
+    api = FakeApi()
+    api.put(Kind.CONFIG_MAP, forged_map(lambda job: job["spec"]["training"].pop("learningRate"), **sft))
+    assert await run(api, wanted, JOB) is None
+    anew = Create(Kind.CONFIG_MAP, build.frozen_job(make.resource(**sft), make.parsed(**sft)))
+    blocked = await run(api, anew)
+    assert blocked is not None and "spec.training.learningRate" in blocked.message
+
+
 async def test_a_field_that_a_newer_definition_fills_in_meanwhile_is_no_conflict() -> None:
     api = FakeApi()
     await run(api, MAP)

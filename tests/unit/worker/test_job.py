@@ -56,6 +56,14 @@ def test_a_known_field_with_a_wrong_value_is_an_error_in_words(frozen: Any) -> N
         read_job(frozen(training={"maxSteps": -1, "fp8": True}))
 
 
+@pytest.mark.parametrize(("training", "rate"), [({}, 1e-6), ({"maxSteps": 7}, 1e-6), ({"learningRate": 3e-4}, 3e-4)])
+def test_a_job_that_the_first_version_froze_goes_on_with_its_learning_rate(
+    frozen: Any, training: dict[str, Any], rate: float
+) -> None:
+    job = read_job(frozen(algorithm="sft", reward=None, training=training))
+    assert job.spec.training.learning_rate == rate
+
+
 def test_the_content_that_the_operator_made_is_read(frozen: Any) -> None:
     path = frozen()
     assert read_job(path, hashlib.sha256(path.read_bytes()).hexdigest()).name == "x"
