@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,53 +17,42 @@ EXACT = 3e-5
 
 @dataclass(frozen=True)
 class Head:
-    """logits = cap * tanh(z / cap) (z without cap), z = scale * (output layer of `backbone`'s hidden states)."""
+    """logits = cap * tanh(z / cap) (z without cap), z = scale * (output layer of what it is given)."""
 
-    backbone: nn.Module
     scale: float = 1.0
     cap: float | None = None
 
 
 @torch.no_grad()
 def measure_head(model: nn.Module, ids: list[int]) -> Head | None:
-    """Returns how the logits follow from hidden states; None where they are more than a scaled, capped output layer.
+    """Returns how the logits follow from the input of the output layer; None where they are more than a scaled, capped layer.
 
-    The input of the output layer is made larger for the measurement, so that a soft cap shows however small the logits are.
+    That input is made larger for the measurement, so that a soft cap shows however small the logits are.
     """
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    # sharding makes a class of its own for a module, with the same forward
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         return None
-    tokens = torch.tensor([ids], device=head.weight.device)
-    for backbone in _backbones(model):
-        try:
-            hidden = backbone(input_ids=tokens, use_cache=False).last_hidden_state[0].float()
-        except Exception:  # the next candidate may be the one
-            continue
-        if hidden.shape[-1] != head.weight.shape[1]:
-            continue
-        raw = F.linear(hidden, head.weight)
-        factor = LARGE / raw.abs().max().clamp(min=1e-6).item()
-        enlarge = head.register_forward_pre_hook(lambda _, inputs, factor=factor: (inputs[0] * factor, *inputs[1:]))
-        try:
-            logits = model(input_ids=tokens, use_cache=False).logits[0].float()
-        finally:
-            enlarge.remove()
-        raw = raw * factor if head.bias is None else raw * factor + head.bias
-        config = model.config.get_text_config()
-        found = _fit(raw, logits, _floats(config.to_dict())) if raw.shape == logits.shape else None
-        if found is not None:
-            return Head(backbone, *found)
-    return None
+    raws: list[Tensor] = []
 
+    def enlarge(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if len(inputs) != 1:
+            return inputs
+        hidden = inputs[0]
+        factor = LARGE / F.linear(hidden.float(), head.weight).abs().max().clamp(min=1e-6).item()
+        raws.append(F.linear(hidden.float() * factor, head.weight, head.bias)[0])
+        return (hidden * factor,)
 
-def _backbones(model: Any) -> Iterator[nn.Module]:
-    """Yields the modules that may give the hidden states, the likeliest first."""
-    seen: list[nn.Module] = [model]
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    for module in (model.base_model, decoder, getattr(model, "model", None)):
-        if isinstance(module, nn.Module) and not any(module is other for other in seen):
-            seen.append(module)
-            yield module
+    enlarging = head.register_forward_pre_hook(enlarge)
+    try:
+        tokens = torch.tensor([ids], device=next(model.parameters()).device)
+        logits = model(input_ids=tokens, use_cache=False).logits[0].float()
+    finally:
+        enlarging.remove()
+    if len(raws) != 1 or raws[0].shape != logits.shape:
+        return None
+    found = _fit(raws[0], logits, _floats(model.config.get_text_config().to_dict()))
+    return Head(*found) if found is not None else None
 
 
 def _fit(raw: Tensor, logits: Tensor, numbers: dict[str, float]) -> tuple[float, float | None] | None:

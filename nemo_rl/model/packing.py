@@ -6,8 +6,11 @@ length. The prompt that several completions share is in the flat list once.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +67,67 @@ class PackedBatch:
     rows_S: Tensor
     order: list[int]
     num_sequences: int
+
+    @cached_property
+    def blocks(self) -> dict[int | None, Any]:
+        """Block masks of the batch by window, made where a kernel wants them."""
+        return {}
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, without the last, which is only a target."""
+        return max(max(view.lengths) for view in self.views)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence in `order`, without the last."""
+        return [length for view in self.views for length in view.lengths]
+
+    @cached_property
+    def slots_M(self) -> Tensor:
+        """The flat index of each token of each sequence in `order`, one sequence after the other: shared prompts repeat."""
+        rows = [view.gather.view(view.rows, view.length) for view in self.views]
+        return torch.cat(
+            [row[:length] for view, r in zip(self.views, rows, strict=True) for row, length in zip(r, view.lengths, strict=True)]
+        )
+
+    @cached_property
+    def from_slots_N(self) -> Tensor:
+        """For each flat token the index in `slots_M` of one of its places."""
+        places = torch.arange(len(self.slots_M), device=self.slots_M.device)
+        first = places.new_zeros(len(self.ids_N))
+        return first.scatter_reduce_(0, self.slots_M, places, "amin", include_self=False)
+
+    @cached_property
+    def apart(self) -> PackedBatch:
+        """The same batch with every sequence whole in the flat list, in `order`."""
+        ends = [0, *itertools.accumulate(self.lengths)]
+        number, begin, views = 0, 0, []
+        back = torch.empty(ends[-1], dtype=torch.long, device=self.ids_N.device)
+        for view in self.views:
+            columns = torch.arange(view.length, device=back.device)
+            starts = torch.tensor(ends[number : number + view.rows], device=back.device)
+            lengths = torch.tensor(view.lengths, device=back.device)
+            real = columns[None] < lengths[:, None]
+            places = torch.where(real, starts[:, None] + columns[None], starts[:, None])
+            slots = begin + torch.arange(view.rows * view.length, device=back.device).view_as(places)
+            back[places[real]] = slots[real]
+            views.append(AttentionView(view.rows, view.length, places.flatten(), view.lengths))
+            number, begin = number + view.rows, begin + view.rows * view.length
+        return replace(
+            self,
+            ids_N=self.ids_N[self.slots_M],
+            positions_N=self.positions_N[self.slots_M],
+            views=views,
+            back_N=back,
+            select_S=self.from_slots_N[self.select_S],
+        )
+
+    @cached_property
+    def boundaries(self) -> Tensor:
+        """Where the sequences begin and end in `slots_M`, (sequences + 1,), int32."""
+        ends = torch.tensor([0, *self.lengths], dtype=torch.int32)
+        return ends.cumsum(0, dtype=torch.int32).to(self.slots_M.device)
 
     def per_sequence(self, values_S: Tensor) -> Tensor:
         """Returns the sum of `values_S` over the trained tokens of each sequence, (num_sequences,), differentiable."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nemo_rl.model.decoder import NativeDecoder, unsupported
+from nemo_rl.model.attention import Flat, PackedAttention
 from nemo_rl.model.head import Head, measure_head
 from nemo_rl.model.kinds import describe
 from nemo_rl.model.load import compute_dtype
@@ -27,16 +28,46 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PATHS = ("hidden", "logits", "hidden, one by one", "logits, one by one")
-"""Ways to log-probabilities through transformers' own modules, from fast to slow: sequences padded to views, or each by itself;
-its last hidden states through the chunked head, or its logits as they are."""
+@dataclass(frozen=True)
+class Way:
+    """How a batch goes through transformers' modules. `layout`: "packed", flat tokens in one row with our attention, a shared
+    prompt once; "apart", the same with each sequence whole and its boundaries told to layers that take them; "padded" to views;
+    "alone", one sequence a row. `logits`: the model's own logits of the trained tokens, not its last hidden states through the
+    chunked head."""
+
+    layout: str
+    logits: bool = False
+
+
+PATHS = {
+    "packed": Way("packed"),
+    "packed, logits": Way("packed", logits=True),
+    "packed, prompts apart": Way("apart"),
+    "packed, prompts apart, logits": Way("apart", logits=True),
+    "hidden": Way("padded"),
+    "logits": Way("padded", logits=True),
+    "hidden, one by one": Way("alone"),
+    "logits, one by one": Way("alone", logits=True),
+}
+"""Ways to log-probabilities, from fast to slow."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One forward of a batch. `select`: where in the flattened output the trained tokens are predicted; `where`: which of the
+    batch's trained tokens those are, None for all in order."""
+
+    inputs: dict[str, Any]
+    select: Tensor
+    where: Tensor | None = None
 
 
 class Policy:
     """A causal language model with the fastest right way to its log-probabilities.
 
-    The ways are tried in order and compared with the plain model, log-probabilities and gradients (`nemo_rl.model.proof`):
-    the packed forward of known families, then PATHS.
+    PATHS are tried in order and compared with the plain model, log-probabilities and gradients (`nemo_rl.model.proof`). The
+    model is only ever called as a whole, and its output layer's weights are read within that call, so that its modules may be
+    sharded.
     """
 
     def __init__(
@@ -61,11 +92,13 @@ class Policy:
         self.rollout: Any = None
         """What `nemo_rl.rollout.in_process.proof` found out about decoding."""
         self._recomputing: list[nn.Module] = []
-        self.native: NativeDecoder | None = None
+        self.attention: PackedAttention | None = None
+        with suppress(ValueError):
+            self.attention = PackedAttention(self.causal)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(self.causal.forward).parameters
         self.probe = Probe(self.causal, longest)
         self.path = self._choose_path()
-        if self.path != "packed" and sharded is None:
-            log.info("log-probabilities by transformers' own forward (%s)", unsupported(self.causal) or self.path)
+        log.info("log-probabilities of %s: %s", describe(self.causal), self.path)
 
     @property
     def head(self) -> nn.Module:
@@ -86,6 +119,11 @@ class Policy:
     def logprobs(self, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
         """Returns the log-probability of each trained token, (S,), float32, differentiable where gradients are on."""
         return self.by_path(batch, temperature, self.path)
+
+    @property
+    def layout(self) -> str:
+        """How batches go through the model; `nemo_rl.model.packing.plan_microbatches` counts by it."""
+        return PATHS[self.path].layout
 
     def by_path(self, batch: PackedBatch, temperature: float, path: str) -> Tensor:
         """Returns the log-probability of each trained token, (S,), by one of the ways."""
@@ -112,31 +150,70 @@ class Policy:
     @property
     def one_by_one(self) -> bool:
         """Whether each sequence is a forward pass of its own."""
-        return self.path.endswith("one by one")
+        return self.layout == "alone"
 
     def _by_path(self, batch: PackedBatch, temperature: float, path: str) -> Tensor:
-        if path == "packed":
-            assert self.native is not None
-            hidden = self.native.hidden(batch, self.dtype, self.recompute)
+        way = PATHS[path]
+        self.set_recomputing(True)
+        calls = {"packed": self._packed, "apart": self._apart, "padded": self._padded, "alone": self._alone}
+        found, places = [], []
+        for call in calls[way.layout](batch):
+            targets = batch.targets_S if call.where is None else batch.targets_S[call.where]
+            with self._attending(batch, way.layout), self.autocast():
+                compute = self._from_logits if way.logits else self._from_hidden
+                found.append(compute(call, targets, temperature))
+            if call.where is None:
+                return found[0]
+            places.append(call.where)
+        return torch.cat(found).index_select(0, torch.argsort(torch.cat(places)))
+
+    def _from_hidden(self, call: _Call, targets: Tensor, temperature: float) -> Tensor:
+        """Runs the model with log-probabilities of the targets in place of its output layer's logits."""
+        head: Any = self.head
+        found: list[Tensor] = []
+
+        def logprobs(hidden: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, enabled=False):
+                selected = hidden.flatten(0, -2).index_select(0, call.select).to(self.dtype)
+                values = token_logprobs(
+                    selected,
+                    head.weight,
+                    targets,
+                    temperature=temperature,
+                    bias_V=head.bias,
+                    logit_scale=self.logit_scale,
+                    softcap=self.softcap,
+                )
+            found.append(values)
+            return values.view(1, -1, 1)
+
+        own = vars(head).get("forward")
+        head.forward = logprobs
+        try:
+            self.causal(**call.inputs, use_cache=False)
+        finally:
+            if own is None:
+                del head.forward
+            else:
+                head.forward = own
+        if len(found) != 1:
+            raise ValueError(f"the output layer was called {len(found)} times in a forward")
+        return found[0]
+
+    def _from_logits(self, call: _Call, targets: Tensor, temperature: float) -> Tensor:
+        if self._keeps_logits and call.where is None:
+            selected = self.causal(**call.inputs, use_cache=False, logits_to_keep=call.select).logits[0]
         else:
-            self.set_recomputing(True)
-            slots = self._alone if path.endswith("one by one") else self._padded
-            if path.startswith("logits"):
-                logits = slots(batch, lambda **inputs: self.causal(**inputs).logits)
-                selected = logits.index_select(0, batch.select_S).float() / temperature
-                return selected.log_softmax(-1).gather(-1, batch.targets_S[:, None]).squeeze(-1)
-            backbone = self.head_facts.backbone if self.head_facts is not None else self.causal.base_model
-            hidden = slots(batch, lambda **inputs: backbone(**inputs).last_hidden_state)
-        head = self.head
-        return token_logprobs(
-            hidden.index_select(0, batch.select_S).to(self.dtype),
-            head.weight,
-            batch.targets_S,
-            temperature=temperature,
-            bias_V=getattr(head, "bias", None),
-            logit_scale=self.logit_scale,
-            softcap=self.softcap,
-        )
+            selected = self.causal(**call.inputs, use_cache=False).logits.flatten(0, 1).index_select(0, call.select)
+        scaled = selected.float() / temperature
+        return scaled.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+
+    def _attending(self, batch: PackedBatch, layout: str) -> AbstractContextManager[None]:
+        """Within it attention knows the layout of flat tokens."""
+        if layout not in ("packed", "apart"):
+            return nullcontext()
+        assert self.attention is not None
+        return self.attention.running(Flat(batch if layout == "packed" else batch.apart))
 
     def set_recomputing(self, on: bool) -> None:
         """Switches transformers' activation checkpointing on or off.
@@ -147,31 +224,53 @@ class Policy:
         for module in self._recomputing:
             module.training = on
 
-    def _padded(self, batch: PackedBatch, forward: Any) -> Tensor:
-        """Runs `forward` on each padded view and returns its output for each flat token."""
-        outputs = []
+    def _packed(self, batch: PackedBatch) -> Iterator[_Call]:
+        # a mask of ones: masks are then functions of positions, and layers that look for padding find none
+        inputs = {"input_ids": batch.ids_N[None], "position_ids": batch.positions_N[None]}
+        yield _Call({**inputs, "attention_mask": torch.ones_like(batch.ids_N)[None]}, batch.select_S)
+
+    def _apart(self, batch: PackedBatch) -> Iterator[_Call]:
+        """The packed call, with the boundaries of the sequences under the names that transformers' layers know."""
+        ends, longest = batch.boundaries, batch.longest
+        lengths = torch.tensor(batch.lengths, device=self.device)
+        numbers = torch.arange(len(lengths), dtype=torch.int32, device=self.device)
+        boundaries = {
+            **{"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest},
+            "seq_idx": torch.repeat_interleave(numbers, lengths)[None],
+        }
+        for call in self._packed(batch.apart):
+            yield _Call({**call.inputs, **boundaries}, call.select)
+
+    def _padded(self, batch: PackedBatch) -> Iterator[_Call]:
+        places, begin = batch.back_N[batch.select_S], 0
         for view in batch.views:
+            end = begin + view.rows * view.length
             ids = batch.ids_N[view.gather].view(view.rows, view.length)
             columns = torch.arange(view.length, device=ids.device)
             lengths = torch.tensor(view.lengths, device=ids.device)
             mask = (columns[None] < lengths[:, None]).long()
-            positions = columns[None].expand(view.rows, -1)
-            with self.autocast():
-                out = forward(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-            outputs.append(out.flatten(0, 1))
-        return torch.cat(outputs).index_select(0, batch.back_N)
+            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": columns[None].expand(view.rows, -1)}
+            where = ((places >= begin) & (places < end)).nonzero()[:, 0]
+            yield _Call(inputs, places[where] - begin, where)
+            begin = end
 
-    def _alone(self, batch: PackedBatch, forward: Any) -> Tensor:
-        """Runs `forward` on each sequence by itself, given nothing but its tokens, and returns its output for each flat token."""
-        outputs = []
+    def _alone(self, batch: PackedBatch) -> Iterator[_Call]:
+        """Each sequence by itself, given nothing but its tokens."""
+        places, begin = batch.back_N[batch.select_S], 0
         for view in batch.views:
             rows = batch.ids_N[view.gather].view(view.rows, view.length)
             for ids, length in zip(rows, view.lengths, strict=True):
+                where = ((places >= begin) & (places < begin + length)).nonzero()[:, 0]
                 reset_positions(self.causal)
-                with self.autocast():
-                    out = forward(input_ids=ids[None, :length], use_cache=False)[0]
-                outputs.append(F.pad(out, (0, 0, 0, view.length - length)))
-        return torch.cat(outputs).index_select(0, batch.back_N)
+                yield _Call({"input_ids": ids[None, :length]}, places[where] - begin, where)
+                begin += view.length
+
+    @torch.no_grad()
+    def next_logits(self, inputs: dict[str, Any], select: Tensor) -> Tensor:
+        """Returns the logits at some places of the one row of a forward, (select, V), float32."""
+        if self._keeps_logits:
+            return self.causal(**inputs, use_cache=False, logits_to_keep=select).logits[0].float()
+        return self.causal(**inputs, use_cache=False).logits[0].index_select(0, select).float()
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -203,15 +302,10 @@ class Policy:
 
     def _proved_path(self) -> str:
         check_causal(self, self.probe)
-        if self.sharded is None and unsupported(self.causal) is None:
-            self.native = NativeDecoder(self.causal)
-            with suppress(ValueError):
-                return choose_path(self, self.probe, ["packed"])
-            self.native = None
         with exact(self.causal):
             ids = self.probe.ids(min(12, self.probe.longest), 3)
             self.head_facts = self.run(lambda: measure_head(self.causal, ids))
-        paths = [path for path in PATHS if self.head_facts is not None or path.startswith("logits")]
+        paths = [path for path, way in PATHS.items() if self._may_be_right(way)]
         if self.recompute:
             return self._path_with_recomputing(paths)
         try:
@@ -228,11 +322,16 @@ class Policy:
                 f"{describe(self.causal)} cannot be trained right: no way to its log-probabilities and gradients agrees with "
                 f"the plain model of transformers {transformers_version()} ({error}); use another model or another version"
             ) from error
-        if path.startswith("logits"):
+        if PATHS[path].logits:
             log.warning(
                 "this model's logits are more than its output embedding of hidden states; memory grows with the vocabulary"
             )
         return path
+
+    def _may_be_right(self, way: Way) -> bool:
+        if way.layout in ("packed", "apart") and self.attention is None:
+            return False
+        return way.logits or self.head_facts is not None
 
     def _path_with_recomputing(self, paths: list[str]) -> str:
         """The same with activation checkpointing, which not every family gets right. Raises ValueError that names the keyword."""
@@ -240,7 +339,8 @@ class Policy:
             # transformers renames the method during its version 5
             enable = getattr(self.causal, "activation_checkpointing_enable", None)
             enable = enable or self.causal.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            kept = {} if self.attention is None else {"context_fn": self.attention.again}
+            enable({"use_reentrant": False, **kept})
             self._recomputing = [m for m in self.causal.modules() if getattr(m, "gradient_checkpointing", False)]
             return choose_path(self, self.probe, paths)
         except (ValueError, AttributeError) as error:

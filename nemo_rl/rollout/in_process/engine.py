@@ -69,9 +69,9 @@ def new_state(policy: Policy) -> DecodeState:
 
     way = policy.rollout.way
     if way == proof.PACKED:
-        from nemo_rl.rollout.in_process.native import NativeState
+        from nemo_rl.rollout.in_process.packed import PackedState
 
-        return NativeState(policy)
+        return PackedState(policy)
     from nemo_rl.rollout.in_process.generic import CachedState, UncachedState
 
     if way in (proof.CACHE, proof.ONE_LENGTH):

@@ -38,7 +38,7 @@ def prove_rollouts(policy: Policy) -> Rollout:
     if policy.rollout is not None:
         return policy.rollout
     failures = []
-    for way in (PACKED, *WAYS) if policy.native is not None else WAYS:
+    for way in (PACKED, *WAYS) if policy.layout == "packed" else WAYS:
         policy.rollout = Rollout(way, (0.0, 1.0))
         try:
             reason = _fault(policy)
@@ -49,7 +49,7 @@ def prove_rollouts(policy: Policy) -> Rollout:
             text = str(error).strip().splitlines()
             reason = f"{type(error).__name__}: {text[0][:200] if text else ''}"
         if reason is None:
-            if way in (CACHE, ONE_LENGTH):
+            if way in (PACKED, CACHE, ONE_LENGTH):
                 policy.rollout = Rollout(way, _cache_bytes(policy))
             if way not in (PACKED, CACHE):
                 log.warning("rollouts of %s run with %s: %s", describe(policy.causal), way, "; ".join(failures))

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from nemo_rl.job.spec import TrainingSpec
 from nemo_rl.model.load import prepare_model
 from nemo_rl.model.packing import TokenSequence, pack, plan_microbatches
-from nemo_rl.model.policy import Policy
+from nemo_rl.model.policy import PATHS, Policy
 from unit.engine import tiny
-from unit.engine.tiny import GENERIC, NATIVE, gradient, plain_logprobs, random_ids, relative
+from unit.engine.tiny import FAMILIES, gradient, plain_logprobs, random_ids, relative
 
 LENGTHS = (3, 17, 9, 9, 26, 2, 12)
 
@@ -100,14 +100,9 @@ def assert_same(found: tuple[float, Tensor], expected: tuple[float, Tensor], tol
 # ------------------------------------------------------------------ which way
 
 
-@pytest.mark.parametrize("family", NATIVE)
-def test_known_families_take_the_packed_forward(model_of, family: str):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_run_packed_and_never_make_all_logits(model_of, family: str):
     assert policy_of(model_of(family)).path == "packed"
-
-
-@pytest.mark.parametrize("family", GENERIC)
-def test_other_models_take_hidden_states_and_never_their_logits(model_of, family: str):
-    assert policy_of(model_of(family)).path == "hidden"
 
 
 def test_a_model_that_changes_its_logits_in_its_own_way_is_asked_for_logits():
@@ -121,15 +116,14 @@ def test_a_model_that_changes_its_logits_in_its_own_way_is_asked_for_logits():
 
     model.forward = shifted
     policy = policy_of(model)
-    assert policy.path == "logits"
+    assert policy.path == "packed, logits"
     assert_same(of_policy(policy, some_sequences()), of_plain(model, some_sequences()))
 
 
 # ------------------------------------------------------------------ equality with transformers
 
-WAYS = [(family, "packed") for family in NATIVE]
-WAYS += [(family, "hidden") for family in (*GENERIC, "qwen2", "llama")]
-WAYS += [(family, "logits") for family in ("qwen2", "gemma2", "gpt2")]
+WAYS = [(family, "packed") for family in FAMILIES]
+WAYS += [(family, path) for family in ("qwen2", "gemma2", "gpt2") for path in PATHS if path != "packed"]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -69,8 +69,10 @@ def config_of(family: str, **changes: object) -> object:
     raise AssertionError(family)
 
 
-NATIVE = ("qwen2", "llama", "llama3_rope", "yarn_rope", "qwen3", "mistral")
-GENERIC = ("gpt2", "gemma2", "mistral_window", "granite", "cohere", "phi", "dynamic_rope")
+FAMILIES = (
+    *("qwen2", "llama", "llama3_rope", "yarn_rope", "qwen3", "mistral"),
+    *("gpt2", "gemma2", "mistral_window", "granite", "cohere", "phi", "dynamic_rope"),
+)
 
 
 def make_model(family: str, seed: int = 0, **changes: object) -> nn.Module:
