@@ -336,14 +336,12 @@ def _off(
     found = kernel(*half, batch, band, facts)
     expected = _grouped(*full, batch, lambda _: band, facts)
     pairs = [(found, expected)]
-    pairs += zip(
-        torch.autograd.grad(found.float().sum(), half), torch.autograd.grad(expected.sum(), full), strict=True
-    )
+    pairs += zip(torch.autograd.grad(found.float().sum(), half), torch.autograd.grad(expected.sum(), full), strict=True)
     return max((a.float() - b).abs().max().item() / max(1.0, b.abs().max().item()) for a, b in pairs)
 
 
 def _slots(batch: PackedBatch, *flat: Tensor) -> list[Tensor]:
-    return [x.index_select(0, batch.slots_M) for x in flat]
+    return [x.index_select(0, batch.slots) for x in flat]
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, band: Band, facts: Facts) -> Tensor:
@@ -356,7 +354,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, band: Band, fac
     out = varlen_attn(
         *inputs, ends, ends, longest, longest, scale=facts.scale, window_size=(left, 0), enable_gqa=grouped
     )
-    return out.index_select(0, batch.from_slots_N)
+    return out.index_select(0, batch.from_slots)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, band: Band, facts: Facts) -> Tensor:
@@ -372,7 +370,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, band: Band, fact
         window_size=(left, 0 if band.window is not None else -1),
         softcap=facts.softcap or 0.0,
     )
-    return out.index_select(0, batch.from_slots_N)
+    return out.index_select(0, batch.from_slots)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, band: Band, facts: Facts) -> Tensor:
@@ -388,8 +386,8 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, band: Band, facts
 
     blocks = batch.blocks.get(window)
     if blocks is None:
-        slots = len(batch.slots_M)
-        blocks = batch.blocks[window] = create_block_mask(visible, None, None, slots, slots, device=q.device)
+        places = len(batch.slots)
+        blocks = batch.blocks[window] = create_block_mask(visible, None, None, places, places, device=q.device)
     inputs = [x.transpose(0, 1).unsqueeze(0) for x in _slots(batch, q, k, v)]
     out = _compiled_flex()(
         *inputs,
@@ -398,7 +396,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, band: Band, facts
         scale=facts.scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return out[0].transpose(0, 1).index_select(0, batch.from_slots_N)
+    return out[0].transpose(0, 1).index_select(0, batch.from_slots)
 
 
 @cache

@@ -84,19 +84,23 @@ class PackedBatch:
         return [length for view in self.views for length in view.lengths]
 
     @cached_property
-    def slots_M(self) -> Tensor:
+    def slots(self) -> Tensor:
         """The flat index of each token of each sequence in `order`, one sequence after the other: shared prompts repeat."""
         rows = [view.gather.view(view.rows, view.length) for view in self.views]
         return torch.cat(
-            [row[:length] for view, r in zip(self.views, rows, strict=True) for row, length in zip(r, view.lengths, strict=True)]
+            [
+                row[:length]
+                for view, r in zip(self.views, rows, strict=True)
+                for row, length in zip(r, view.lengths, strict=True)
+            ]
         )
 
     @cached_property
-    def from_slots_N(self) -> Tensor:
-        """For each flat token the index in `slots_M` of one of its places."""
-        places = torch.arange(len(self.slots_M), device=self.slots_M.device)
+    def from_slots(self) -> Tensor:
+        """For each flat token the index in `slots` of one of its places."""
+        places = torch.arange(len(self.slots), device=self.slots.device)
         first = places.new_zeros(len(self.ids_N))
-        return first.scatter_reduce_(0, self.slots_M, places, "amin", include_self=False)
+        return first.scatter_reduce_(0, self.slots, places, "amin", include_self=False)
 
     @cached_property
     def apart(self) -> PackedBatch:
@@ -116,18 +120,18 @@ class PackedBatch:
             number, begin = number + view.rows, begin + view.rows * view.length
         return replace(
             self,
-            ids_N=self.ids_N[self.slots_M],
-            positions_N=self.positions_N[self.slots_M],
+            ids_N=self.ids_N[self.slots],
+            positions_N=self.positions_N[self.slots],
             views=views,
             back_N=back,
-            select_S=self.from_slots_N[self.select_S],
+            select_S=self.from_slots[self.select_S],
         )
 
     @cached_property
     def boundaries(self) -> Tensor:
-        """Where the sequences begin and end in `slots_M`, (sequences + 1,), int32."""
+        """Where the sequences begin and end in `slots`, (sequences + 1,), int32."""
         ends = torch.tensor([0, *self.lengths], dtype=torch.int32)
-        return ends.cumsum(0, dtype=torch.int32).to(self.slots_M.device)
+        return ends.cumsum(0, dtype=torch.int32).to(self.slots.device)
 
     def per_sequence(self, values_S: Tensor) -> Tensor:
         """Returns the sum of `values_S` over the trained tokens of each sequence, (num_sequences,), differentiable."""

@@ -27,14 +27,15 @@ sequences are longer than the model's window as far as a few seconds of computin
 
 | Training | What it means |
 | --- | --- |
-| packed | our forward for Llama-like models: no padding, a shared prompt is computed once |
+| packed | transformers' modules on one row of flat tokens with our attention: no padding, a shared prompt is computed once |
+| packed, prompts apart | the same, each sequence whole; layers with a state are told where sequences begin |
 | hidden | transformers' modules on padded batches; logits are made in chunks |
 | logits | the same, for models whose logits are more than an output layer; memory grows with the vocabulary |
 | ..., one by one | each sequence by itself, for models that mishandle padding |
 
 | Rollouts | What it means |
 | --- | --- |
-| packed | our decoder for Llama-like models |
+| packed | transformers' modules with our attention and cache: prompts run packed, nothing is padded |
 | cache | transformers' forward and the model's own cache, prompts padded on the left |
 | cache, one length at a time | prompts of equal lengths run together, for models whose state padding would enter |
 | no cache, ... | every token runs the whole sequence again: slow, for models whose cache is wrong, missing or refused |

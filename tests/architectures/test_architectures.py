@@ -11,7 +11,7 @@ from architectures.checks import check
 from architectures.tiny_models import BIG, all_types
 
 MECHANISMS = {
-    "llama": "packed forward",
+    "llama": "packed tokens",
     "gemma2": "sliding windows, soft caps",
     "gemma4": "a composite whose cap stands in its text configuration, head sizes by layer",
     "mixtral": "experts, router jitter",

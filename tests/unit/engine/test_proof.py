@@ -48,14 +48,14 @@ def test_a_way_that_is_wrong_beyond_some_tokens_only_is_not_taken():
     assert Policy(changed(tiny.make_model("gpt2"), change), "fp32").path == "hidden, one by one"
 
 
-def test_where_padding_is_mishandled_sequences_run_one_by_one():
+def test_padding_that_a_model_mishandles_is_not_there_when_it_runs_packed():
     def change(hidden: Tensor, inputs: dict[str, Any]) -> Tensor:
         mask = inputs.get("attention_mask")
         return hidden if mask is None else hidden * (1 + 0.1 * (mask == 0).any(-1).float()[:, None, None])
 
     model = changed(tiny.make_model("gpt2"), change)
     policy = Policy(model, "fp32")
-    assert policy.path == "hidden, one by one"
+    assert policy.path == "packed"
     sequences = [TokenSequence(random_ids(n, n), 1) for n in (5, 12, 3)]
     batch = pack(sequences)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_a_wrong_gradient_alone_is_found():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_soft_cap_in_the_text_configuration_is_part_of_the_fast_way(precision: str):
     policy = Policy(prepare_model(make_model("gemma4"), TrainingSpec(), CPU), precision)
-    assert (policy.path, policy.softcap) == ("hidden", 4.0)
+    assert (policy.path, policy.softcap) == ("packed", 4.0)
 
 
 @pytest.mark.parametrize(
@@ -131,21 +131,25 @@ def wrong_with(condition: Any) -> nn.Module:
     """A model whose hidden states are others where `condition(inputs)` holds, in rollouts only."""
 
     def change(hidden: Tensor, inputs: dict[str, Any]) -> Tensor:
-        return hidden * 1.2 if inputs.get("use_cache") and condition(inputs) else hidden
+        decoding = inputs.get("use_cache") or hidden.shape[1] == 1
+        return hidden * 1.2 if decoding and condition(inputs) else hidden
 
     return changed(tiny.make_model("gpt2"), change)
 
 
 @pytest.mark.parametrize(
-    ("condition", "way"),
+    ("condition", "path", "way"),
     [
-        (lambda inputs: False, "cache"),
-        (lambda inputs: inputs.get("attention_mask") is not None, "cache, one length at a time"),
-        (lambda inputs: inputs.get("past_key_values") is not None, "no cache, one length at a time"),
+        (lambda inputs: False, "packed", "packed"),
+        (lambda inputs: not inputs.get("use_cache"), "packed", "cache"),
+        (lambda inputs: False, "hidden", "cache"),
+        (lambda inputs: inputs.get("attention_mask") is not None, "hidden, one by one", "cache, one length at a time"),
+        (lambda inputs: inputs.get("past_key_values") is not None, "hidden", "no cache, one length at a time"),
     ],
 )
-def test_rollouts_take_the_fastest_way_that_is_right(condition: Any, way: str):
+def test_rollouts_take_the_fastest_way_that_is_right(condition: Any, path: str, way: str):
     policy = Policy(wrong_with(condition), "fp32")
+    policy.path = path
     assert prove_rollouts(policy).way == way
     exact_rollouts(policy)
 
@@ -155,7 +159,7 @@ def test_rows_that_are_not_independent_run_one_by_one():
         return hidden * (1 + 0.1 * (len(hidden) > 1))
 
     policy = Policy(changed(tiny.make_model("gpt2"), change), "fp32")
-    assert policy.path == "hidden, one by one"
+    assert policy.path == "packed"
     assert prove_rollouts(policy).way == "no cache, one row at a time"
     exact_rollouts(policy)
 
@@ -166,7 +170,8 @@ def test_where_no_way_of_decoding_is_right_a_sentence_says_so():
 
     def forward(**inputs: Any) -> Any:
         out = plain(**inputs)
-        out.logits = out.logits * 1.3 if inputs.get("logits_to_keep") else out.logits
+        decoding = inputs.get("logits_to_keep") or inputs["input_ids"].shape[1] == 1
+        out.logits = out.logits * 1.3 if decoding else out.logits
         return out
 
     model.forward = forward
