@@ -1,8 +1,10 @@
 """Time of GRPO, DPO and SFT steps against TRL's trainers: same model, same data, same shapes, alternating runs.
 
     python benchmarks/engine.py [--rounds 3] [--steps 8] [--only grpo sft dpo import] [--max-new-tokens 32]
+    python benchmarks/engine.py --size 125m [--family gemma2] [--lora] [--max-new-tokens 48] [--rounds 1] [--steps 4]
 
-Both sides train the same tiny Qwen2 (854 k parameters, fp32, CPU) on the same rows. TRL runs in its fastest known CPU
+Both sides train the same Qwen2 (854 k parameters, fp32, CPU) on the same rows; with `--size 125m` one of 12 layers of 768 and
+32,000 tokens with random weights, whose completions run to their limit, in steps of 4 prompts x 8 or 16 examples. TRL runs in its fastest known CPU
 configuration, named in the output. First the loss and the gradient of one batch are compared; then each side runs in a
 process of its own, in turn, and the median of its steps counts. Printed are ratios per trained token: TRL / nemo-rl.
 """
@@ -19,14 +21,27 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-PROMPTS, GENERATIONS, BATCH = 32, 16, 64
 WARMUP = 2
+LORA_RANK = 16
+
+
+class Shape(NamedTuple):
+    """Prompts and completions of each in a GRPO step, examples of an SFT step or pairs of a DPO step, and how TRL cuts them."""
+
+    prompts: int
+    generations: int
+    batch: int
+    trl_completions: int
+    trl_accumulation: int
+
+
+SHAPES = {"tiny": Shape(32, 16, 64, 128, 4), "125m": Shape(4, 8, 16, 32, 1)}
 TRL_CONFIGURATION = {
     "grpo": "fp32, no checkpointing, micro-batches of 128, fused AdamW, dynamic cache",
     "dpo": "fp32, no checkpointing, precompute_ref_log_probs, 16 pairs x 4 accumulation",
@@ -54,11 +69,26 @@ def sevens(text: str) -> float:
     return text.count("7") / max(1, len(text))
 
 
-def make_policy(folder: Path, longest: int) -> None:
-    """Writes the model of the benchmark: taught to emit completions of varied length, so that groups finish unevenly."""
+def large_config(family: str) -> Any:
+    """The configuration of a model of 125 million parameters."""
+    from transformers import Gemma2Config, Qwen2Config
+
+    shared = {
+        **{"vocab_size": 32_000, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12},
+        **{"num_attention_heads": 12, "num_key_value_heads": 4, "max_position_embeddings": 2048},
+        **{"tie_word_embeddings": True, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None},
+    }
+    if family == "gemma2":
+        return Gemma2Config(**shared, head_dim=64, query_pre_attn_scalar=64, sliding_window=512)
+    return Qwen2Config(**shared)
+
+
+def make_policy(folder: Path, longest: int, size: str = "tiny", family: str = "qwen2") -> None:
+    """Writes the model of the benchmark; the tiny one taught to emit completions of varied length, so that groups finish
+    unevenly."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     import nemo_rl
 
@@ -92,10 +122,15 @@ def make_policy(folder: Path, longest: int) -> None:
     ]
     draw = random.Random(0)
     tokenizer.train_from_iterator([" ".join(draw.choices(words, k=12)) for _ in range(400)], trainer)
-    PreTrainedTokenizerFast(
+    written = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left", model_max_length=2048
-    ).save_pretrained(folder / "init")
+    )
     torch.manual_seed(0)
+    if size != "tiny":
+        written.save_pretrained(folder / "policy")
+        AutoModelForCausalLM.from_config(large_config(family)).save_pretrained(folder / "policy")
+        return
+    written.save_pretrained(folder / "init")
     config = Qwen2Config(
         vocab_size=512,
         hidden_size=128,
@@ -126,22 +161,23 @@ def make_policy(folder: Path, longest: int) -> None:
     Path(result.checkpoint_path).rename(folder / "policy")
 
 
-def rows_of(algorithm: str, steps: int, longest: int) -> list[dict[str, str]]:
+def rows_of(algorithm: str, steps: int, longest: int, shape: Shape = SHAPES["tiny"]) -> list[dict[str, str]]:
     if algorithm == "grpo":
-        return [{"prompt": p} for p in prompts(PROMPTS * steps, seed=7)]
-    chosen = pairs(BATCH * steps, longest, seed=21)
+        return [{"prompt": p} for p in prompts(shape.prompts * steps, seed=7)]
+    chosen = pairs(shape.batch * steps, longest, seed=21)
     if algorithm == "sft":
         return [{"prompt": p, "completion": c} for p, c in chosen]
-    rejected = pairs(BATCH * steps, longest, seed=41)
+    rejected = pairs(shape.batch * steps, longest, seed=41)
     return [{"prompt": p, "chosen": c, "rejected": r} for (p, c), (_, r) in zip(chosen, rejected, strict=True)]
 
 
 # ---------------------------------------------------------------------- the two sides, each in a process of its own
 
 
-def run_ours(algorithm: str, folder: Path, steps: int, longest: int) -> list[tuple[float, int]]:
+def run_ours(algorithm: str, folder: Path, options: argparse.Namespace) -> list[tuple[float, int]]:
     import nemo_rl
 
+    steps, longest, shape = options.steps, options.max_new_tokens, SHAPES[options.size]
     found: list[tuple[float, int]] = []
 
     class Clock(nemo_rl.Callback):
@@ -152,21 +188,23 @@ def run_ours(algorithm: str, folder: Path, steps: int, longest: int) -> list[tup
             now = time.perf_counter()
             tokens = metrics["tokens"]
             if algorithm == "grpo":
-                tokens = round(metrics["completion_length"] * PROMPTS * GENERATIONS)
+                tokens = round(metrics["completion_length"] * shape.prompts * shape.generations)
             found.append((now - self.last, tokens))
             self.last = now
 
     extra: dict[str, Any] = {}
     if algorithm == "grpo":
-        extra = {"num_generations_per_prompt": GENERATIONS, "max_new_tokens": longest}
+        extra = {"num_generations_per_prompt": shape.generations, "max_new_tokens": longest}
+    if options.lora:
+        extra["lora_rank"] = LORA_RANK
     with tempfile.TemporaryDirectory() as output:
         nemo_rl.train(
             str(folder / "policy"),
-            rows_of(algorithm, steps, longest),
+            rows_of(algorithm, steps, longest, shape),
             (lambda prompt, response: sevens(response)) if algorithm == "grpo" else None,
             algorithm=algorithm,
             max_steps=steps,
-            batch_size=PROMPTS if algorithm == "grpo" else BATCH,
+            batch_size=shape.prompts if algorithm == "grpo" else shape.batch,
             learning_rate=1e-6,
             weight_decay=0.0,
             save_every=None,
@@ -179,10 +217,11 @@ def run_ours(algorithm: str, folder: Path, steps: int, longest: int) -> list[tup
     return found
 
 
-def run_trl(algorithm: str, folder: Path, steps: int, longest: int) -> list[tuple[float, int]]:
+def run_trl(algorithm: str, folder: Path, options: argparse.Namespace) -> list[tuple[float, int]]:
     import torch
     from transformers import TrainerCallback
 
+    steps, longest, shape = options.steps, options.max_new_tokens, SHAPES[options.size]
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     found: list[tuple[float, int]] = []
     tokens = [0]
@@ -197,7 +236,11 @@ def run_trl(algorithm: str, folder: Path, steps: int, longest: int) -> list[tupl
             self.last, tokens[0] = now, 0
 
     with tempfile.TemporaryDirectory() as output:
-        trainer = make_trl(algorithm, folder, output, rows_of(algorithm, steps, longest), steps, longest, [Clock()])
+        trainer = make_trl(
+            *(algorithm, folder, output, rows_of(algorithm, steps, longest, shape), steps, longest, [Clock()]),
+            shape=shape,
+            lora=options.lora,
+        )
         original = trainer.training_step
 
         def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -227,6 +270,8 @@ def make_trl(
     steps: int,
     longest: int,
     callbacks: list[Any],
+    shape: Shape = SHAPES["tiny"],
+    lora: bool = False,
 ) -> Any:
     import torch
     from datasets import Dataset
@@ -255,11 +300,15 @@ def make_trl(
         "processing_class": AutoTokenizer.from_pretrained(folder / "policy"),
         "callbacks": callbacks,
     }
+    if lora:
+        from peft import LoraConfig
+
+        shared["peft_config"] = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear")
     if algorithm == "grpo":
         config = GRPOConfig(
-            per_device_train_batch_size=128,
-            gradient_accumulation_steps=PROMPTS * GENERATIONS // 128,
-            num_generations=GENERATIONS,
+            per_device_train_batch_size=shape.trl_completions,
+            gradient_accumulation_steps=shape.prompts * shape.generations // shape.trl_completions,
+            num_generations=shape.generations,
             max_completion_length=longest,
             beta=0.0,
             **common,
@@ -269,12 +318,17 @@ def make_trl(
             return [sevens(text) for text in completions]
 
         return GRPOTrainer(reward_funcs=reward, args=config, **shared)
-    batches = {"per_device_train_batch_size": BATCH // 4, "gradient_accumulation_steps": 4, "max_length": None}
+    batches = {
+        "per_device_train_batch_size": shape.batch // shape.trl_accumulation,
+        "gradient_accumulation_steps": shape.trl_accumulation,
+        "max_length": None,
+    }
     if algorithm == "sft":
         return SFTTrainer(args=SFTConfig(train_sampling_strategy="group_by_length", **batches, **common), **shared)
-    reference = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
+    if not lora:  # of adapters the reference is the model without them
+        shared["ref_model"] = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
     config = DPOConfig(precompute_ref_log_probs=True, beta=0.1, **batches, **common)
-    return DPOTrainer(args=config, ref_model=reference, **shared)
+    return DPOTrainer(args=config, **shared)
 
 
 # ---------------------------------------------------------------------- equality, ratios
@@ -289,7 +343,7 @@ def compare_one_batch(folder: Path, longest: int) -> None:
     from nemo_rl.model.policy import Policy
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
-    rows = pairs(BATCH, longest, seed=5)
+    rows = pairs(SHAPES["tiny"].batch, longest, seed=5)
     sequences = []
     for prompt, completion in rows:
         start = tokenizer(prompt)["input_ids"]
@@ -322,7 +376,8 @@ def compare_one_batch(folder: Path, longest: int) -> None:
 
 def measure(side: str, algorithm: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, __file__, "--side", side, "--only", algorithm, "--folder", str(folder)]
-    command += ["--steps", str(options.steps), "--max-new-tokens", str(options.max_new_tokens)]
+    command += ["--steps", str(options.steps), "--max-new-tokens", str(options.max_new_tokens), "--size", options.size]
+    command += ["--lora"] if options.lora else []
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     return json.loads(next(line for line in reversed(lines) if line.startswith("{")))
 
@@ -338,6 +393,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--size", choices=list(SHAPES), default="tiny")
+    parser.add_argument("--family", choices=["qwen2", "gemma2"], default="qwen2", help="of --size 125m")
+    parser.add_argument("--lora", action="store_true", help="adapters of rank 16 on every linear layer, on both sides")
     parser.add_argument("--only", nargs="*", default=["grpo", "dpo", "sft", "import"])
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--side", choices=["ours", "trl"], help=argparse.SUPPRESS)
@@ -345,7 +403,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.side:
         run = run_ours if options.side == "ours" else run_trl
-        steps = run(options.only[0], options.folder, options.steps, options.max_new_tokens)[WARMUP:]
+        steps = run(options.only[0], options.folder, options)[WARMUP:]
         per_token = statistics.median(seconds / tokens for seconds, tokens in steps)
         print(json.dumps({"seconds": statistics.median(s for s, _ in steps), "per_token": per_token}))
         return
@@ -353,8 +411,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if set(options.only) - {"import"}:
-            make_policy(folder, options.max_new_tokens)
-            compare_one_batch(folder, options.max_new_tokens)
+            make_policy(folder, options.max_new_tokens, options.size, options.family)
+            if options.size == "tiny":
+                compare_one_batch(folder, options.max_new_tokens)
         for algorithm in [name for name in options.only if name != "import"]:
             print(f"{algorithm}: TRL in {TRL_CONFIGURATION[algorithm]}", flush=True)
             ratios = []

@@ -18,6 +18,9 @@ from torch import Tensor
 ATTENTION_VIEWS = 4
 """Length classes of one micro-batch: more waste less padding but make more, smaller attention calls."""
 
+ATTENTION_SHARE = 1 / 6
+"""What a place in attention costs, of a token through a whole layer: queries, keys, values and outputs of all its numbers."""
+
 
 @dataclass(frozen=True)
 class TokenSequence:
@@ -214,44 +217,83 @@ def _tensor(values: list[int], device: torch.device | str) -> Tensor:
     return torch.tensor(values, dtype=torch.long, device=device)
 
 
-def plan_microbatches(sequences: SequenceOf[TokenSequence], budget: int, split_groups: bool = True) -> list[list[int]]:
-    """Returns lists of sequence indices, each at most `budget` flat tokens where one sequence alone is not longer.
+def plan_microbatches(
+    sequences: SequenceOf[TokenSequence], budget: int, split_groups: bool = True, layout: str = "packed"
+) -> list[list[int]]:
+    """Returns lists of sequence indices, each of a cost of at most `budget` tokens where one sequence alone does not cost more.
 
-    Sequences of one group stay together as far as the budget allows (always without `split_groups`), so that their prompt
-    is computed once; sequences of similar length come together, so that attention pads little. Depends on the sequences
-    alone, never on timing.
+    `layout`: how a batch goes through the model (`nemo_rl.model.policy.Way`), which decides what is computed; see
+    `cost_in_tokens`. Sequences of one group stay together as far as the budget allows (always without `split_groups`), so that
+    their prompt is computed once; sequences of similar length come together, so that attention pads little. Depends on the
+    sequences alone, never on timing.
     """
     groups: dict[object, list[int]] = {}
     for i, sequence in enumerate(sequences):
         groups.setdefault(("single", i) if sequence.group is None else sequence.group, []).append(i)
     units: list[list[int]] = []
     for members in groups.values():
-        units += _split(members, sequences, budget) if split_groups else [members]
+        units += _split(members, sequences, budget, layout) if split_groups else [members]
     units.sort(key=lambda unit: max(len(sequences[i].ids) for i in unit))
     plan: list[list[int]] = []
-    used = 0
+    sizes = _Sizes()
     for unit in units:
-        cost = _flat_tokens(unit, sequences)
-        if not plan or used + cost > budget:
+        more = _sizes(unit, sequences)
+        if not plan or sizes.plus(more).cost(layout) > budget:
             plan.append([])
-            used = 0
+            sizes = _Sizes()
         plan[-1] += unit
-        used += cost
+        sizes = sizes.plus(more)
     return plan
 
 
-def _flat_tokens(members: list[int], sequences: SequenceOf[TokenSequence]) -> int:
+def cost_in_tokens(sequences: SequenceOf[TokenSequence], layout: str = "packed") -> int:
+    """Returns what is computed for a batch, in tokens that go through all layers: flat tokens, with a share of ATTENTION_SHARE
+    for each place in attention that repeats one of a shared prompt ("packed"); every token of every sequence ("apart",
+    "alone"); every slot, padding too ("padded")."""
+    sizes = _Sizes()
+    groups: dict[object, list[int]] = {}
+    for i, sequence in enumerate(sequences):
+        groups.setdefault(("single", i) if sequence.group is None else sequence.group, []).append(i)
+    for members in groups.values():
+        sizes = sizes.plus(_sizes(members, sequences))
+    return sizes.cost(layout)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Of some sequences: `flat` tokens with each shared prompt once, tokens of all in `places`, the longest, their number."""
+
+    flat: int = 0
+    places: int = 0
+    longest: int = 0
+    number: int = 0
+
+    def plus(self, other: _Sizes) -> _Sizes:
+        longest = max(self.longest, other.longest)
+        return _Sizes(self.flat + other.flat, self.places + other.places, longest, self.number + other.number)
+
+    def cost(self, layout: str) -> int:
+        if layout == "padded":
+            return self.number * self.longest
+        if layout == "packed":
+            return self.flat + int(ATTENTION_SHARE * (self.places - self.flat))
+        return self.places
+
+
+def _sizes(members: list[int], sequences: SequenceOf[TokenSequence]) -> _Sizes:
+    """Returns the sizes of sequences that share a prompt, or of one."""
+    lengths = [len(sequences[i].ids) - 1 for i in members]
     shared = sequences[members[0]].shared if sequences[members[0]].group is not None else 0
-    return shared + sum(len(sequences[i].ids) - 1 - shared for i in members)
+    return _Sizes(shared + sum(lengths) - shared * len(members), sum(lengths), max(lengths), len(members))
 
 
-def _split(members: list[int], sequences: SequenceOf[TokenSequence], budget: int) -> list[list[int]]:
+def _split(members: list[int], sequences: SequenceOf[TokenSequence], budget: int, layout: str) -> list[list[int]]:
     """Cuts one group into parts that fit the budget, if it does not fit as a whole."""
-    if len(members) == 1 or _flat_tokens(members, sequences) <= budget:
+    if len(members) == 1 or _sizes(members, sequences).cost(layout) <= budget:
         return [members]
     parts: list[list[int]] = [[]]
     for i in sorted(members, key=lambda i: len(sequences[i].ids)):
-        if parts[-1] and _flat_tokens([*parts[-1], i], sequences) > budget:
+        if parts[-1] and _sizes([*parts[-1], i], sequences).cost(layout) > budget:
             parts.append([])
         parts[-1].append(i)
     return parts

@@ -54,7 +54,8 @@ class Passes:
         Where a sharded model runs each sequence by itself, it is one a micro-batch: ranks then make as many forward passes.
         """
         alone = self.policy.sharded is not None and self.policy.one_by_one
-        return plan_microbatches(sequences, 1 if alone else self.token_budget, split_groups)
+        budget = 1 if alone else self.token_budget
+        return plan_microbatches(sequences, budget, split_groups, self.policy.layout)
 
     def passes(
         self, sequences: list[TokenSequence], split_groups: bool = True, may_stop: bool = True

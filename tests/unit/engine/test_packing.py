@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -9,7 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_rl.model.packing import AttentionView, PackedBatch, TokenSequence, pack, plan_microbatches
+from nemo_rl.model.packing import (
+    AttentionView,
+    PackedBatch,
+    TokenSequence,
+    cost_in_tokens,
+    pack,
+    plan_microbatches,
+)
 
 exact = settings(deadline=None, derandomize=True, max_examples=80)
 
@@ -199,8 +207,42 @@ def test_all_fits_into_one_microbatch_under_a_large_budget(budget: int):
     assert len(plan_microbatches(sequences, budget)) == 1
 
 
+@exact
+@given(any_sequences, st.integers(1, 60), st.sampled_from(["apart", "padded", "alone"]))
+def test_the_budget_holds_for_what_the_layout_computes(sequences: list[TokenSequence], budget: int, layout: str):
+    for members in plan_microbatches(sequences, budget, layout=layout):
+        lengths = [len(sequences[i].ids) - 1 for i in members]
+        computed = len(lengths) * max(lengths) if layout == "padded" else sum(lengths)
+        assert len(members) == 1 or computed <= budget
+        batch = pack([sequences[i] for i in members])
+        found = sum(view.rows * view.length for view in batch.views) if layout == "padded" else len(batch.apart.ids_N)
+        assert found <= computed
+
+
+def test_a_shared_prompt_counts_as_often_as_attention_sees_it():
+    """Prompt 4000, 16 completions of 200: the flat tokens are 7,200, but attention has 67,000 places."""
+    prompt = list(range(4000))
+    sequences = [TokenSequence([*prompt, *range(201)], 4000, group=0, shared=4000) for _ in range(16)]
+    assert cost_in_tokens(sequences) == 7_200 + 60_000 // 6
+    assert cost_in_tokens(sequences, "padded") == 67_200
+    assert len(plan_microbatches(sequences, 16_384)) == 2
+    assert [len(members) for members in plan_microbatches(sequences, 16_384, layout="padded")] == [3, 3, 3, 3, 3, 1]
+
+
+@exact
+@given(any_sequences)
+def test_sequences_apart_are_the_same_batch_without_shared_prompts(sequences: list[TokenSequence]):
+    batch = pack(sequences)
+    apart = batch.apart
+    assert apart.ids_N.tolist() == [token for i in batch.order for token in sequences[i].ids[:-1]]
+    assert apart.boundaries.tolist() == [0, *itertools.accumulate(len(sequences[i].ids) - 1 for i in batch.order)]
+    assert torch.cat([view.gather for view in apart.views])[apart.back_N].tolist() == list(range(len(apart.ids_N)))
+    for flat, other in zip(batch.select_S.tolist(), apart.select_S.tolist(), strict=True):
+        assert context_of(batch, flat) == context_of(apart, other)
+
+
 def test_a_group_that_fits_is_not_cut():
     prompt = list(range(40))
     sequences = [TokenSequence([*prompt, 1, 2], 40, group=g, shared=40) for g in (0, 1) for _ in range(4)]
-    plan = plan_microbatches(sequences, 50)
+    plan = plan_microbatches(sequences, 70)
     assert sorted(sorted(members) for members in plan) == [[0, 1, 2, 3], [4, 5, 6, 7]]
