@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+
 @dataclass(frozen=True)
 class Way:
     """How a batch goes through transformers' modules. `layout`: "packed", flat tokens in one row with our attention, a shared
