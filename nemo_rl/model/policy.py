@@ -332,6 +332,10 @@ class Policy:
     def _may_be_right(self, way: Way) -> bool:
         if way.layout in ("packed", "apart") and self.attention is None:
             return False
+        if way.layout == "apart" and self.sharded is not None:  # layers that refuse boundaries would cut off a collective pass
+            return False
+        if way.layout in ("packed", "apart"):
+            return way.logits == (self.head_facts is None)
         return way.logits or self.head_facts is not None
 
     def _path_with_recomputing(self, paths: list[str]) -> str:

@@ -105,6 +105,8 @@ def _fault(policy: Policy, probe: Probe, path: str) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a family's code raises, it cannot take this path
+        if policy.sharded is not None:
+            policy.sharded.reset()
         return f"{type(error).__name__}: {_line(error)}"
     if bad.any():
         return f"log-probabilities differ from the plain model's by up to {errors.max():.2g} nats"
