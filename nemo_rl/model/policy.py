@@ -332,7 +332,9 @@ class Policy:
     def _may_be_right(self, way: Way) -> bool:
         if way.layout in ("packed", "apart") and self.attention is None:
             return False
-        if way.layout == "apart" and self.sharded is not None:  # layers that refuse boundaries would cut off a collective pass
+        if (
+            way.layout == "apart" and self.sharded is not None
+        ):  # layers that refuse boundaries would cut off a collective pass
             return False
         if way.layout in ("packed", "apart"):
             return way.logits == (self.head_facts is None)
