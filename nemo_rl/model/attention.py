@@ -171,10 +171,12 @@ class Flat:
         kernel = _kernel(q, k, v, band, facts)
         if kernel is not None:
             return kernel(q, k, v, batch, band, facts).unsqueeze(0)
-        return _grouped(q, k, v, batch, lambda length: seen.band(length, q.device), facts).unsqueeze(0)
+        return grouped_attention(q, k, v, batch, lambda length: seen.band(length, q.device), facts).unsqueeze(0)
 
 
-def _grouped(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, band: Callable[[int], Band], facts: Facts) -> Tensor:
+def grouped_attention(
+    q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, band: Callable[[int], Band], facts: Facts
+) -> Tensor:
     """Attention of sequences of similar length together, (N, H, D): right padding needs no mask, since no real token sees a
     later slot."""
     outputs = []
@@ -334,7 +336,7 @@ def _off(
     full = [x.to(device).requires_grad_() for x in half]
     band, facts = Band(40 if window else None), Facts(D**-0.5, softcap)
     found = kernel(*half, batch, band, facts)
-    expected = _grouped(*full, batch, lambda _: band, facts)
+    expected = grouped_attention(*full, batch, lambda _: band, facts)
     pairs = [(found, expected)]
     pairs += zip(torch.autograd.grad(found.float().sum(), half), torch.autograd.grad(expected.sum(), full), strict=True)
     return max((a.float() - b).abs().max().item() / max(1.0, b.abs().max().item()) for a, b in pairs)

@@ -27,7 +27,8 @@ from torch.utils._pytree import tree_leaves
 from nemo_rl.job.spec import Algorithm, GRPOSpec, RLTrainingJobSpec, TrainingSpec
 from nemo_rl.model import logprobs
 from nemo_rl.model.adapters import add_adapters
-from nemo_rl.model.decoder import NativeDecoder, unsupported
+from nemo_rl.model.attention import CAUSAL, PackedAttention, Seen, grouped_attention
+from nemo_rl.model.attention import Facts as Scores
 from nemo_rl.model.packing import PackedBatch, TokenSequence, pack, plan_microbatches
 from nemo_rl.model.sharding import blocks_of
 
@@ -300,7 +301,7 @@ class Planner:
             reducing = compute + (4 if compute < 4 else compute)
             trained_block = facts.largest_block if training.lora_rank is None else 0
             passes["gradients on their way"] = reducing * trained_block + compute * facts.outside_trained
-        elif compute < 4 and not self._is_native:
+        elif compute < 4:
             passes["weights cast"] = compute * facts.parameters
         phases["training"] = {**standing, **passes}
         phases["optimizer"] = {**standing, "gradients": gradients}
@@ -340,11 +341,6 @@ class Planner:
             self._models[None] = meta_model(self.config, self.spec.training)
         return self._models[None]
 
-    @property
-    def _is_native(self) -> bool:
-        model = self._whole
-        return unsupported(_causal(model)) is None
-
     def sequences(self, budget: int) -> list[TokenSequence]:
         """The largest micro-batch of the longest sequences of the run."""
         training, settings = self.spec.training, self.spec.settings
@@ -380,11 +376,10 @@ class Planner:
         key = (where.device, self.compute_bytes(where), self.is_sharded(where), recompute, lengths)
         if key not in self._growth:
             dtype = torch.bfloat16 if self.compute_bytes(where) == 2 else torch.float32
-            cast = not self.is_sharded(where) and self._is_native
 
             def peak_of(layers: int | None) -> int:
                 model = self._whole if layers is None else self._shorter(layers)
-                return measure_pass(model, sequences, dtype, recompute, where.device, cast=cast)
+                return measure_pass(model, sequences, dtype, recompute, where.device)
 
             try:
                 if self._period is None:
@@ -539,15 +534,12 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def measure_pass(
-    model: Any, sequences: list[TokenSequence], dtype: torch.dtype, recompute: bool, device: str, cast: bool
-) -> int:
+def measure_pass(model: Any, sequences: list[TokenSequence], dtype: torch.dtype, recompute: bool, device: str) -> int:
     """Returns the bytes that a forward and backward pass over one micro-batch holds at its peak, beside weights and gradients.
 
-    `model` is on the meta device. `device`: which one's chunks of logits. `cast`: the pass casts fp32 weights to `dtype`, and
-    autograd keeps the copies; otherwise the weights are of this dtype already, and gradients with them.
+    `model` is on the meta device. `device`: which one's chunks of logits. Weights are of `dtype`, and gradients with them.
     """
-    if not cast and dtype != torch.float32:
+    if dtype != torch.float32:
         model = model.to(dtype=dtype)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -561,7 +553,7 @@ def measure_pass(
     finally:
         for parameter in model.parameters():
             parameter.grad = None
-        if not cast and dtype != torch.float32:
+        if dtype != torch.float32:
             model.to(dtype=torch.float32)
 
 
@@ -569,23 +561,63 @@ def _logprobs(model: Any, batch: PackedBatch, dtype: torch.dtype, recompute: boo
     """The training pass of `nemo_rl.model.policy`, without what reads numbers."""
     causal = _causal(model)
     head = causal.get_output_embeddings()
-    if unsupported(causal) is None:
-        hidden = _ShapeDecoder(causal).hidden(batch, dtype, recompute)
-    else:
-        hidden = _by_transformers(causal, batch, recompute)
+    hidden = (_packed if _runs_packed(causal) else _padded)(causal, batch, recompute)
     return logprobs.token_logprobs(
         hidden.index_select(0, batch.select_S).to(dtype), head.weight, batch.targets_S, bias_V=head.bias
     )
 
 
-def _by_transformers(causal: Any, batch: PackedBatch, recompute: bool) -> Tensor:
-    decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else causal.base_model
+def _runs_packed(causal: Any) -> bool:
+    """Whether every layer mixes tokens by attention alone; the proof before step 1 then nearly always finds the packed path right."""
+    called: set[nn.Module] = set()
+
+    def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, seen: Seen, scores: Scores) -> Tensor:
+        called.add(module)
+        return q.new_empty(*q.shape[:3], v.shape[-1]).transpose(1, 2)
+
+    batch = pack([TokenSequence([0] * 4, 1)], "meta")
+    try:
+        with torch.no_grad():
+            _flat_call(causal, batch, attend)
+    except Exception:  # a family with attention of its own
+        return False
+    return len(called) >= max(1, len(_blocks(causal)))
+
+
+def _flat_call(causal: Any, batch: PackedBatch, attend: Any, recompute: bool = False) -> Tensor:
+    """The last hidden states of flat tokens, (N, D), as `nemo_rl.model.policy` runs them."""
+    attention = PackedAttention(causal)
+    _set_recomputing(causal, recompute, {"context_fn": attention.again})
+    inputs = {"input_ids": batch.ids_N[None], "position_ids": batch.positions_N[None]}
+    with attention.running(attend):
+        ones = torch.ones_like(batch.ids_N)[None]
+        return _decoder(causal)(**inputs, attention_mask=ones, use_cache=False).last_hidden_state[0]
+
+
+def _packed(causal: Any, batch: PackedBatch, recompute: bool) -> Tensor:
+    def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, seen: Seen, scores: Scores) -> Tensor:
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        return grouped_attention(q, k, v, batch, lambda length: CAUSAL, Scores(1.0)).unsqueeze(0)
+
+    return _flat_call(causal, batch, attend, recompute)
+
+
+def _decoder(causal: Any) -> Any:
+    return causal.get_decoder() if hasattr(causal, "get_decoder") else causal.base_model
+
+
+def _set_recomputing(causal: Any, recompute: bool, options: dict[str, Any]) -> None:
     layers = [m for m in causal.modules() if hasattr(m, "gradient_checkpointing")]
     if recompute:
         enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False, **options})
     for layer in layers:
         layer.training = recompute
+
+
+def _padded(causal: Any, batch: PackedBatch, recompute: bool) -> Tensor:
+    decoder = _decoder(causal)
+    _set_recomputing(causal, recompute, {})
     outputs = []
     for view in batch.views:
         ids = batch.ids_N[view.gather].view(view.rows, view.length)
@@ -593,14 +625,6 @@ def _by_transformers(causal: Any, batch: PackedBatch, recompute: bool) -> Tensor
         out = decoder(input_ids=ids, position_ids=positions, use_cache=False)
         outputs.append(out.last_hidden_state.flatten(0, 1))
     return torch.cat(outputs).index_select(0, batch.back_N)
-
-
-class _ShapeDecoder(NativeDecoder):
-    """The packed forward without its look at the largest position."""
-
-    def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        table = torch.empty(positions.shape[0], self.shape.D, dtype=dtype, device=positions.device)
-        return table, torch.empty_like(table)
 
 
 @contextmanager
