@@ -148,8 +148,9 @@ def packed_attention(
         raise ValueError("attention with a bias or a choice of its own")
     if attention_mask is not None and not isinstance(attention_mask, PackedMask):
         raise ValueError("the model makes attention masks of its own")
-    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave queries and keys in float32
-        dtype = torch.get_autocast_dtype(query.device.type)
+    kind = query.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)  # rotary embeddings leave queries and keys in float32
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     facts = Facts(scale, softcap or None, s_aux)
