@@ -410,17 +410,23 @@ def _connect(device: torch.device, rank: int, size: int, seconds: float) -> None
     store = _reach_store(rank, deadline)
     signed = SignedStore(store, token)
     joined = [f"nemo_rl/joined/{other}" for other in range(size)]
-    if store is not None:
-        signed.set(joined[rank], "")
-    while store is None or not signed.check(joined):
-        if store is None or time.monotonic() > deadline:
-            came = sum(signed.check([name]) for name in joined) if store is not None else 0
-            found = f"{came} of {size} ranks" if store is not None else "no connection"
-            raise RuntimeError(
-                f"rank {rank} waited {seconds:.0f} s at {where} and found {found}; expected all {size}: see whether all "
-                "pods or processes started, and whether this one can reach that address"
-            )
-        time.sleep(0.05)
+    try:
+        if store is not None:
+            signed.set(joined[rank], "")
+        while store is None or not signed.check(joined):
+            if store is None or time.monotonic() > deadline:
+                came = sum(signed.check([name]) for name in joined) if store is not None else 0
+                found = f"{came} of {size} ranks" if store is not None else "no connection"
+                raise RuntimeError(
+                    f"rank {rank} waited {seconds:.0f} s at {where} and found {found}; expected all {size}: see whether "
+                    "all pods or processes started, and whether this one can reach that address"
+                )
+            time.sleep(0.05)
+    except dist.DistNetworkError as error:
+        raise RuntimeError(
+            f"rank {rank} waited at {where} for all {size} ranks, and rank 0, where they meet, went away: see its log "
+            f"({str(error).splitlines()[0]})"
+        ) from None
     store.set_timeout(timedelta(seconds=KERNEL_SECONDS))
     unpickle.guard_collectives()
     dist.init_process_group(

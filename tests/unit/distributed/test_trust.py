@@ -103,9 +103,10 @@ def test_a_rank_with_another_secret_does_not_join(token: Path, tmp_path: Path) -
     other.write_text("a guess")
     port = free_port()
     ranks = [rank(0, port, token, seconds=15), rank(1, port, other, seconds=15)]
-    for process in ranks:
-        said = process.communicate(timeout=SECONDS)[0]
-        assert "found 1 of 2 ranks" in said
+    first, second = (process.communicate(timeout=SECONDS)[0] for process in ranks)
+    assert "found 1 of 2 ranks" in first
+    # whoever came later may still wait when the first one ends
+    assert "found 1 of 2 ranks" in second or "rank 0, where they meet, went away" in second
 
 
 def test_torchs_own_exchanges_run_nothing(tmp_path: Path) -> None:
