@@ -138,7 +138,7 @@ class InPass(SignalRank):
 def out_of_memory() -> InPass:
     import torch
 
-    return InPass(torch.OutOfMemoryError, 30)
+    return InPass(torch.OutOfMemoryError, 15)
 
 
 CALLBACKS = {

@@ -46,14 +46,22 @@ def peak_bytes(policy: Policy, path: str, tokens: int) -> int:
     return peak
 
 
-def bytes_per_token(policy: Policy, path: str, few: int = 64, many: int = 320) -> float:
-    """The growth of the peak with each token more."""
+def bytes_per_token(policy: Policy, path: str, few: int = 640, many: int = 1280) -> float:
+    """The growth of the peak with each token more, in as many passes: each pass has a gradient of the weights of its own."""
     return (peak_bytes(policy, path, many) - peak_bytes(policy, path, few)) / (many - few)
 
 
 @pytest.mark.parametrize("path", ["packed", "hidden"])
 def test_peak_memory_does_not_grow_with_tokens_times_vocabulary(path: str, policy: Policy) -> None:
     assert bytes_per_token(policy, path) < LOGIT_BYTES / 50
+
+
+@pytest.mark.parametrize("path", ["packed", "hidden"])
+def test_passes_of_sequences_of_several_lengths_add_few_gradients_of_the_output_layer(
+    path: str, policy: Policy
+) -> None:
+    weights = VOCABULARY * 8 * 4
+    assert peak_bytes(policy, path, 640) - peak_bytes(policy, path, 64) < 3 * weights
 
 
 def test_the_measurement_sees_logits_where_they_are_made(policy: Policy) -> None:
