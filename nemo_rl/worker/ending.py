@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nemo_rl
-from nemo_rl.errors import DatasetError, NonFiniteTraining, RewardError, TrainingInterrupted
+from nemo_rl.errors import DatasetError, NonFiniteTraining, RewardError, StorageError, TrainingInterrupted
 from nemo_rl.job.names import ExitCode
 from nemo_rl.job.status import TRACEBACK_LINES, Cause, Checkpoint, TerminationMessage, stacks_together
+from nemo_rl.storage.errors import Conflict, Unavailable
 from nemo_rl.worker.bundles import BundleError
 
 OTHER = 1
@@ -58,6 +59,8 @@ def meaning(error: BaseException) -> tuple[int, str]:
         return OTHER, Cause.STORAGE_EXCEEDED
     if not isinstance(error, RewardError) and _is_network(error):
         return OTHER, type(error).__name__
+    if isinstance(error, StorageError) and not isinstance(error, Unavailable | Conflict):
+        return ExitCode.USER_ERROR, Cause.USER_ERROR  # its address, its credentials or their rights
     if isinstance(error, DatasetError):
         return ExitCode.BAD_DATA, Cause.BAD_DATA
     if isinstance(error, NonFiniteTraining):

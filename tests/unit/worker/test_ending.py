@@ -13,9 +13,10 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_rl.errors import DatasetError, NonFiniteTraining, RewardError, TrainingInterrupted
+from nemo_rl.errors import DatasetError, NonFiniteTraining, RewardError, StorageError, TrainingInterrupted
 from nemo_rl.job import names
 from nemo_rl.job.status import TRACEBACK_LINES, Checkpoint, TerminationMessage
+from nemo_rl.storage.errors import Missing, Unavailable
 from nemo_rl.worker import ending
 from nemo_rl.worker.bundles import BundleDigestMismatch, BundleError
 
@@ -55,6 +56,9 @@ def torch_memory() -> Exception:
         (noted(KeyError("x"), "in callback Mine.on_step_end"), 40, "UserError"),
         (noted(KeyError("x"), "a note of somebody else"), 1, "KeyError"),
         (noted(OSError("server away"), "in callback Mine.on_step_end"), 1, "OSError"),
+        (StorageError("there is no such bucket"), 40, "UserError"),
+        (Missing("no such object"), 40, "UserError"),
+        (Unavailable("the store was not reached"), 1, "Unavailable"),
         (DatasetError("columns"), 41, "BadData"),
         (NonFiniteTraining("nan"), 42, "NonFiniteTraining"),
         (TrainingInterrupted("saved", None, 3), 75, "Preempted"),
