@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_rl.errors import LeaseLost
 from nemo_rl.run.lease import REPLACED, Lease, guarded
+from nemo_rl.run.processes import is_distributed, is_rank_zero
 
 if TYPE_CHECKING:
     from nemo_rl.run.stored import StoredRuns
@@ -438,19 +439,6 @@ def load_into(checkpoint: Checkpoint, model: Any, optimizer: Any = None) -> None
 
 
 # --- ranks ----------------------------------------------------------------------------------------------------------
-
-
-def is_distributed() -> bool:
-    import torch.distributed as dist
-
-    return dist.is_available() and dist.is_initialized()
-
-
-def is_rank_zero() -> bool:
-    """True in a process that never loaded torch, too: it is alone."""
-    import sys
-
-    return "torch" not in sys.modules or not is_distributed() or sys.modules["torch"].distributed.get_rank() == 0
 
 
 def _barrier() -> None:

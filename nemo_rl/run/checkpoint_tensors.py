@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 
 from nemo_rl.run import unpickle
-from nemo_rl.run.checkpoint import is_distributed, is_rank_zero
 from nemo_rl.run.dtypes import Dtypes, dtypes_of
+from nemo_rl.run.processes import is_distributed, is_rank_zero
 
 log = logging.getLogger(__name__)
 

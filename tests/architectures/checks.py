@@ -167,7 +167,8 @@ class _Checks:
     # ------------------------------------------------------------------ rollouts
 
     def greedy(self) -> float:
-        from nemo_rl.rollout.in_process.engine import Sampling, generate
+        from nemo_rl.rollout.in_process.engine import generate
+        from nemo_rl.rollout.protocol import Sampling
 
         prompts = some_prompts()
         groups = generate(self.policy, prompts, Sampling(3, 12, greedy=True), end_ids=[END], seed=0, step=1)
@@ -188,7 +189,8 @@ class _Checks:
         return ids[len(prompt) :]
 
     def sampled(self) -> float:
-        from nemo_rl.rollout.in_process.engine import Sampling, generate
+        from nemo_rl.rollout.in_process.engine import generate
+        from nemo_rl.rollout.protocol import Sampling
 
         prompts, ends = some_prompts(), list(range(1, 14))
         groups = generate(self.policy, prompts, Sampling(5, 14), end_ids=ends, seed=3, step=1)

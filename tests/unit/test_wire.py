@@ -13,7 +13,7 @@ import torch
 
 from nemo_rl.environments.runner import RewardOutcome
 from nemo_rl.errors import RewardError
-from nemo_rl.rollout.in_process.engine import Completion
+from nemo_rl.rollout.protocol import Completion
 from nemo_rl.run import wire
 
 

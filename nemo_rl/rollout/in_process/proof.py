@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
 import torch
 
 from nemo_rl.model.kinds import describe
 from nemo_rl.model.policy import Policy, transformers_version
 from nemo_rl.model.probe import TOLERANCE, exact, plain_logits
-from nemo_rl.rollout.in_process.engine import Completion, Sampling, generate, new_state
+from nemo_rl.rollout.in_process.decode import decode
+from nemo_rl.rollout.in_process.ways import CACHE, ONE_LENGTH, PACKED, WAYS, Rollout, new_state
+from nemo_rl.rollout.protocol import Completion, Sampling
 
 log = logging.getLogger(__name__)
 
-PACKED, CACHE, ONE_LENGTH = "packed", "cache", "cache, one length at a time"
-NO_CACHE, ONE_ROW = "no cache, one length at a time", "no cache, one row at a time"
-WAYS = (CACHE, ONE_LENGTH, NO_CACHE, ONE_ROW)
-"""Ways of decoding through transformers' own forward, from fast to slow."""
 NEW_TOKENS = 10
 ENDS = 7
 """Every seventh token ends a completion, so that rows end at different times and the cache is cut."""
 CHANCE = 0.1
 """As in `nemo_rl.model.proof`: no more tokens than this may differ, and then other tokens decide."""
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """How a model is decoded. cache_bytes: the size of one row's cache is [0] + [1] * its length."""
-
-    way: str
-    cache_bytes: tuple[float, float] = (0.0, 0.0)
 
 
 def prove_rollouts(policy: Policy) -> Rollout:
@@ -83,16 +72,9 @@ def _errors(policy: Policy, seed: int) -> tuple[torch.Tensor, float]:
     rows = policy.head.weight.shape[0]
     ends = list(range(seed % ENDS, rows, ENDS))
     new = max(1, min(NEW_TOKENS, probe.longest - longest))
-    drawn = generate(policy, prompts, Sampling(2, new), end_ids=ends, seed=seed, step=0, state=new_state(policy))
-    best = generate(
-        policy,
-        prompts[:2],
-        Sampling(1, min(new, 4), greedy=True),
-        end_ids=ends,
-        seed=seed,
-        step=0,
-        state=new_state(policy),
-    )
+    drawn = decode(policy, new_state(policy), prompts, Sampling(2, new), end_ids=ends, seed=seed, step=0)
+    greedy = Sampling(1, min(new, 4), greedy=True)
+    best = decode(policy, new_state(policy), prompts[:2], greedy, end_ids=ends, seed=seed, step=0)
     off = [
         *(_off(policy, p, c, False) for p, group in zip(prompts, drawn, strict=True) for c in group),
         *(_off(policy, p, c, True) for p, group in zip(prompts[:2], best, strict=True) for c in group),

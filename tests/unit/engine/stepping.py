@@ -11,7 +11,7 @@ from nemo_rl.data.prepare import PairExample, PromptExample, TextExample
 from nemo_rl.data.rows import PromptRow
 from nemo_rl.environments.runner import RewardOutcome
 from nemo_rl.model.packing import TokenSequence
-from nemo_rl.rollout.in_process.engine import Completion
+from nemo_rl.rollout.protocol import Completion
 from nemo_rl.run.signals import StopSignals
 from nemo_rl.trainers.base import Trainer
 from nemo_rl.trainers.grpo import GRPOTrainer, Rollouts

@@ -14,8 +14,9 @@ from nemo_rl.model.kinds import kind_of
 from nemo_rl.model.load import load_model, prepare_model
 from nemo_rl.model.packing import TokenSequence, pack
 from nemo_rl.model.policy import Policy
-from nemo_rl.rollout.in_process.engine import Sampling, generate
+from nemo_rl.rollout.in_process.engine import generate
 from nemo_rl.rollout.in_process.proof import prove_rollouts
+from nemo_rl.rollout.protocol import Sampling
 from unit.engine import tiny
 from unit.engine.tiny import plain_logprobs, random_ids
 

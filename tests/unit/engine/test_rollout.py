@@ -11,10 +11,11 @@ from torch import nn
 
 from nemo_rl.model.packing import TokenSequence, pack
 from nemo_rl.model.policy import Policy
-from nemo_rl.rollout.in_process import engine
-from nemo_rl.rollout.in_process.engine import Completion, Sampling, end_tokens, generate
+from nemo_rl.rollout.in_process import decode, engine
+from nemo_rl.rollout.in_process.engine import end_tokens, generate
 from nemo_rl.rollout.in_process.generic import CachedState
 from nemo_rl.rollout.in_process.packed import PackedState
+from nemo_rl.rollout.protocol import Completion, Sampling
 from unit.engine import tiny
 from unit.engine.tiny import END, plain_logprobs, random_ids
 
@@ -127,8 +128,8 @@ def test_chunks_of_the_cache_never_change_completions(model_of, monkeypatch, fam
     row = engine.make_state(policy).bytes_per_row(max(map(len, PROMPTS)) + 16)
     monkeypatch.setattr(engine, "CACHE_BYTES_CPU", rows * row)
     chunks = []
-    run = engine._Chunk.run
-    monkeypatch.setattr(engine._Chunk, "run", lambda self, *args: (chunks.append(len(self.prompts)), run(self, *args)))
+    run = decode._Chunk.run
+    monkeypatch.setattr(decode._Chunk, "run", lambda self, *args: (chunks.append(len(self.prompts)), run(self, *args)))
     assert ids_of(generate(policy, PROMPTS, sampling, end_ids=ENDS, seed=3, step=5)) == expected
     assert chunks == [max(1, rows // 4)] * (6 // max(1, rows // 4))
 
@@ -330,7 +331,7 @@ def test_the_stop_flag_is_looked_at_every_few_tokens(model_of):
         end_ids=[10**6],
         poll=lambda: calls.__setitem__(0, calls[0] + 1),
     )
-    assert calls[0] >= 65 // engine.POLL_EVERY
+    assert calls[0] >= 65 // decode.POLL_EVERY
 
 
 def test_training_works_after_rollouts_that_saw_the_first_positions(model_of):

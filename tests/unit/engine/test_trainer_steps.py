@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nemo_rl.job.spec import GRPOSpec
 from nemo_rl.model.policy import Policy
-from nemo_rl.rollout.in_process.engine import Completion
+from nemo_rl.rollout.protocol import Completion
 from nemo_rl.trainers.dpo import DPOTrainer
 from nemo_rl.trainers.grpo import GRPOTrainer, Rollouts
 from nemo_rl.trainers.sft import SFTTrainer
@@ -301,7 +301,8 @@ def test_with_adapters_the_reference_is_the_model_without_them():
 
 def test_log_probabilities_of_own_rollouts_give_a_ratio_of_one():
     """The decoder's log-probabilities are those of the training pass: as old ones they clip nothing, the loss is -mean A."""
-    from nemo_rl.rollout.in_process.engine import Sampling, generate
+    from nemo_rl.rollout.in_process.engine import generate
+    from nemo_rl.rollout.protocol import Sampling
 
     model = tiny.make_model("qwen2")
     trainer = grpo(model, num_iterations=2, temperature=0.8, clip_low=0.001, clip_high=0.001)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_rl.model.policy import Policy
-from nemo_rl.rollout.in_process.engine import Completion
+from nemo_rl.rollout.protocol import Completion
 from nemo_rl.trainers.dpo import DPOTrainer
 from nemo_rl.trainers.grpo import Rollouts
 from nemo_rl.trainers.sft import SFTTrainer

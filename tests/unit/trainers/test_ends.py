@@ -98,7 +98,8 @@ def test_completion_ends_where_a_stop_text_is_complete(tmp_path: Path) -> None:
     from nemo_rl.job.spec import TrainingSpec
     from nemo_rl.model.load import choose_device, load_model, load_tokenizer
     from nemo_rl.model.policy import Policy
-    from nemo_rl.rollout.in_process.engine import Sampling, generate
+    from nemo_rl.rollout.in_process.engine import generate
+    from nemo_rl.rollout.protocol import Sampling
     from nemo_rl.rollout.stops import Stops
 
     base = str(write_base(tmp_path / "base"))
