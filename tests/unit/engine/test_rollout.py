@@ -126,7 +126,7 @@ def test_chunks_of_the_cache_never_change_completions(model_of, monkeypatch, fam
     policy = Policy(model_of(family), "fp32")
     policy.path = policy.path if packed else "hidden"
     row = engine.make_state(policy).bytes_per_row(max(map(len, PROMPTS)) + 16)
-    monkeypatch.setattr(engine, "CACHE_BYTES_CPU", rows * row)
+    monkeypatch.setattr(decode, "CACHE_BYTES_CPU", rows * row)
     chunks = []
     run = decode._Chunk.run
     monkeypatch.setattr(decode._Chunk, "run", lambda self, *args: (chunks.append(len(self.prompts)), run(self, *args)))
@@ -158,7 +158,7 @@ def test_when_finished_rows_are_dropped_never_changes_completions(
 ):
     sampling = Sampling(6, 20)
     expected = roll_out(model_of(family), PROMPTS, sampling, packed=packed)
-    monkeypatch.setattr(engine, "COMPACT_SHARE", share)
+    monkeypatch.setattr(decode, "COMPACT_SHARE", share)
     found = roll_out(model_of(family), PROMPTS, sampling, packed=packed)
     assert ids_of(found) == ids_of(expected)
     for a, b in zip(flat(found), flat(expected), strict=True):
