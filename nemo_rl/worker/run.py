@@ -95,7 +95,8 @@ def _stop_while_starting(pod: Pod, report: Report) -> None:
 def _attempt(job: Job, pod: Pod, report: Report) -> TerminationMessage:
     """Trains; returns the word of success. Raises whatever ends the run otherwise."""
     spec = job.spec
-    _configure_logging(spec.training.log_level)
+    level = spec.training.log_level
+    _configure_logging("warning" if pod.rank != 0 and level == "info" else level)  # all ranks would say the same
     claim = pod.path(names.OUTPUT_DIR).resolve()
     uri = _output_uri(job)
     output = claim / job.name
