@@ -39,16 +39,16 @@ FILE_BYTES = 2 * 2**30
 def save_model(path: Path, model: Any) -> None:
     """The Hugging Face files, in the dtype that the model had when it was loaded; of a LoRA model the merged weights, and
     the adapter beside them as it is. Every rank calls it."""
-    if not _is_lora(model) and any(isinstance(p, DTensor) for p in model.parameters()):
+    if not is_lora(model) and any(isinstance(p, DTensor) for p in model.parameters()):
         _save_parts(path, model)
         return
-    weights, dtypes = _full_state_dict(model), dtypes_of(model)
+    weights, dtypes = full_state_dict(model), dtypes_of(model)
     if not is_rank_zero():
         return
     with _quiet_transformers(), contextlib.ExitStack() as changed:
-        if _is_lora(model):
+        if is_lora(model):
             model.save_pretrained(path / ADAPTER, state_dict=weights, save_embedding_layers=False)
-            model, weights = model.get_base_model(), _merged_weights(model, weights)
+            model, weights = model.get_base_model(), merged_weights(model, weights)
             changed.enter_context(_untied_where_needed(model, weights))
         changed.enter_context(_valid_generation_config(model))
         main = _to_saved_dtypes(weights, dtypes)
@@ -215,7 +215,7 @@ def load_model(path: Path, model: Any) -> None:
 
     Where the files are narrower than the weights, the optimizer's state has the rest.
     """
-    if _is_lora(model):
+    if is_lora(model):
         _load_adapter(path / ADAPTER / "adapter_model.safetensors", model)
         return
     weights: dict[str, Tensor] = {}
@@ -238,7 +238,7 @@ def load_model(path: Path, model: Any) -> None:
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
-def _full_state_dict(model: Any) -> dict[str, Tensor]:
+def full_state_dict(model: Any) -> dict[str, Tensor]:
     """All weights on rank 0, whole and on the CPU, however they are sharded; nothing on the other ranks."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -255,21 +255,21 @@ def _storage(tensor: Any) -> int:
     return local.data_ptr()
 
 
-def _is_lora(model: Any) -> bool:
+def is_lora(model: Any) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
-def _merged_weights(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def merged_weights(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The base model's weights with W + delta in place of W, delta as peft computes it (LoRA, arXiv 2106.09685); new tensors.
 
     The training weights are not touched: merging and unmerging in place would change their last bits.
     """
-    merged = {_base_name(name): tensor for name, tensor in weights.items() if ".lora_" not in name}
+    merged = {base_name(name): tensor for name, tensor in weights.items() if ".lora_" not in name}
     for name, module in model.get_base_model().named_modules():
         if not hasattr(module, "lora_A") or not hasattr(module, "get_delta_weight"):
             continue
         # a layer, or one parameter of a module, as the weights of all experts together
-        target = _base_name(f"{name}.{getattr(module, 'parameter_name', 'weight')}")
+        target = base_name(f"{name}.{getattr(module, 'parameter_name', 'weight')}")
         with _given_adapters(module, f"{_LORA_PREFIX}{name}", weights):
             for adapter in module.active_adapters:
                 if adapter in module.r:
@@ -277,7 +277,7 @@ def _merged_weights(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]
     return merged
 
 
-def _base_name(name: str) -> str:
+def base_name(name: str) -> str:
     """The name that a weight has without adapters around it."""
     return ".".join(part for part in name.removeprefix(_LORA_PREFIX).split(".") if part != "base_layer")
 
@@ -305,7 +305,7 @@ def _untied_where_needed(model: Any, weights: dict[str, Tensor]) -> Iterator[Non
     """Says in the saved configuration that the output layer has weights of its own, if an adapter set one of two tied apart."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
-    pair = [weights.get(_base_name(f"{names.get(id(module), '')}.weight")) for module in (embedding, head)]
+    pair = [weights.get(base_name(f"{names.get(id(module), '')}.weight")) for module in (embedding, head)]
     configs = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
     tied = [c for c in configs if getattr(c, "tie_word_embeddings", False)]
     apart = pair[0] is not None and pair[1] is not None and pair[0].data_ptr() != pair[1].data_ptr()
@@ -386,7 +386,7 @@ def save_optimizer(path: Path, optimizer: Any, model: Any = None) -> None:
     """
     # One tensor that is always there keeps the directory readable when the optimizer has no state yet.
     tensors = {"format": torch.tensor(1)}
-    masters = model is not None and not _is_lora(model) and dtypes_of(model).narrow
+    masters = model is not None and not is_lora(model) and dtypes_of(model).narrow
     for place, (parameter, _) in enumerate(_parameters(optimizer)):
         if masters:
             tensors[f"{place}.{_MASTER}"] = parameter.detach()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -20,30 +20,39 @@ POLL_EVERY = 16
 CACHE_BYTES_CPU = 2 * 2**30
 
 
-class DecodeState(Protocol):
+class DecodeState(ABC):
     """A model's cache over a batch of rows. `one_length`: it takes prompts of one length only."""
 
-    one_length: bool
+    one_length = False
 
-    def running(self) -> AbstractContextManager[None]:
-        """Returns the context in which the other methods are called: gradients off, autocast where it is needed."""
-        ...
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.model, self.device = policy, policy.causal, policy.device
 
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The context in which the other methods are called: one autocast around all steps, so that each weight is cast once
+        and not for every token."""
+        self.policy.set_recomputing(False)
+        # not inference mode: what modules make and keep on the way, such as tables of positions, training uses later
+        with torch.no_grad(), self.policy.autocast():
+            yield
+
+    @abstractmethod
     def prefill(self, prompts: list[list[int]], num_samples: int, max_new_tokens: int) -> Tensor:
         """Runs each prompt once, makes `num_samples` rows of it, and returns next-token logits, (rows, V)."""
-        ...
 
+    @abstractmethod
     def step(self, tokens: Tensor) -> Tensor:
         """Appends one token to each row and returns next-token logits, (rows, V)."""
-        ...
 
+    @abstractmethod
     def keep(self, rows: Tensor) -> None:
         """Drops all rows but these, in this order."""
-        ...
 
     def bytes_per_row(self, length: int) -> int:
         """Returns the size of the cache of one row of `length` tokens."""
-        ...
+        constant, each = self.policy.rollout.cache_bytes
+        return int(constant + each * length)
 
 
 def decode(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from nemo_rl.model.policy import Policy
 from nemo_rl.model.probe import reset_positions
+from nemo_rl.rollout.in_process.decode import DecodeState
 
 CACHES = ("past_key_values", "cache_params", "state")
 """Names under which models give their cache back, and take it."""
@@ -18,30 +18,18 @@ ROWS_WITHOUT_CACHE = 4096
 """Tokens of one forward without a cache."""
 
 
-class CachedState:
-    """Implements `DecodeState` with the cache that the model itself makes, whatever is in it.
+class CachedState(DecodeState):
+    """Decodes with the cache that the model itself makes, whatever is in it.
 
     `one_length`: prompts of one batch have equal lengths, and the model is given nothing but tokens, for families that ignore
     or mishandle padding. Otherwise prompts are padded on the left.
     """
 
     def __init__(self, policy: Policy, one_length: bool) -> None:
-        self.policy, self.model, self.device = policy, policy.causal, policy.device
+        super().__init__(policy)
         self.one_length = one_length
         self.cache: dict[str, Any] = {}
         self.mask: Tensor | None = None
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """One autocast around all steps, so that each weight is cast once and not for every token."""
-        self.policy.set_recomputing(False)
-        # not inference mode: what modules make and keep on the way, such as tables of positions, training uses later
-        with torch.no_grad(), self.policy.autocast():
-            yield
-
-    def bytes_per_row(self, length: int) -> int:
-        constant, each = self.policy.rollout.cache_bytes
-        return int(constant + each * length)
 
     def prefill(self, prompts: list[list[int]], num_samples: int, max_new_tokens: int) -> Tensor:
         width = max(map(len, prompts))
@@ -94,22 +82,16 @@ class CachedState:
         return out.logits[:, -1].float()
 
 
-class UncachedState:
-    """Implements `DecodeState` by running each row from its first token again for each new one: slow, and right for all."""
+class UncachedState(DecodeState):
+    """Decodes by running each row from its first token again for each new one: slow, and right for all."""
 
     one_length = True
 
     def __init__(self, policy: Policy, one_row: bool) -> None:
         """`one_row`: rows run one by one, for families whose rows are not independent of each other."""
-        self.policy, self.model, self.device = policy, policy.causal, policy.device
+        super().__init__(policy)
         self.one_row = one_row
         self.ids: Tensor
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        self.policy.set_recomputing(False)
-        with torch.no_grad(), self.policy.autocast():
-            yield
 
     def bytes_per_row(self, length: int) -> int:
         return length * self.model.get_input_embeddings().weight.shape[1] * 4

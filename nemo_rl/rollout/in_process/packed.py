@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from nemo_rl.model.attention import Facts, Flat, Seen
 from nemo_rl.model.packing import PackedBatch, TokenSequence, pack
 from nemo_rl.model.policy import Policy
+from nemo_rl.rollout.in_process.decode import DecodeState
 
 
 @dataclass
@@ -97,29 +96,16 @@ class _Decoding:
         return kept["hidden"]
 
 
-class PackedState:
-    """Implements `DecodeState` with a cache of its own behind our attention."""
-
-    one_length = False
+class PackedState(DecodeState):
+    """Decodes with a cache of its own behind our attention."""
 
     def __init__(self, policy: Policy) -> None:
         assert policy.attention is not None
-        self.policy, self.model, self.device = policy, policy.causal, policy.device
+        super().__init__(policy)
         self.attention = policy.attention
         self.cache: _Cache
         self.lengths: list[int] = []
         """Tokens of each live row."""
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """One autocast around all steps, so that each weight is cast once and not for every token."""
-        self.policy.set_recomputing(False)
-        with torch.no_grad(), self.policy.autocast():
-            yield
-
-    def bytes_per_row(self, length: int) -> int:
-        constant, each = self.policy.rollout.cache_bytes
-        return int(constant + each * length)
 
     def prefill(self, prompts: list[list[int]], num_samples: int, max_new_tokens: int) -> Tensor:
         rows = len(prompts) * num_samples

@@ -58,9 +58,9 @@ class Publisher:
             target.mkdir(parents=True)
         tied: dict[str, str] = {}
         if adapter:
-            from nemo_rl.run.checkpoint_tensors import _full_state_dict
+            from nemo_rl.run.checkpoint_tensors import full_state_dict
 
-            weights = _full_state_dict(model)
+            weights = full_state_dict(model)
             if target is not None:
                 model.save_pretrained(target, state_dict=weights, save_embedding_layers=False)
                 for extra in set(target.iterdir()) - {target / name for name in ADAPTER_FILES}:
@@ -124,16 +124,16 @@ def checkpoint_slices(model: Any, merged: bool = True) -> tuple[Iterator[dict[st
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    from nemo_rl.run.checkpoint_tensors import _base_name, _full_state_dict, _is_lora, _merged_weights
+    from nemo_rl.run.checkpoint_tensors import base_name, full_state_dict, is_lora, merged_weights
 
     state = model.state_dict()
     parameters = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if ".lora_" not in name]
-    if _is_lora(model):
+    if is_lora(model):
         if merged:
-            state = _merged_weights(model, _full_state_dict(model))
+            state = merged_weights(model, full_state_dict(model))
         else:
-            state = {_base_name(name): tensor for name, tensor in state.items() if ".lora_" not in name}
-        parameters = [(_base_name(name), parameter) for name, parameter in parameters]
+            state = {base_name(name): tensor for name, tensor in state.items() if ".lora_" not in name}
+        parameters = [(base_name(name), parameter) for name, parameter in parameters]
         model = model.get_base_model()
     tied: dict[str, str] = {}
     slices: dict[str, list[str]] = {}
