@@ -22,19 +22,38 @@ PARTS = {
 
 def check_kind(model: nn.Module) -> None:
     """Raises ValueError for encoders, for parts of encoder-decoder models, and for models without an output layer."""
-    name = type(model).__name__
-    kind = kind_of(getattr(getattr(model, "config", None), "model_type", ""))
-    if kind is not None:
-        raise ValueError(
-            f"{name} ({model.config.model_type}) is {kind}, not a causal (decoder) language model, although "
-            "AutoModelForCausalLM opens it; post-training needs a model that is trained to continue text, such as Qwen3, Llama or Gemma"
-        )
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if refusal := refusal_of(name, getattr(config, "model_type", "")):
+        raise ValueError(refusal)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None or getattr(head, "weight", None) is None:
         raise ValueError(
             f"{name} has no output layer over the vocabulary, so it is not a causal language model; "
             "load it with AutoModelForCausalLM.from_pretrained instead of AutoModel"
         )
+    if not _loads_again(config):
+        raise ValueError(
+            f"{name} is the text part of a composite model: what transformers saves of it ({getattr(config, 'model_type', '')}) is not a "
+            "causal language model for AutoModelForCausalLM, so no checkpoint of this run could be loaded again; "
+            "train a model whose checkpoints load, such as the language model that the composite was made from"
+        )
+
+
+def _loads_again(config: object) -> bool:
+    """Whether AutoModelForCausalLM opens what a checkpoint names that is saved with it; of classes of others, that is theirs."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    made_by = type(config)
+    return not made_by.__module__.startswith("transformers.") or made_by in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def refusal_of(name: str, model_type: str) -> str | None:
+    """Returns why models of a type, whose class has this name, cannot be post-trained; None where nothing speaks against it."""
+    kind = kind_of(model_type)
+    return kind and (
+        f"{name} ({model_type}) is {kind}, not a causal (decoder) language model, although "
+        "AutoModelForCausalLM opens it; post-training needs a model that is trained to continue text, such as Qwen3, Llama or Gemma"
+    )
 
 
 def kind_of(model_type: str) -> str | None:

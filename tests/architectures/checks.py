@@ -56,13 +56,19 @@ def check(model_type: str) -> Report:
 
 
 def _checked(model_type: str) -> Report:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from nemo_rl.model.kinds import refusal_of
+
     warnings.simplefilter("ignore")
     report = Report(model_type)
     try:
         model = make_model(model_type)
         report.name = type(model).__name__
     except Exception as error:
-        report.not_built = _line(error)
+        name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+        report.refusal = refusal_of(name, model_type) or ""  # it needs no weights
+        report.not_built = "" if report.refusal else _line(error)
         return report
     return _Checks(model, report).run()
 

@@ -16,9 +16,6 @@ from torch import nn
 VOCABULARY = 128
 END = 1
 
-BIG = {"mllama", "phi4_multimodal", "fuyu", "emu3", "blt", "got_ocr2", "moss_transcribe_diarize", "dots3_note"}
-"""Multimodal types whose configurations are not made small here."""
-
 SMALL: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embedding_size", "lru_width"), 32),
@@ -108,6 +105,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "logits_scaling": 3.0,
     },
     "granitemoeshared": _GRANITE,
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
     "jamba": {
         **{"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
         **{"expert_layer_period": 2, "expert_layer_offset": 1, "use_mamba_kernels": False},
@@ -129,6 +128,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "olmo3": _ALTERNATING,
     "phi3": {"sliding_window": None},
+    "reformer": {
+        **{"is_decoder": True, "attn_layers": ["local", "lsh"], "axial_pos_shape": [16, 16]},
+        **{"axial_pos_embds_dim": [16, 16], "feed_forward_size": 48, "lsh_attn_chunk_length": 8},
+        **{"local_attn_chunk_length": 8, "num_buckets": 4},
+    },
     "qwen2": {"tie_word_embeddings": True},
     "qwen3_5_moe_text": _LINEAR,
     "qwen3_5_text": _LINEAR,
@@ -171,6 +175,49 @@ _VISION = {
     **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28},
     **{"patch_size": 14, "depth": 1, "num_heads": 2, "out_hidden_size": 32, "embed_dim": 16, "vision_output_dim": 32},
 }
+_AUDIO = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+TEXT_TYPES = {
+    "fuyu": "persimmon",
+    "gemma3": "gemma3_text",
+    "got_ocr2": "qwen2",
+    "moss_transcribe_diarize": "qwen3",
+}
+"""The type of a composite's text configuration, where its name is not the composite's with `_text`."""
+
+_BLT = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+OTHER_PARTS: dict[str, dict[str, Any]] = {
+    "blt": {
+        **{"vocab_size": VOCABULARY, "encoder_hash_byte_group_vocab": 50, "encoder_hash_byte_group_size": [2, 3]},
+        "patcher_config": {**_BLT, "num_hidden_layers": 1},
+        "encoder_config": {**_BLT, "num_hidden_layers": 1, "hidden_size_global": 64},
+        "decoder_config": {**_BLT, "num_hidden_layers": 2, "hidden_size_global": 64},
+        "global_config": {**_BLT, "hidden_size": 64, "num_hidden_layers": 2},
+    },
+    "dots3_note": {
+        "vision_config": {
+            **{"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "moe_intermediate_size": 16},
+            **{"num_local_experts": 2, "adapter_in_dim": 16, "adapter_out_dim": 32},
+        },
+        "audio_config": {**_AUDIO, "downsample_hidden_size": 8, "adapter_input_size": 16, "adapter_out_dim": 32},
+    },
+    "emu3": {
+        "vq_config": {
+            **{"codebook_size": 16, "embed_dim": 4, "base_channels": 32, "channel_multiplier": [1, 1]},
+            **{"num_res_blocks": 1, "attn_resolutions": [1], "hidden_size": 32},
+        },
+        "vocabulary_map": {"<image>": 7},
+    },
+    "moss_transcribe_diarize": {"audio_config": _AUDIO},
+    "phi4_multimodal": {
+        "vision_config": {**_VISION, "crop_size": 28},
+        "audio_config": {
+            **{"hidden_size": 16, "intermediate_size": 16, "num_blocks": 1, "num_attention_heads": 2},
+            **{"ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16, "nemo_conv_channels": 8},
+        },
+    },
+}
+"""The other parts of composites, made small too: no token of a text passes through them."""
 
 
 def all_types() -> list[str]:
@@ -214,7 +261,7 @@ def make_config(model_type: str) -> Any:
         own = (
             text_class.model_type
             if text_class is not transformers.AutoConfig
-            else {"gemma3": "gemma3_text"}.get(model_type, model_type + "_text")
+            else TEXT_TYPES.get(model_type, model_type + "_text")
         )
         text = make_config(own)
         values: dict[str, Any] = {"text_config": text.to_dict()}
@@ -222,11 +269,12 @@ def make_config(model_type: str) -> Any:
             values |= {"vision_config": None, "audio_config": None}
         elif "vision_config" in parts:
             values["vision_config"] = _VISION
+        values |= OTHER_PARTS.get(model_type, {})
         values |= {n: SMALL[n] for n in ("pad_token_id", "eos_token_id", "bos_token_id") if n in names}
         if "tie_word_embeddings" in names:
             values["tie_word_embeddings"] = getattr(text, "tie_word_embeddings", True)
         return config_class(**values)
-    return _built(config_class, _values(model_type, config_class, names))
+    return _built(config_class, _values(model_type, config_class, names) | OTHER_PARTS.get(model_type, {}))
 
 
 def _values(model_type: str, config_class: Any, names: set[str]) -> dict[str, Any]:
