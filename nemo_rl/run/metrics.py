@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
 import os
 import re
 import shutil
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +18,7 @@ from urllib.parse import quote, unquote
 
 from nemo_rl.extras import missing
 from nemo_rl.run.directory import COMPLETIONS_FILE, METRICS_FILE, TENSORBOARD_DIR
-from nemo_rl.run.lease import Lease
+from nemo_rl.run.lease import Lease, guarded
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +48,7 @@ class MetricsLog:
     def __init__(self, run_dir: Path, *, resume_step: int, tensorboard: bool, lease: Lease | None = None) -> None:
         """`resume_step` is the step of the checkpoint that the run goes on from, 0 for a new run.
 
-        With a lease both files begin as copies: what an earlier holder still writes goes to files without a name.
+        With a lease all files begin as copies: what an earlier holder still writes goes to files without a name.
         """
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -59,7 +62,7 @@ class MetricsLog:
         self.has_start = any(record["step"] == 0 for record, _ in _intact_records(run_dir / METRICS_FILE)[:1])
         """Whether step 0, the measurement before training, is there already."""
         self._path = run_dir / METRICS_FILE
-        self._board = _open_board(run_dir / TENSORBOARD_DIR, resume_step) if tensorboard else None
+        self._board = _Board(run_dir / TENSORBOARD_DIR, resume_step, lease) if tensorboard else None
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one step. Values are numbers (tensors of one element, too), text or None; NaN and ±inf become null."""
@@ -75,10 +78,8 @@ class MetricsLog:
         self._last_step = step
         self.has_start = self.has_start or step == 0
         if self._board is not None:
-            for name, value in values.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, step)
-            self._board.flush()
+            scalars = {n: v for n, v in values.items() if n != "step" and isinstance(v, (int, float))}
+            self._board.add(step, scalars)
 
     def replace(self, metrics: dict[str, Any]) -> None:
         """Write the last step anew: of a run that was stopped, the validation data is measured after its line was written."""
@@ -115,12 +116,54 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     return [record for record, _ in _intact_records(Path(path))]
 
 
-def _open_board(directory: Path, resume_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise missing("tensorboard=True", "tensorboard") from None
-    return SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else None)
+class _Board:
+    """An event file of TensorBoard, with the scalars of each step. On a resume TensorBoard drops what it read of later steps.
+
+    It is written through one descriptor, and not by TensorBoard's own writer, which opens the file anew by its name for
+    each flush: with a lease, the files that are there are replaced by copies, so that a descriptor of an earlier holder
+    leads to a file without a name.
+    """
+
+    _made = itertools.count()
+
+    def __init__(self, directory: Path, resume_step: int, lease: Lease | None) -> None:
+        try:
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            from tensorboard.compat.proto.summary_pb2 import Summary
+            from tensorboard.summary.writer.record_writer import RecordWriter
+        except ImportError:
+            raise missing("tensorboard=True", "tensorboard") from None
+        self._event, self._summary = Event, Summary
+        directory.mkdir(parents=True, exist_ok=True)
+        if lease is not None:
+            for path in sorted(directory.iterdir()):
+                with lease.guard():
+                    shutil.copyfile(path, lease.staging / path.name)
+                lease.publish(lease.staging / path.name, path)
+        # TensorBoard reads the files of a folder by the order of their names.
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(self._made)}"
+        with guarded(lease):
+            stream = open((lease.staging if lease else directory) / name, "xb")
+        self._records = RecordWriter(stream)
+        first = resume_step + 1 if resume_step else 0
+        self._write(Event(step=first, file_version="brain.Event:2"))
+        if resume_step:
+            self._write(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+        self._records.flush()
+        if lease is not None:
+            lease.publish(lease.staging / name, directory / name)
+
+    def add(self, step: int, scalars: dict[str, int | float]) -> None:
+        value = [self._summary.Value(tag=name, simple_value=number) for name, number in scalars.items()]
+        self._write(self._event(step=step, summary=self._summary(value=value)))
+        self._records.flush()
+
+    def close(self) -> None:
+        self._records.close()
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
 
 
 def _go_on(path: Path, resume_step: int, lease: Lease | None) -> tuple[IO[str], int]:

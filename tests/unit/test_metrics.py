@@ -11,6 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from nemo_rl.errors import LeaseLost
+from nemo_rl.run.lease import Claim, Lease
 from nemo_rl.run.metrics import (
     SAMPLE_CHARACTERS,
     MetricsLog,
@@ -114,9 +116,41 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
 
 
+def test_an_attempt_that_lost_the_lease_adds_nothing_to_the_event_files(tmp_path, monkeypatch):
+    """Also when it was stopped after it had asked whether the lease holds, and before it wrote."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def begin(attempt, resume_step):
+        lease = Claim.on(tmp_path / "x", "uid", attempt).take()
+        return MetricsLog(tmp_path / "x", resume_step=resume_step, tensorboard=True, lease=lease)
+
+    def content():
+        return {path.name: path.read_bytes() for path in (tmp_path / "x" / "tensorboard").iterdir()}
+
+    lost = begin(1, 0)
+    for step in (1, 2):
+        lost.log({"step": step, "loss": 1.0})
+    later = begin(2, 1)
+    later.log({"step": 2, "loss": 2.0})
+    before = content()
+    with pytest.raises(LeaseLost, match="to attempt 2"):
+        lost.log({"step": 3, "loss": 1.0})
+    monkeypatch.setattr(Lease, "check", lambda self: None)
+    lost.log({"step": 3, "loss": 1.0})
+    lost.close()
+    assert len(before) == 2
+    assert content() == before
+    with pytest.raises(LeaseLost, match="to attempt 2"):
+        MetricsLog(tmp_path / "x", resume_step=0, tensorboard=True, lease=Claim.on(tmp_path / "x", "uid", 1).of(1))
+    later.log({"step": 3, "loss": 2.0})
+    later.close()
+    events = EventAccumulator(str(tmp_path / "x" / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 2.0)]
+
+
 def test_missing_tensorboard_says_what_to_install(tmp_path):
     code = (
-        "import sys; sys.modules['torch.utils.tensorboard'] = None\n"
+        "import sys; sys.modules['tensorboard'] = None\n"
         "from nemo_rl.run.metrics import MetricsLog\n"
         "MetricsLog(sys.argv[1], resume_step=0, tensorboard=True)"
     )
