@@ -47,6 +47,10 @@ COUNTED: dict[str, tuple[Callable[[PlayedPod], None], Cause]] = {
         lambda p: p.run().exit(139, failure("saved", exit_code=int(ExitCode.PREEMPTED))),
         Cause.ERROR,
     ),
+    "a word behind torchrun that claims that it saved": (
+        lambda p: p.run().exit(1, failure("saved", exit_code=int(ExitCode.PREEMPTED))),
+        Cause.ERROR,
+    ),
     "evicted for its own memory": (lambda p: p.run().evict(OWN_USE.format("memory")), Cause.OUT_OF_MEMORY),
     "evicted for its own disk": (lambda p: p.run().evict(OWN_USE.format("ephemeral-storage")), Cause.STORAGE_EXCEEDED),
     "success with garbage": (lambda p: p.run().exit(0, "\x00{not json"), Cause.NO_RESULT),

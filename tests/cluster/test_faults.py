@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 from cluster.api import ApiError, Object, eventually
 from cluster.faults import Call, FaultyProxy
 from cluster.kubelet import PlayedPod
-from cluster.manifests import result
+from cluster.manifests import bundle, result
 from cluster.operator_process import Operator, Operators
 from cluster.scene import Scene
 from cluster.server import Cluster
@@ -340,6 +341,28 @@ def test_one_life_takes_few_calls(proxy: FaultyProxy, scene: Scene, own_operator
     assert len(status_writes) <= 4, [f"{c.method} {c.path}" for c in calls]
     assert [c.path for c in calls if c.method == "GET" and "x" in c.path.split("/")[-1:]] == []
     assert operator.running
+
+
+@pytest.mark.parametrize(("case", "most"), [("quota", 24), ("bundles", 40)])
+def test_a_job_that_is_blocked_asks_seldom(
+    proxy: FaultyProxy, scene: Scene, own_operator: MakeOperator, case: str, most: int
+) -> None:
+    """The operator of these tests tries again after a second, and later after three: that is twenty times as often as shipped."""
+    own_operator(scene.namespace, proxy.kubeconfig).start().wait_ready()
+    if case == "quota":
+        body = {"metadata": {"name": "q"}, "spec": {"hard": {"count/jobs.batch": "0"}}}
+        scene.api.create("resourcequotas", scene.namespace, body)
+        eventually(lambda: scene.api.get("resourcequotas", scene.namespace, "q").get("status", {}).get("used"), "use")
+        scene.submit(resources={"nodes": 2})
+        scene.message("quota")
+    else:
+        scene.submit(bundles=[bundle(f"b{i}", 32) for i in range(2)])
+        scene.message("64 of 64 bundle parts")
+    before = len(proxy.calls)
+    time.sleep(8)
+    calls = [f"{c.method} {c.path}" for c in proxy.calls[before:] if not c.path.partition("?")[0].endswith("/events")]
+    assert calls, "it does try again"
+    assert len(calls) <= most, calls  # the lists of a resync every five seconds are among them
 
 
 def test_command_as_shipped_serves_and_ends_on_sigterm(cluster: Cluster, scene: Scene, operators: Operators) -> None:

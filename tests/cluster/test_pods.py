@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from cluster.api import Object
+from cluster.api import Object, eventually
+from cluster.manifests import result
 from cluster.scene import Scene
 from nemo_rl.job import names
 
@@ -177,3 +178,16 @@ def test_foreign_object_with_a_childs_name_is_left_alone_and_reported(scene: Sce
     status = scene.phase("Failed")
     assert names.attempt_job("x", 1) in status["message"]
     assert scene.api.get("jobs", scene.namespace, names.attempt_job("x", 1))["metadata"]["uid"] == uid
+
+
+def test_a_job_of_the_longest_name_has_all_its_children(scene: Scene) -> None:
+    name = "x" * names.MAX_NAME_LENGTH
+    scene.submit(name, resources={"nodes": 2}, output={"serveUntil": "2100-01-01T00:00:00Z"}, backoffLimit=0)
+    first, second = (scene.attempt(1, name, index) for index in (0, 1))
+    first.run()
+    second.run().evict()
+    again = [scene.attempt(2, name, index).run() for index in (0, 1)]
+    for pod in reversed(again):
+        pod.exit(0, result(3) if pod is again[0] else "")
+    assert scene.phase("Succeeded", name=name)["result"]["totalSteps"] == 3
+    eventually(lambda: scene.api.find("pods", scene.namespace, names.files_pod(name)), "the file server")
