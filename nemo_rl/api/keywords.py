@@ -48,6 +48,7 @@ _RENAMED = {
     ("reward", "weights"): "reward_weights",
     ("reward", "workers"): "reward_workers",
     ("resources", "gpus_per_node"): "gpus",
+    ("resources", "extra"): "extra_resources",
 }
 _ALIASES = {"gpus_per_node": "gpus"}
 # Said by the arguments dataset, reward_fn, model, algorithm, callbacks, not by keywords.

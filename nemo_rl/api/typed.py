@@ -143,7 +143,11 @@ class Settings(TypedDict, total=False):
     nodes: int
     """Pods that train together. Default 1."""
     gpus: int
-    """GPUs of each pod (nvidia.com/gpu); 0 trains on the CPU. Default 1."""
+    """GPUs of each pod (nvidia.com/gpu, or gpuResource); 0 trains on the CPU. Default 1."""
+    gpu_resource: str
+    """What gpusPerNode counts, by the name that the device plugin gives it: amd.com/gpu, nvidia.com/mig-3g.40gb. Default nvidia.com/gpu."""
+    extra_resources: Mapping[str, int]
+    """Further extended resources of each pod, by name, request and limit alike: {"rdma/hca": 1}. Default none."""
     cpu: str | None
     """CPUs of each pod, request and limit alike. Default none asked."""
     memory: str | None
@@ -190,6 +194,10 @@ class Settings(TypedDict, total=False):
     """Taints that the pods tolerate. Default none."""
     affinity: Mapping[str, Any] | None
     """Affinity of the pods, as in the core API. Default none."""
+    topology_spread_constraints: Sequence[Mapping[str, Any]]
+    """How the pods are spread over nodes, racks or zones. Default by the cluster."""
+    runtime_class_name: str | None
+    """RuntimeClass of the trainer pods; some clusters need nvidia for GPUs. Default the nodes' own runtime."""
     priority_class_name: str | None
     """PriorityClass of the pods. Default none."""
     scheduler_name: str | None

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from nemo_rl.job import names
-from nemo_rl.job.spec import ALGORITHMS, RLTrainingJobSpec
+from nemo_rl.job.spec import ALGORITHMS, CORE_RESOURCES, RESOURCE_NAME, RLTrainingJobSpec
 from nemo_rl.job.status import JobStatus
 
 Schema = dict[str, Any]
@@ -218,6 +218,12 @@ VALUE_RULE = _rule(
     "values have at most 63 letters, digits, '-', '_' and '.', and begin and end with a letter or digit",
 )
 
+RESOURCE_RULE = _rule(
+    f"self.all(k, k.size() <= 253 && k.matches('{RESOURCE_NAME}') && !k.contains('{CORE_RESOURCES}'))",
+    "names are those of extended resources, with the domain of the device plugin (rdma/hca, nvidia.com/mig-3g.40gb), "
+    "and none of kubernetes.io",
+)
+
 RULES: dict[str, list[Schema]] = {
     "dataset": [_exactly_one("name", "inline", "path")],
     "validationDataset": [_exactly_one("name", "inline", "path")],
@@ -251,6 +257,33 @@ RULES: dict[str, list[Schema]] = {
             "az://container/folder",
             ".uri",
         ),
+    ],
+    "resources": [
+        _rule(
+            "!has(self.extra) || !has(self.gpuResource) || !(self.gpuResource in self.extra)",
+            "extra names the resource that gpusPerNode counts; give its number there alone",
+            ".extra",
+        ),
+        _rule(
+            "!has(self.gpusPerNode) || !has(self.gpuResource) || self.gpusPerNode <= 1 || "
+            "!self.gpuResource.contains('/mig-')",
+            "a process sees one MIG slice only; give gpusPerNode 1, and more nodes",
+            ".gpusPerNode",
+        ),
+    ],
+    "resources.extra": [RESOURCE_RULE],
+    "resources.gpuResource": [
+        _rule(
+            f"!self.contains('{CORE_RESOURCES}')",
+            "this is no extended resource; give the name by which the device plugin offers GPUs, such as amd.com/gpu",
+        )
+    ],
+    "topologySpreadConstraints[]": [
+        _rule(
+            "!has(self.minDomains) || self.whenUnsatisfiable == 'DoNotSchedule'",
+            "minDomains belongs to whenUnsatisfiable DoNotSchedule; remove one of them",
+            ".minDomains",
+        )
     ],
     "labels": [PREFIX_RULE, KEY_RULE, VALUE_RULE],
     "annotations": [PREFIX_RULE, KEY_RULE],

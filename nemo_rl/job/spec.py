@@ -5,6 +5,7 @@ Python names are snake_case; YAML names are the camelCase of the same words. Unk
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
@@ -417,6 +418,27 @@ class CacheSpec(Section):
     """Existing PersistentVolumeClaim, mounted at /cache. Default: an emptyDir of the pod."""
 
 
+RESOURCE_NAME = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+"""Names of extended resources: what a device plugin offers."""
+CORE_RESOURCES = "kubernetes.io/"
+"""What no name of an extended resource contains."""
+
+
+def _resource_name(value: str) -> str:
+    if not re.fullmatch(RESOURCE_NAME, value) or len(value) > 253 or CORE_RESOURCES in value:
+        raise ValueError(
+            f"{value!r} is no name of an extended resource; expected one as the device plugin gives it, with its domain "
+            "(rdma/hca, nvidia.com/mig-3g.40gb), and none of kubernetes.io"
+        )
+    return value
+
+
+def _resource_names(value: dict[str, int]) -> dict[str, int]:
+    for name in value:
+        _resource_name(name)
+    return value
+
+
 DEFAULT_REQUESTS = {"memory": "1Gi", "ephemeral-storage": "1Gi"}
 """What a pod asks for where the job does not say: without any request it is the first to be evicted from a full node."""
 
@@ -427,7 +449,15 @@ class ResourcesSpec(Section):
     nodes: Annotated[int, Field(ge=1, le=1024)] = 1
     """Pods that train together. Default 1."""
     gpus_per_node: Annotated[int, Field(ge=0, le=64)] = 1
-    """GPUs of each pod (nvidia.com/gpu); 0 trains on the CPU. Default 1."""
+    """GPUs of each pod (nvidia.com/gpu, or gpuResource); 0 trains on the CPU. Default 1."""
+    gpu_resource: Annotated[
+        str, Field(pattern=RESOURCE_NAME, min_length=3, max_length=253), AfterValidator(_resource_name)
+    ] = "nvidia.com/gpu"
+    """What gpusPerNode counts, by the name that the device plugin gives it: amd.com/gpu, nvidia.com/mig-3g.40gb. Default nvidia.com/gpu."""
+    extra: Annotated[
+        dict[str, Annotated[int, Field(ge=1, le=1_000_000)]], Field(max_length=16), AfterValidator(_resource_names)
+    ] = {}
+    """Further extended resources of each pod, by name, request and limit alike: {"rdma/hca": 1}. Default none."""
     cpu: Quantity | None = None
     """CPUs of each pod, request and limit alike. Default none asked."""
     memory: Quantity | None = None
@@ -436,6 +466,17 @@ class ResourcesSpec(Section):
     """Disk of each pod's node for what is no volume (downloads, scratch), request and limit alike. Default: 1Gi is asked for, without a limit."""
     shared_memory: Quantity = "1Gi"
     """Size of /dev/shm. Default 1Gi."""
+
+    @model_validator(mode="after")
+    def _devices_once(self) -> ResourcesSpec:
+        if self.gpu_resource in self.extra:
+            raise ValueError(f"extra names {self.gpu_resource}, which gpusPerNode counts; give its number there alone")
+        if "/mig-" in self.gpu_resource and self.gpus_per_node > 1:
+            raise ValueError(
+                f"gpusPerNode is {self.gpus_per_node} of {self.gpu_resource}, but a process sees one MIG slice only; give 1, "
+                "and more nodes"
+            )
+        return self
 
 
 class SecretKeyRef(Section):
@@ -502,6 +543,25 @@ class Toleration(Section):
     """Seconds that a NoExecute taint is tolerated. Default for ever."""
 
 
+class TopologySpread(Section):
+    """How evenly the pods of an attempt are spread, as in the core API; only the job's own pods are counted."""
+
+    topology_key: Annotated[str, Field(min_length=1, max_length=317)]
+    """Label of nodes; those with the same value are one place: kubernetes.io/hostname, topology.kubernetes.io/zone."""
+    max_skew: Annotated[int, Field(ge=1, le=1024)] = 1
+    """By how many pods two places may differ. Default 1."""
+    when_unsatisfiable: Literal["DoNotSchedule", "ScheduleAnyway"] = "DoNotSchedule"
+    """What becomes of a pod that would make them differ more: it waits, or it is only the last choice. Default DoNotSchedule."""
+    min_domains: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Places that there must be at least, with DoNotSchedule. Default 1."""
+
+    @model_validator(mode="after")
+    def _domains_are_required(self) -> TopologySpread:
+        if self.min_domains is not None and self.when_unsatisfiable != "DoNotSchedule":
+            raise ValueError("minDomains belongs to whenUnsatisfiable DoNotSchedule; remove one of them")
+        return self
+
+
 Labels = Annotated[dict[str, Annotated[str, Field(max_length=63)]], Field(max_length=64)]
 Annotations = Annotated[dict[str, Annotated[str, Field(max_length=4096)]], Field(max_length=64)]
 
@@ -557,6 +617,10 @@ class RLTrainingJobSpec(Section):
     """Taints that the pods tolerate. Default none."""
     affinity: Annotated[dict[str, Any], AfterValidator(_shallow)] | None = None
     """Affinity of the pods, as in the core API. Default none."""
+    topology_spread_constraints: Annotated[list[TopologySpread], Field(max_length=8)] = []
+    """How the pods are spread over nodes, racks or zones. Default by the cluster."""
+    runtime_class_name: ObjectName | None = None
+    """RuntimeClass of the trainer pods; some clusters need nvidia for GPUs. Default the nodes' own runtime."""
     priority_class_name: ObjectName | None = None
     """PriorityClass of the pods. Default none."""
     scheduler_name: ObjectName | None = None

@@ -21,7 +21,6 @@ ASKING = (
 )
 TOPOLOGY_WORDS = ("required", "preferred", "unconstrained")
 
-GPU = "nvidia.com/gpu"
 USER = 1000
 """User and group of trainer pods; volumes get the group, so that the pods can write to them."""
 EXIT_BARRIER_SECONDS = 15
@@ -323,6 +322,14 @@ def trainer_pod(resource: Resource, spec: RLTrainingJobSpec, number: int, image:
     }
     if spec.resources.nodes > 1:
         pod["subdomain"] = resource.name
+    if spec.runtime_class_name:
+        pod["runtimeClassName"] = spec.runtime_class_name
+    if spec.topology_spread_constraints:
+        mine = labels(resource, names.COMPONENT_TRAINER) | {names.LABEL_ATTEMPT: str(number)}
+        pod["topologySpreadConstraints"] = [
+            s.model_dump(mode="json", by_alias=True, exclude_none=True) | {"labelSelector": {"matchLabels": mine}}
+            for s in spec.topology_spread_constraints
+        ]
     return pod | _placement(spec)
 
 
@@ -437,7 +444,8 @@ def _resources(spec: RLTrainingJobSpec) -> Object:
         "cpu": ask.cpu,
         "memory": ask.memory,
         "ephemeral-storage": ask.ephemeral_storage,
-        GPU: str(ask.gpus_per_node) if ask.gpus_per_node else None,
+        ask.gpu_resource: str(ask.gpus_per_node) if ask.gpus_per_node else None,
+        **{name: str(count) for name, count in ask.extra.items()},
     }
     given = {name: amount for name, amount in wanted.items() if amount}
     return {"requests": DEFAULT_REQUESTS | given, **({"limits": given} if given else {})}

@@ -87,8 +87,8 @@ def unschedulable(message: str, spec: RLTrainingJobSpec) -> Waiting:
 def _wanted(body: str, spec: RLTrainingJobSpec) -> str:
     ask = spec.resources
     wanted = []
-    if "nvidia.com/gpu" in body and ask.gpus_per_node:
-        wanted.append(f"{ask.gpus_per_node} × nvidia.com/gpu")
+    devices = {ask.gpu_resource: ask.gpus_per_node} | ask.extra
+    wanted += [f"{count} × {name}" for name, count in devices.items() if count and name in body]
     if "Insufficient cpu" in body and ask.cpu:
         wanted.append(f"{ask.cpu} cpu")
     if "Insufficient memory" in body and ask.memory:
@@ -111,6 +111,8 @@ def _constraint(part: str, spec: RLTrainingJobSpec) -> str:
         return f"{count} have the taint {taint[1].rstrip(': ') if taint else ''}, see spec.tolerations"
     if "node affinity/selector" in text or "node selector" in text:
         return f"{count} do not match spec.nodeSelector or spec.affinity"
+    if "topology spread constraints" in text:
+        return f"{count} do not fit spec.topologySpreadConstraints"
     if "Too many pods" in text:
         return f"{count} run too many pods"
     if "volume node affinity conflict" in text:
@@ -167,6 +169,9 @@ def from_warning(message: str) -> Waiting:
         return Waiting("Pending", reasons.POD_REFUSED, text)
     if found := re.search(r'service ?account "?([^"\s]+)"? not found|serviceaccount "([^"]+)" not found', message):
         text = f"service account {found[1] or found[2]} does not exist; create it or change spec.serviceAccountName"
+        return Waiting("Pending", reasons.POD_REFUSED, text)
+    if found := re.search(r'RuntimeClass "?([^"\s]+)"? not found|runtimeclass\.node\.k8s\.io "([^"]+)" not found', message):
+        text = f"RuntimeClass {found[1] or found[2]} does not exist; create it or change spec.runtimeClassName"
         return Waiting("Pending", reasons.POD_REFUSED, text)
     if found := re.search(r"no PriorityClass with name (\S+) was found", message):
         text = f"PriorityClass {found[1]} does not exist; create it or change spec.priorityClassName"

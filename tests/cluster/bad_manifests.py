@@ -132,6 +132,22 @@ BAD = [
     bad("variable of no name", "spec.env[0].name", "match", env=[{"name": "1 A", "value": "b"}]),
     bad("token in clear", "spec.env[0]", "Secret", env=[{"name": "HF_TOKEN", "value": "hf_" + "a" * 30}]),
     bad("operator's label", "spec.labels", "use another key", labels={"nemo-rl.io/job": "another"}),
+    bad("device of no domain", "spec.resources.extra", "none of kubernetes.io", resources={"extra": {"hca": 1}}),
+    bad("device of the core", "spec.resources.extra", "none of kubernetes.io", resources={"extra": {"kubernetes.io/a": 1}}),
+    bad("no device", "spec.resources.extra", "greater than or equal to 1", resources={"extra": {"rdma/hca": 0}}),
+    bad("GPU of the core", "spec.resources.gpuResource", "no extended resource", resources={"gpuResource": "kubernetes.io/a"}),
+    bad(
+        *("GPUs twice", "spec.resources.extra", "which gpusPerNode counts"),
+        resources={"gpuResource": "amd.com/gpu", "extra": {"amd.com/gpu": 1}},
+    ),
+    bad(
+        *("several slices", "spec.resources.gpusPerNode", "one MIG slice only"),
+        resources={"gpusPerNode": 2, "gpuResource": "nvidia.com/mig-3g.40gb"},
+    ),
+    bad(
+        *("least places of a wish", "spec.topologySpreadConstraints[0].minDomains", "DoNotSchedule"),
+        topologySpreadConstraints=[{"topologyKey": "a", "minDomains": 2, "whenUnsatisfiable": "ScheduleAnyway"}],
+    ),
     bad("unknown effect", "spec.tolerations[0].effect", '"NoSchedule"', tolerations=[{"key": "a", "effect": "Never"}]),
     bad("affinity of no sense", "affinity", affinity={"nodeAffinity": "any"}),
     bad("affinity without an end", "affinity", affinity=deep(30)),

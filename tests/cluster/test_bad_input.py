@@ -27,6 +27,10 @@ UNCHANGEABLE: list[tuple[str, Object]] = [
     ("spec.image", {"image": "another"}),
     ("spec.env", {"env": [{"name": "A", "value": "b"}]}),
     ("spec.labels", {"labels": {"a": "b"}}),
+    ("spec.resources.extra", {"resources": {"extra": {"rdma/hca": 1}}}),
+    ("spec.resources.gpuResource", {"resources": {"gpuResource": "amd.com/gpu"}}),
+    ("spec.runtimeClassName", {"runtimeClassName": "nvidia"}),
+    ("spec.topologySpreadConstraints", {"topologySpreadConstraints": [{"topologyKey": "zone"}]}),
     ("spec.tolerations", {"tolerations": [{"key": "gpu", "operator": "Exists"}]}),
     ("spec.serviceAccountName", {"serviceAccountName": "another"}),
     # deep down: other values, values that come, and values that go

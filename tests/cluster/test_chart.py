@@ -58,6 +58,8 @@ COMBINATIONS: dict[str, Object] = {
             "allowedAnnotations": ["example.com/note"],
             "allowedNodeSelectors": ["gpu"],
             "allowedSchedulers": ["kai-scheduler"],
+            "allowedResources": ["rdma/hca", "nvidia.com/mig-*"],
+            "allowedRuntimeClasses": ["nvidia"],
             "deniedEnvironment": [],
             "antiAffinityToOtherNamespaces": True,
         }
@@ -434,19 +436,32 @@ POLICY: list[tuple[str, Object, str]] = [
         {"imagePullSecrets": [{"name": "theirs"}]},
         "alice may not read the Secrets named in the job (theirs)",
     ),
+    (
+        "a device that is not on the list",
+        {"resources": {"extra": {"rdma/hca": 1, "vendor.example/fpga": 1}}},
+        "this cluster allows nvidia.com/gpu, rdma/*, amd.com/gpu (admissionPolicy.allowedResources of the chart)",
+    ),
+    (
+        "a runtime class that is not on the list",
+        {"runtimeClassName": "nvidia-legacy"},
+        "spec.runtimeClassName is nvidia-legacy; this cluster allows nvidia (admissionPolicy.allowedRuntimeClasses",
+    ),
 ]
 ALLOWED: list[Object] = [
     {},
     {"image": "ghcr.io/acme/trainer:1.2"},
     {"image": f"registry.example.com/ml/trainer@{DIGEST}"},
     {"env": [{"name": "A", "value": "b"}, {"name": "T", "valueFrom": {"secretKeyRef": {"name": "mine", "key": "k"}}}]},
+    {"resources": {"gpuResource": "amd.com/gpu", "gpusPerNode": 8, "extra": {"rdma/hca": 1, "rdma/roce": 2}}},
+    {"runtimeClassName": "nvidia", "topologySpreadConstraints": [{"topologyKey": "kubernetes.io/hostname"}]},
 ]
 
 
 def test_the_admission_policy_refuses_in_words_and_lets_the_rest_pass(
     scene: Scene, install: Callable[..., list[Object]]
 ):
-    install({"admissionPolicy": {"allowedImages": ["registry.example.com/ml/", "ghcr.io/acme/"]}})
+    lists = {"allowedResources": ["rdma/*", "amd.com/gpu"], "allowedRuntimeClasses": ["nvidia"]}
+    install({"admissionPolicy": {"allowedImages": ["registry.example.com/ml/", "ghcr.io/acme/"], **lists}})
     bind(scene, "alice", f"{scene.namespace}-edit")
     scene.kubectl("create", "role", "mine", "--verb=get", "--resource=secrets", "--resource-name=mine")
     scene.kubectl("create", "rolebinding", "alice-mine", "--role=mine", "--user=alice")

@@ -57,6 +57,18 @@ SUBMITTED: dict[str, tuple[Object, str]] = {
         "admissionPolicy.allowedNodeSelectors",
     ),
     "another scheduler": ({"schedulerName": "mine"}, "admissionPolicy.allowedSchedulers"),
+    "a device that is not for all": (
+        {"resources": {"extra": {"rdma/hca": 1}}},
+        "spec.resources asks for nvidia.com/gpu, rdma/hca; this cluster allows nvidia.com/gpu (admissionPolicy.allowedResources",
+    ),
+    "a device in place of GPUs": (
+        {"resources": {"gpuResource": "smarter-devices/fuse", "gpusPerNode": 1}},
+        "admissionPolicy.allowedResources",
+    ),
+    "a runtime of its own": (
+        {"runtimeClassName": "privileged-vm"},
+        "spec.runtimeClassName is privileged-vm; this cluster allows none (admissionPolicy.allowedRuntimeClasses",
+    ),
     "a label of another's Service": ({"labels": {"app": "payments"}}, "admissionPolicy.allowedLabels"),
     "the labels of the operator": (
         {"labels": {"app.kubernetes.io/name": "nemo-rl-operator"}},
@@ -91,7 +103,7 @@ def test_nothing_of_others_can_be_named_in_a_job(scene: Scene, release: list[Obj
         return scene.kubectl("create", f"--as={USER}", "--dry-run=server", "-f", "-", stdin=manifest, check=False)
 
     eventually(lambda: "allowedServiceAccounts" in submit({"serviceAccountName": "x"}), "the policy is in force")
-    assert len(SUBMITTED) >= 20
+    assert len(SUBMITTED) >= 23
     got = {}
     for what, (spec, words) in SUBMITTED.items():
         answer = submit(copy.deepcopy(spec))

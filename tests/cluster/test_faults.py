@@ -343,26 +343,42 @@ def test_one_life_takes_few_calls(proxy: FaultyProxy, scene: Scene, own_operator
     assert operator.running
 
 
-@pytest.mark.parametrize(("case", "most"), [("quota", 24), ("bundles", 40)])
-def test_a_job_that_is_blocked_asks_seldom(
-    proxy: FaultyProxy, scene: Scene, own_operator: MakeOperator, case: str, most: int
-) -> None:
-    """The operator of these tests tries again after a second, and later after three: that is twenty times as often as shipped."""
-    own_operator(scene.namespace, proxy.kubeconfig).start().wait_ready()
-    if case == "quota":
-        body = {"metadata": {"name": "q"}, "spec": {"hard": {"count/jobs.batch": "0"}}}
-        scene.api.create("resourcequotas", scene.namespace, body)
-        eventually(lambda: scene.api.get("resourcequotas", scene.namespace, "q").get("status", {}).get("used"), "use")
-        scene.submit(resources={"nodes": 2})
-        scene.message("quota")
-    else:
-        scene.submit(bundles=[bundle(f"b{i}", 32) for i in range(2)])
-        scene.message("64 of 64 bundle parts")
+def calls_within(proxy: FaultyProxy, seconds: float) -> list[str]:
+    """What the operator asks in that time, but for Events and the lists of its resyncs."""
     before = len(proxy.calls)
-    time.sleep(8)
-    calls = [f"{c.method} {c.path}" for c in proxy.calls[before:] if not c.path.partition("?")[0].endswith("/events")]
-    assert calls, "it does try again"
-    assert len(calls) <= most, calls  # the lists of a resync every five seconds are among them
+    time.sleep(seconds)
+    found = [(call.method, call.path.partition("?")[0]) for call in proxy.calls[before:]]
+    return [f"{method} {path}" for method, path in found if not re.search("/(events|pods|jobs|rltrainingjobs)$", path)
+            or (method, path.rpartition("/")[2]) == ("POST", "jobs")]  # fmt: skip
+
+
+def test_a_job_under_a_full_quota_asks_rarer_and_rarer(
+    proxy: FaultyProxy, scene: Scene, own_operator: MakeOperator
+) -> None:
+    """As shipped after 10 s, and after half of the time that it has lasted, up to 5 minutes; here all is ten times as fast."""
+    own_operator(scene.namespace, proxy.kubeconfig).start().wait_ready()
+    body = {"metadata": {"name": "q"}, "spec": {"hard": {"count/jobs.batch": "0"}}}
+    scene.api.create("resourcequotas", scene.namespace, body)
+    eventually(lambda: scene.api.get("resourcequotas", scene.namespace, "q").get("status", {}).get("used"), "its use")
+    scene.submit(resources={"nodes": 2})
+    scene.message("quota")
+    calls = calls_within(proxy, 8)
+    tries = [call for call in calls if call.startswith("POST") and call.endswith("/jobs")]
+    assert 2 <= len(tries) <= 6, calls
+    assert len(calls) <= 8 * len(tries) + 4, calls
+
+
+def test_a_job_that_waits_for_many_bundles_does_not_ask_for_each(
+    proxy: FaultyProxy, scene: Scene, own_operator: MakeOperator
+) -> None:
+    """Each look is one list by label; of what is not in it, a few are asked for by name: somebody may have made them."""
+    own_operator(scene.namespace, proxy.kubeconfig).start().wait_ready()
+    scene.submit(bundles=[bundle(f"b{i}", 32) for i in range(2)])
+    scene.message("64 of 64 bundle parts")
+    calls = calls_within(proxy, 6)
+    looks = [call for call in calls if call.endswith("/configmaps")]
+    assert 2 <= len(looks) <= 10, calls
+    assert len(calls) <= 10 * len(looks), calls
 
 
 def test_command_as_shipped_serves_and_ends_on_sigterm(cluster: Cluster, scene: Scene, operators: Operators) -> None:

@@ -86,6 +86,51 @@ def test_resources_of_the_job_reach_the_pod(scene: Scene) -> None:
     assert shared["sizeLimit"] == "512Mi"
 
 
+def test_devices_runtime_and_spread_reach_the_pods_of_each_attempt(scene: Scene) -> None:
+    runtime = {"metadata": {"name": scene.namespace}, "handler": "nvidia"}
+    scene.api.request("POST", "/apis/node.k8s.io/v1/runtimeclasses", runtime)
+    try:
+        spread = {"topologyKey": "example.com/rack", "maxSkew": 2, "minDomains": 3}
+        scene.submit(
+            resources={"nodes": 2, "gpusPerNode": 1, "gpuResource": "nvidia.com/mig-3g.40gb", "extra": {"rdma/hca": 2}},
+            runtimeClassName=scene.namespace,
+            topologySpreadConstraints=[spread, {"topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway"}],
+            output={"serveUntil": "2100-01-01T00:00:00Z"},
+        )
+        for attempt in (1, 2):
+            pods = [scene.attempt(attempt, index=index) for index in (0, 1)]
+            for pod in pods:
+                spec = pod.object["spec"]
+                asked = spec["containers"][0]["resources"]
+                for kind in ("requests", "limits"):
+                    assert {k: v for k, v in asked[kind].items() if "/" in k} == {
+                        "nvidia.com/mig-3g.40gb": "1",
+                        "rdma/hca": "2",
+                    }
+                assert spec["runtimeClassName"] == scene.namespace
+                first, second = spec["topologySpreadConstraints"]
+                mine = first.pop("labelSelector")["matchLabels"]
+                assert first == spread | {"whenUnsatisfiable": "DoNotSchedule"}
+                assert second["whenUnsatisfiable"] == "ScheduleAnyway"
+                assert mine.items() <= pod.object["metadata"]["labels"].items()
+                assert (mine[names.LABEL_ATTEMPT], len(mine)) == (str(attempt), 3)
+            pods[0].unschedulable("0/4 nodes are available: 3 Insufficient rdma/hca, 1 node(s) didn't match pod topology spread constraints.")
+            scene.message("waiting for 2 × rdma/hca on each of 2 nodes", "1 do not fit spec.topologySpreadConstraints")
+            for pod in pods:
+                pod.run()
+            scene.phase("Running")
+            pods[1].evict()
+        served = eventually(lambda: scene.api.find("pods", scene.namespace, names.files_pod("x")), "the file server")
+        assert not {"runtimeClassName", "topologySpreadConstraints"} & served["spec"].keys()
+    finally:
+        scene.api.request("DELETE", f"/apis/node.k8s.io/v1/runtimeclasses/{scene.namespace}")
+
+
+def test_a_runtime_class_that_does_not_exist_is_worded(scene: Scene) -> None:
+    scene.submit(runtimeClassName="nowhere")
+    scene.message("RuntimeClass nowhere does not exist; create it or change spec.runtimeClassName")
+
+
 def test_allow_listed_fields_reach_the_pod(scene: Scene) -> None:
     priority = {"metadata": {"name": scene.namespace}, "value": 7}
     scene.api.request("POST", "/apis/scheduling.k8s.io/v1/priorityclasses", priority)

@@ -78,7 +78,8 @@ def test_values_named_in_pages_are_values_of_the_chart():
     sections = {path.split(".")[0] for path in known}
     text = "\n".join(path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md") if path.parent.name != "reference")
     named = {name for name in re.findall(r"`([a-z]\w+(?:\.\w+)+)", text) if name.split(".")[0] in sections}
-    fields = {"resources.memory", "resources.ephemeralStorage", "metrics.jsonl"}  # of a job, and a file
+    fields = {f"resources.{n}" for n in ("memory", "ephemeralStorage", "extra", "gpuResource")}  # of a job
+    fields |= {"metrics.jsonl"}
     assert len(named) > 6
     assert {n for n in named if n not in known} - fields == set()
 

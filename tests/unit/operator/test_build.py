@@ -147,7 +147,7 @@ def test_a_pod_that_asks_for_nothing_is_not_the_first_to_be_evicted() -> None:
 def test_what_is_not_given_is_not_written() -> None:
     allowed = {
         *("imagePullSecrets", "serviceAccountName", "nodeSelector", "tolerations", "affinity"),
-        *("priorityClassName", "schedulerName"),
+        *("priorityClassName", "schedulerName", "runtimeClassName", "topologySpreadConstraints"),
     }
     assert not allowed & set(pod())
     given = pod(
@@ -158,9 +158,26 @@ def test_what_is_not_given_is_not_written() -> None:
         affinity={"nodeAffinity": {}},
         priorityClassName="high",
         schedulerName="mine",
+        runtimeClassName="nvidia",
+        topologySpreadConstraints=[{"topologyKey": "zone"}],
     )
     assert allowed <= set(given)
     assert given["tolerations"] == [{"key": "k", "operator": "Exists", "effect": "NoSchedule"}]
+
+
+def test_devices_are_requests_and_limits_by_their_names() -> None:
+    asked = container(resources={"gpusPerNode": 8, "gpuResource": "amd.com/gpu", "extra": {"rdma/hca": 1}})["resources"]
+    assert asked["limits"] == {"amd.com/gpu": "8", "rdma/hca": "1"}
+    assert asked["requests"].items() >= asked["limits"].items()
+    assert "rdma/hca" in container(resources={"gpusPerNode": 0, "extra": {"rdma/hca": 1}})["resources"]["limits"]
+
+
+def test_the_pods_of_an_attempt_are_spread_and_no_others_counted() -> None:
+    given = pod(number=2, runtimeClassName="nvidia", topologySpreadConstraints=[{"topologyKey": "rack"}])
+    assert given["runtimeClassName"] == "nvidia"
+    (spread,) = given["topologySpreadConstraints"]
+    assert (spread["topologyKey"], spread["maxSkew"], spread["whenUnsatisfiable"]) == ("rack", 1, "DoNotSchedule")
+    assert spread["labelSelector"]["matchLabels"][names.LABEL_ATTEMPT] == "2"
 
 
 def test_secrets_are_only_referred_to() -> None:
