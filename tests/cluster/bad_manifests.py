@@ -137,7 +137,7 @@ BAD = [
     bad("no device", "spec.resources.extra", "greater than or equal to 1", resources={"extra": {"rdma/hca": 0}}),
     bad("GPU of the core", "spec.resources.gpuResource", "no extended resource", resources={"gpuResource": "kubernetes.io/a"}),
     bad(
-        *("GPUs twice", "spec.resources.extra", "which gpusPerNode counts"),
+        *("GPUs twice", "spec.resources.extra", "that gpusPerNode counts"),
         resources={"gpuResource": "amd.com/gpu", "extra": {"amd.com/gpu": 1}},
     ),
     bad(

@@ -271,6 +271,25 @@ def test_addresses_that_cannot_work_are_refused_in_words(fields: dict[str, Any],
         make.parsed(**fields)
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"resources": {"extra": {"hca": 1}}}, "with its domain"),
+        ({"resources": {"extra": {"requests.kubernetes.io/a": 1}}}, "none of kubernetes.io"),
+        ({"resources": {"gpuResource": "kubernetes.io/gpu"}}, "none of kubernetes.io"),
+        ({"resources": {"extra": {"nvidia.com/gpu": 1}}}, "which gpusPerNode counts"),
+        ({"resources": {"gpuResource": "nvidia.com/mig-1g.5gb", "gpusPerNode": 2}}, "a process sees one MIG slice only"),
+        (
+            {"topologySpreadConstraints": [{"topologyKey": "a", "minDomains": 2, "whenUnsatisfiable": "ScheduleAnyway"}]},
+            "minDomains belongs to whenUnsatisfiable DoNotSchedule",
+        ),
+    ],
+)
+def test_devices_and_spreads_that_cannot_work_are_refused_in_words(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make.parsed(**fields)
+
+
 def frozen_spec(**fields: Any) -> dict[str, Any]:
     made = build.frozen_job(make.resource(**fields), make.parsed(**fields))
     return json.loads(made["data"]["job.json"])["spec"]

@@ -131,6 +131,11 @@ EVENTS = [
         "PriorityClass high does not exist; create it or change spec.priorityClassName",
     ),
     (
+        'FailedCreate: Error creating: pods "x-1-0-" is forbidden: pod rejected: RuntimeClass "kata" not found',
+        "Pending",
+        "RuntimeClass kata does not exist; create it or change spec.runtimeClassName",
+    ),
+    (
         'FailedMount: MountVolume.SetUp failed for volume "bundle-0" : configmap "b-0" not found',
         "Starting",
         "waiting for configmap b-0, which the pod mounts",
