@@ -143,8 +143,7 @@ class _Board:
         # TensorBoard reads the files of a folder by the order of their names.
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(self._made)}"
         with guarded(lease):
-            stream = open((lease.staging if lease else directory) / name, "xb")
-        self._records = RecordWriter(stream)
+            self._records = RecordWriter(_create((lease.staging if lease else directory) / name))
         first = resume_step + 1 if resume_step else 0
         self._write(Event(step=first, file_version="brain.Event:2"))
         if resume_step:
@@ -216,6 +215,10 @@ def _intact_records(path: Path) -> list[tuple[dict[str, Any], int]]:
 def _open_lines(path: Path) -> IO[str]:
     # Half of a surrogate pair, which a tokenizer may decode to, becomes the \\uXXXX that JSON has for it.
     return open(path, "a", encoding="utf-8", errors="backslashreplace")
+
+
+def _create(path: Path) -> IO[bytes]:
+    return open(path, "xb")
 
 
 def _append(stream: IO[str], records: list[dict[str, Any]]) -> None:

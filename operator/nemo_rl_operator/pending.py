@@ -170,7 +170,9 @@ def from_warning(message: str) -> Waiting:
     if found := re.search(r'service ?account "?([^"\s]+)"? not found|serviceaccount "([^"]+)" not found', message):
         text = f"service account {found[1] or found[2]} does not exist; create it or change spec.serviceAccountName"
         return Waiting("Pending", reasons.POD_REFUSED, text)
-    if found := re.search(r'RuntimeClass "?([^"\s]+)"? not found|runtimeclass\.node\.k8s\.io "([^"]+)" not found', message):
+    if found := re.search(
+        r'RuntimeClass "?([^"\s]+)"? not found|runtimeclass\.node\.k8s\.io "([^"]+)" not found', message
+    ):
         text = f"RuntimeClass {found[1] or found[2]} does not exist; create it or change spec.runtimeClassName"
         return Waiting("Pending", reasons.POD_REFUSED, text)
     if found := re.search(r"no PriorityClass with name (\S+) was found", message):

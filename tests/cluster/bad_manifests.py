@@ -133,9 +133,19 @@ BAD = [
     bad("token in clear", "spec.env[0]", "Secret", env=[{"name": "HF_TOKEN", "value": "hf_" + "a" * 30}]),
     bad("operator's label", "spec.labels", "use another key", labels={"nemo-rl.io/job": "another"}),
     bad("device of no domain", "spec.resources.extra", "none of kubernetes.io", resources={"extra": {"hca": 1}}),
-    bad("device of the core", "spec.resources.extra", "none of kubernetes.io", resources={"extra": {"kubernetes.io/a": 1}}),
+    bad(
+        "device of the core",
+        "spec.resources.extra",
+        "none of kubernetes.io",
+        resources={"extra": {"kubernetes.io/a": 1}},
+    ),
     bad("no device", "spec.resources.extra", "greater than or equal to 1", resources={"extra": {"rdma/hca": 0}}),
-    bad("GPU of the core", "spec.resources.gpuResource", "no extended resource", resources={"gpuResource": "kubernetes.io/a"}),
+    bad(
+        "GPU of the core",
+        "spec.resources.gpuResource",
+        "no extended resource",
+        resources={"gpuResource": "kubernetes.io/a"},
+    ),
     bad(
         *("GPUs twice", "spec.resources.extra", "that gpusPerNode counts"),
         resources={"gpuResource": "amd.com/gpu", "extra": {"amd.com/gpu": 1}},

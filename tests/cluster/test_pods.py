@@ -114,7 +114,9 @@ def test_devices_runtime_and_spread_reach_the_pods_of_each_attempt(scene: Scene)
                 assert second["whenUnsatisfiable"] == "ScheduleAnyway"
                 assert mine.items() <= pod.object["metadata"]["labels"].items()
                 assert (mine[names.LABEL_ATTEMPT], len(mine)) == (str(attempt), 4)
-            pods[0].unschedulable("0/4 nodes are available: 3 Insufficient rdma/hca, 1 node(s) didn't match pod topology spread constraints.")
+            pods[0].unschedulable(
+                "0/4 nodes are available: 3 Insufficient rdma/hca, 1 node(s) didn't match pod topology spread constraints."
+            )
             scene.message("waiting for 2 × rdma/hca on each of 2 nodes", "1 do not fit spec.topologySpreadConstraints")
             for pod in pods:
                 pod.run()

@@ -278,9 +278,16 @@ def test_addresses_that_cannot_work_are_refused_in_words(fields: dict[str, Any],
         ({"resources": {"extra": {"requests.kubernetes.io/a": 1}}}, "none of kubernetes.io"),
         ({"resources": {"gpuResource": "kubernetes.io/gpu"}}, "none of kubernetes.io"),
         ({"resources": {"extra": {"nvidia.com/gpu": 1}}}, "which gpusPerNode counts"),
-        ({"resources": {"gpuResource": "nvidia.com/mig-1g.5gb", "gpusPerNode": 2}}, "a process sees one MIG slice only"),
         (
-            {"topologySpreadConstraints": [{"topologyKey": "a", "minDomains": 2, "whenUnsatisfiable": "ScheduleAnyway"}]},
+            {"resources": {"gpuResource": "nvidia.com/mig-1g.5gb", "gpusPerNode": 2}},
+            "a process sees one MIG slice only",
+        ),
+        (
+            {
+                "topologySpreadConstraints": [
+                    {"topologyKey": "a", "minDomains": 2, "whenUnsatisfiable": "ScheduleAnyway"}
+                ]
+            },
             "minDomains belongs to whenUnsatisfiable DoNotSchedule",
         ),
     ],
