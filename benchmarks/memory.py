@@ -25,6 +25,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,7 @@ def ours(folder: Path, output: Path) -> dict[str, Any]:
     """Trains as a user does; measures loading and the second step."""
     import nemo_rl
     from nemo_rl.model import load
+    from nemo_rl.model.sharding import blocks_of
     from nemo_rl.trainers import base
 
     found: dict[str, Any] = {}
@@ -175,7 +177,8 @@ def ours(folder: Path, output: Path) -> dict[str, Any]:
 
     class Watch:
         def on_train_begin(self, trainer: Any) -> None:
-            parts = [list(block.parameters()) for block in trainer.sharded.blocks] if trainer.sharded else []
+            blocks = trainer.sharded.blocks if trainer.sharded else blocks_of(trainer.policy.causal)
+            parts = [list(block.parameters()) for block in blocks]
             inside = {id(p) for part in parts for p in part}
             parts.append([p for p in trainer.model.parameters() if id(p) not in inside])
             found["block"] = max(sum(p.numel() for p in part) for part in parts)
@@ -242,26 +245,26 @@ def plain(folder: Path) -> int:
     return peak.peak
 
 
-def rank(folder: Path, small: Path, scratch: Path, number: int) -> None:
+def rank(folder: Path, small: Path, scratch: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(small)  # what libraries make once is not the model's memory
     found = ours(folder, scratch / "run")
     gc.collect()
     found["plain"] = plain(folder)
-    (scratch / f"rank{number}.json").write_text(json.dumps(found))
+    return found
 
 
 # --- all ranks -------------------------------------------------------------------------------------------------------
 
 
-def measure(folder: Path, small: Path, size: int, seconds: float) -> list[dict[str, Any]]:
-    """What each rank found. The ranks are forked from this process, which has all that they import."""
+def on_ranks(size: int, work: Callable[[int], Any], seconds: float) -> list[Any]:
+    """What `work` returned on each rank, which gets its number; JSON. The ranks are forked from this process, which has all
+    that they import, with the environment that torchrun makes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as kept:
-        scratch = Path(kept)
         pids = []
         for number in range(size):
             pid = os.fork()
@@ -269,14 +272,14 @@ def measure(folder: Path, small: Path, size: int, seconds: float) -> list[dict[s
                 where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
                 os.environ |= where | {"RANK": str(number), "LOCAL_RANK": str(number)}
                 try:
-                    rank(folder, small, scratch, number)
+                    Path(kept, f"rank{number}.json").write_text(json.dumps(work(number)))
                     os._exit(0)
                 except BaseException:
                     traceback.print_exc()
                     os._exit(1)
             pids.append(pid)
         wait_for(pids, time.monotonic() + seconds)
-        return [json.loads((scratch / f"rank{number}.json").read_text()) for number in range(size)]
+        return [json.loads(Path(kept, f"rank{number}.json").read_text()) for number in range(size)]
 
 
 def wait_for(pids: list[int], deadline: float) -> None:
@@ -305,24 +308,11 @@ def load_libraries() -> None:
     import nemo_rl.trainers.sft  # noqa: F401
 
 
-def apart(work: Callable[[], None], seconds: float) -> None:
-    """Runs `work` in a process of its own."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    wait_for([pid], time.monotonic() + seconds)
-
-
 def row(model: str, size: int, ranks: list[dict[str, Any]]) -> tuple[str, list[str]]:
     """A line of the table, and what is over its limit."""
     parameters, block = ranks[0]["parameters"], ranks[0]["block"]
     step, loading, beside = (max(found[what] for found in ranks) for what in ("step", "loading", "plain"))
-    limit = (16 / size + STEP_FACTOR) * parameters + (2 * 8 * block if size > 1 else 0)
+    limit = (16 / size + STEP_FACTOR) * parameters + 2 * 8 * block
     limit_loading = LOAD_FACTOR * 4 * parameters / size + 4 * block
     over = []
     if step > limit:
@@ -363,12 +353,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as kept:
         small = Path(kept) / "small"
         load_libraries()
-        apart(lambda: write_model(small, MODELS["tiny"]), options.seconds)
+        on_ranks(1, lambda _: write_model(small, MODELS["tiny"]), options.seconds)
         for model in options.models:
             folder = Path(kept) / model
-            apart(lambda folder=folder, model=model: write_model(folder, MODELS[model]), options.seconds)
+            on_ranks(1, lambda _, folder=folder, model=model: write_model(folder, MODELS[model]), options.seconds)
             for size in options.ranks:
-                line, over = row(model, size, measure(folder, small, size, options.seconds))
+                with tempfile.TemporaryDirectory() as scratch:
+                    work = partial(rank, folder, small, Path(scratch))
+                    line, over = row(model, size, on_ranks(size, lambda _, work=work: work(), options.seconds))
                 print(line, flush=True)
                 lines.append(line)
                 exceeded += over

@@ -6,9 +6,8 @@ import contextlib
 import json
 import logging
 import pickle
-import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,12 +22,12 @@ from torch.distributed.tensor import DTensor
 
 from nemo_rl.run import unpickle
 from nemo_rl.run.dtypes import Dtypes, dtypes_of
+from nemo_rl.run.gathering import GatheredWeights, adapter_weights, base_name, is_lora
 from nemo_rl.run.processes import is_distributed, is_rank_zero
 
 log = logging.getLogger(__name__)
 
 ADAPTER = "adapter"
-_LORA_PREFIX = "base_model.model."
 _MASTER = "master"
 FILE_BYTES = 2 * 2**30
 """A sharded model is saved in files of about this size, which the first rank makes one after the other."""
@@ -39,90 +38,83 @@ FILE_BYTES = 2 * 2**30
 def save_model(path: Path, model: Any) -> None:
     """The Hugging Face files, in the dtype that the model had when it was loaded; of a LoRA model the merged weights, and
     the adapter beside them as it is. Every rank calls it."""
-    if not is_lora(model) and any(isinstance(p, DTensor) for p in model.parameters()):
-        _save_parts(path, model)
+    if is_lora(model):
+        adapter = adapter_weights(model)
+        if is_rank_zero():
+            with _quiet_transformers():
+                model.save_pretrained(path / ADAPTER, state_dict=adapter, save_embedding_layers=False)
+    if is_lora(model) or any(isinstance(p, DTensor) for p in model.parameters()):
+        _save_parts(path, GatheredWeights(model), dtypes_of(model))
         return
-    weights, dtypes = full_state_dict(model), dtypes_of(model)
+    weights, dtypes = _state_dict_on_cpu(model), dtypes_of(model)
     if not is_rank_zero():
         return
-    with _quiet_transformers(), contextlib.ExitStack() as changed:
-        if is_lora(model):
-            model.save_pretrained(path / ADAPTER, state_dict=weights, save_embedding_layers=False)
-            model, weights = model.get_base_model(), merged_weights(model, weights)
-            changed.enter_context(_untied_where_needed(model, weights))
-        changed.enter_context(_valid_generation_config(model))
+    with _quiet_transformers(), _valid_generation_config(model):
         main = _to_saved_dtypes(weights, dtypes)
         model.save_pretrained(path, state_dict=weights)
         if main is not None:
             _say_dtype(path / "config.json", main)
 
 
-# --- a sharded model, part by part
+# --- a sharded or adapted model, part by part
 
 
-def _save_parts(path: Path, model: Any) -> None:
-    """Writes a sharded model block by block: the first rank never holds more of it than one file and one block."""
+def _save_parts(path: Path, weights: GatheredWeights, dtypes: Dtypes) -> None:
+    """Writes a model block by block: the first rank never holds more of it than one file and one block."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    weights = _without_tied(model)
-    saved, main = _saved_dtypes(weights, dtypes_of(model))
+    saved, main = _saved_dtypes(weights, dtypes)
     files = _Files(path) if is_rank_zero() else None
-    for names in _by_block(weights):
+    failure: OSError | None = None
+    for names in weights.by_block():
         part = {}
         for name in names:
-            tensor = weights[name].detach()
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if files is not None:
-                part[name] = whole.to("cpu", saved.get(name, whole.dtype), copy=True)
-            del whole
-        if files is not None:
-            files.add(revert_weight_conversion(model, part))
+            tensor = weights.whole(name)
+            if files is not None and failure is None:
+                part[name] = tensor.to("cpu", saved.get(name, weights.tensors[name].dtype), copy=True)
+            del tensor
+        if files is not None and failure is None:
+            try:
+                files.add(revert_weight_conversion(weights.model, part))
+            except OSError as error:  # the other ranks go on gathering, and so must this one
+                failure = error
+    if failure is not None:
+        raise failure
     if files is not None:
-        with _quiet_transformers(), _valid_generation_config(model):
+        model = weights.model
+        with _quiet_transformers(), _valid_generation_config(model), _untied_where_needed(weights):
             model.save_pretrained(path, state_dict={})  # all but the weights
         files.close()
         if main is not None:
             _say_dtype(path / "config.json", main)
 
 
-def _without_tied(model: Any) -> dict[str, Any]:
-    """The weights and buffers that are saved, each tensor under one name only."""
-    found = model.state_dict(keep_vars=True)
-    for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
-        found.pop(name, None)
-    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        if target in found and found[target] is found.get(source):
-            del found[target]
-    first: dict[int, str] = {}
-    return {name: tensor for name, tensor in found.items() if first.setdefault(id(tensor), name) == name}
-
-
-def _saved_dtypes(weights: dict[str, Any], dtypes: Dtypes) -> tuple[dict[str, torch.dtype], torch.dtype | None]:
+def _saved_dtypes(weights: GatheredWeights, dtypes: Dtypes) -> tuple[dict[str, torch.dtype], torch.dtype | None]:
     """In which dtypes the weights are saved, by name, and the first of them; none and None where all stay as they are."""
     if not dtypes.narrow:
         return {}, None
-    found = {name: dtypes.saved(name) for name, tensor in weights.items() if tensor.is_floating_point()}
+    floating = [name for name, tensor in weights.tensors.items() if tensor.is_floating_point()]
+    found = {name: dtypes.saved(name) for name in floating}
     saved = {name: dtype for name, dtype in found.items() if dtype is not None}
-    half = [weights[name].detach() for name, dtype in saved.items() if dtype == torch.float16]
-    if half:
-        parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in half]
-        most = torch.stack([part.abs().max() if part.numel() else part.new_zeros(()) for part in parts]).max()
-        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        if most.item() > torch.finfo(torch.float16).max:
-            log.warning(
-                "the checkpoint is saved in float32: a weight has grown to %.3g, more than float16 can hold", most
-            )
-            return {}, None
+    half = [name for name, dtype in saved.items() if dtype == torch.float16]
+    if half and (most := _largest(weights, half)) > torch.finfo(torch.float16).max:
+        log.warning("the checkpoint is saved in float32: a weight has grown to %.3g, more than float16 can hold", most)
+        return {}, None
     return saved, next(iter(saved.values()), None)
 
 
-def _by_block(names: Iterable[str]) -> list[list[str]]:
-    """The names of weights by the block that they are in, in order; those of no block by themselves."""
-    parts: dict[str, list[str]] = {}
+def _largest(weights: GatheredWeights, names: list[str]) -> float:
+    """The largest absolute value in these weights, of all ranks."""
+    adapted = set(weights.adapted)
+    most = torch.zeros(())
     for name in names:
-        block = re.match(r".*?\.\d+(?=\.)", name)
-        parts.setdefault(block.group() if block else name, []).append(name)
-    return list(parts.values())
+        tensor: Any = weights.whole(name) if name in adapted else weights.tensors[name].detach()
+        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if part.numel():
+            most = torch.maximum(most.to(part.device), part.abs().max().float())
+    if is_distributed():
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return most.item()
 
 
 class _Files:
@@ -238,8 +230,8 @@ def load_model(path: Path, model: Any) -> None:
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
-def full_state_dict(model: Any) -> dict[str, Tensor]:
-    """All weights on rank 0, whole and on the CPU, however they are sharded; nothing on the other ranks."""
+def _state_dict_on_cpu(model: Any) -> dict[str, Tensor]:
+    """All weights of a model that no ranks share, on the CPU; nothing on the ranks beyond the first."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -255,60 +247,15 @@ def _storage(tensor: Any) -> int:
     return local.data_ptr()
 
 
-def is_lora(model: Any) -> bool:
-    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-
-
-def merged_weights(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The base model's weights with W + delta in place of W, delta as peft computes it (LoRA, arXiv 2106.09685); new tensors.
-
-    The training weights are not touched: merging and unmerging in place would change their last bits.
-    """
-    merged = {base_name(name): tensor for name, tensor in weights.items() if ".lora_" not in name}
-    for name, module in model.get_base_model().named_modules():
-        if not hasattr(module, "lora_A") or not hasattr(module, "get_delta_weight"):
-            continue
-        # a layer, or one parameter of a module, as the weights of all experts together
-        target = base_name(f"{name}.{getattr(module, 'parameter_name', 'weight')}")
-        with _given_adapters(module, f"{_LORA_PREFIX}{name}", weights):
-            for adapter in module.active_adapters:
-                if adapter in module.r:
-                    merged[target] = merged[target] + module.get_delta_weight(adapter).detach().to(merged[target])
-    return merged
-
-
-def base_name(name: str) -> str:
-    """The name that a weight has without adapters around it."""
-    return ".".join(part for part in name.removeprefix(_LORA_PREFIX).split(".") if part != "base_layer")
-
-
 @contextlib.contextmanager
-def _given_adapters(module: Any, prefix: str, weights: dict[str, Tensor]) -> Iterator[None]:
-    """Within it the module's own adapters are the given, whole tensors in place of its shards."""
-    replaced = []
-    for name, parameter in list(module.named_parameters()):
-        if not name.startswith("lora_"):
-            continue
-        owner_name, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(owner_name)
-        replaced.append((owner, leaf, parameter))
-        owner._parameters[leaf] = torch.nn.Parameter(weights[f"{prefix}.{name}"], requires_grad=False)
-    try:
-        yield
-    finally:
-        for owner, leaf, parameter in replaced:
-            owner._parameters[leaf] = parameter
-
-
-@contextlib.contextmanager
-def _untied_where_needed(model: Any, weights: dict[str, Tensor]) -> Iterator[None]:
+def _untied_where_needed(weights: GatheredWeights) -> Iterator[None]:
     """Says in the saved configuration that the output layer has weights of its own, if an adapter set one of two tied apart."""
+    model = weights.model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
-    pair = [weights.get(base_name(f"{names.get(id(module), '')}.weight")) for module in (embedding, head)]
+    apart = all(base_name(f"{names.get(id(module), '')}.weight") in weights.tensors for module in (embedding, head))
     configs = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
     tied = [c for c in configs if getattr(c, "tie_word_embeddings", False)]
-    apart = pair[0] is not None and pair[1] is not None and pair[0].data_ptr() != pair[1].data_ptr()
     if not apart:
         tied = []
     try:

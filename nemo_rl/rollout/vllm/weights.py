@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nemo_rl.run.gathering import GatheredWeights, adapter_weights
+
 KEPT = 2
 """Versions that stay: servers may still fetch the one before the newest."""
 SHARD_BYTES = 2 * 2**30
@@ -58,9 +60,7 @@ class Publisher:
             target.mkdir(parents=True)
         tied: dict[str, str] = {}
         if adapter:
-            from nemo_rl.run.checkpoint_tensors import full_state_dict
-
-            weights = full_state_dict(model)
+            weights = adapter_weights(model)
             if target is not None:
                 model.save_pretrained(target, state_dict=weights, save_embedding_layers=False)
                 for extra in set(target.iterdir()) - {target / name for name in ADAPTER_FILES}:
@@ -124,58 +124,18 @@ def checkpoint_slices(model: Any, merged: bool = True) -> tuple[Iterator[dict[st
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    from nemo_rl.run.checkpoint_tensors import base_name, full_state_dict, is_lora, merged_weights
-
-    state = model.state_dict()
-    parameters = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if ".lora_" not in name]
-    if is_lora(model):
-        if merged:
-            state = merged_weights(model, full_state_dict(model))
-        else:
-            state = {base_name(name): tensor for name, tensor in state.items() if ".lora_" not in name}
-        parameters = [(base_name(name), parameter) for name, parameter in parameters]
-        model = model.get_base_model()
-    tied: dict[str, str] = {}
-    slices: dict[str, list[str]] = {}
-    names: dict[int, str] = {}
-    for name, parameter in parameters:
-        if names.setdefault(id(parameter), name) != name:
-            tied[name] = names[id(parameter)]
-    for name, tensor in state.items():
-        if name in tied and _same(tensor, state[tied[name]]):
-            continue
-        tied.pop(name, None)
-        slices.setdefault(_slice_of(name), []).append(name)
+    weights = GatheredWeights(model, merged)
 
     def read() -> Iterator[dict[str, Tensor]]:
-        for members in slices.values():
-            whole = {name: _whole(state[name]) for name in members}
+        for members in weights.by_block():
             with torch.no_grad():
-                yield revert_weight_conversion(model, whole)
+                yield revert_weight_conversion(weights.model, {name: weights.whole(name) for name in members})
 
-    def renamed(name: str) -> str:
-        return next(iter(revert_weight_conversion(model, {name: _whole(state[name])})))
+    def renamed(name: str, as_name: str) -> str:
+        return next(iter(revert_weight_conversion(weights.model, {as_name: weights.whole(name)})))
 
-    return read(), {renamed(copy): renamed(original) for copy, original in tied.items()}
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two tied weights are still one: an adapter may have set them apart."""
-    return one is other or _local(one).data_ptr() == _local(other).data_ptr()
-
-
-def _local(tensor: Any) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _whole(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
-
-
-def _slice_of(name: str) -> str:
-    """The part of the model that a weight belongs to: its layer, or what is outside of layers."""
-    found = re.match(r"(.*?\.\d+)\.", name)
-    return found.group(1) if found else ""
+    tied = {renamed(original, copy): renamed(original, original) for copy, original in weights.tied.items()}
+    return read(), tied
 
 
 def _about(path: Path) -> dict[str, Any]:

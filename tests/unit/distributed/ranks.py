@@ -135,6 +135,32 @@ class InPass(SignalRank):
             Path(f"{trainer.run_dir}.budget").write_text(str(trainer.budget_share))
 
 
+SMALL_FILE = 2**15
+"""Bytes of a file of weights, where saving is measured."""
+
+
+class MeasuresSaving(SignalRank):
+    """Writes down how many bytes of tensors each rank holds while it saves the model, beside those that it trains."""
+
+    def __init__(self) -> None: ...
+
+    def on_step_begin(self, trainer: Any, step: int) -> None: ...
+    def on_train_begin(self, trainer: Any) -> None:
+        from nemo_rl.model.memory import LiveBytes
+        from nemo_rl.model.sharding import local
+        from nemo_rl.run import checkpoint_tensors
+
+        checkpoint_tensors.FILE_BYTES = SMALL_FILE
+        save = checkpoint_tensors.save_model
+
+        def measured(path: Path, model: Any) -> None:
+            with LiveBytes([local(tensor) for tensor in model.state_dict(keep_vars=True).values()]) as live:
+                save(path, model)
+            Path(f"{trainer.run_dir}.saving{trainer.ranks.rank}").write_text(str(live.peak))
+
+        checkpoint_tensors.save_model = measured
+
+
 def out_of_memory() -> InPass:
     import torch
 
@@ -150,6 +176,7 @@ CALLBACKS = {
     "kill 0": lambda: SignalRank(0, 3, signal.SIGKILL),
     "kill 1": lambda: SignalRank(1, 3, signal.SIGKILL),
     "signal waiting 0": SignalWaitingRank0,
+    "measures saving": MeasuresSaving,
     "stop": StopOnRank1,
     "raise": RaiseOnRank1,
 }

@@ -1,4 +1,4 @@
-"""Two ranks train as one does: the same weights, metrics and completions, and they end together whatever happens."""
+"""Several ranks train as one does: the same weights, metrics and completions, and they end together whatever happens."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from unit.distributed.conftest import Launcher, assert_same_run, metrics_of, write_family
+from unit.distributed.ranks import SMALL_FILE
 
 pytestmark = pytest.mark.slow
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "sft": {"algorithm": "sft"},
     "dpo": {"algorithm": "dpo"},
     "grpo": {"algorithm": "grpo"},
@@ -24,7 +26,7 @@ CASES = {
     "batches smaller than the ranks": {"algorithm": "grpo", "rows": 5, "keywords": {"max_steps": 4}},
     "micro-batches": {"algorithm": "sft", "rows": 5, "keywords": {"max_steps": 4, "tokens_per_microbatch": 8}},
 }
-
+ON_FOUR = ("sft", "dpo", "grpo", "adapters")
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
@@ -39,14 +41,35 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """A mixture of experts, whose files have other names than its modules, and convolutions between attention."""
 
 
-@pytest.mark.parametrize(("family", "size"), [("qwen3_moe", 4), ("lfm2", 2)])
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_other_families_train_on_several_ranks_as_on_one(
-    family: str, size: int, launcher: Launcher, tiny_model: str, tmp_path: Path
+    family: str, launcher: Launcher, tiny_model: str, tmp_path: Path
 ) -> None:
     model = write_family(tmp_path / "model", tiny_model, family, **FAMILIES[family])
-    for ranks in (1, size):
+    for ranks in (1, 2, 4):
         assert launcher.run(ranks, tmp_path / str(ranks), model=model, algorithm="grpo") == [0] * ranks
-    assert_same_run(tmp_path / str(size), tmp_path / "1", 3)
+    for ranks in (2, 4):
+        assert_same_run(tmp_path / str(ranks), tmp_path / "1", 3)
+
+
+def test_a_checkpoint_with_adapters_is_gathered_part_by_part(
+    launcher: Launcher, tiny_model: str, tmp_path: Path
+) -> None:
+    model = write_family(tmp_path / "model", tiny_model, "qwen2", num_hidden_layers=12)
+    job = {"algorithm": "sft", "model": model, "keywords": {"lora_rank": 2, "max_steps": 1}}
+    assert launcher.run(2, tmp_path / "run", callback="measures saving", **job) == [0, 0]
+    files = list((tmp_path / "run" / "checkpoints" / "latest").glob("model-*.safetensors"))
+    assert len(files) > 2
+    parts: dict[str, int] = {}
+    for name, tensor in ((name, tensor) for file in files for name, tensor in load_file(file).items()):
+        part = name.split(".")[2] if ".layers." in name else name
+        parts[part] = parts.get(part, 0) + tensor.nbytes
+    block, size = max(parts.values()), sum(parts.values())
+    held = [int((tmp_path / f"run.saving{rank}").read_text()) for rank in (0, 1)]
+    limit = SMALL_FILE + 3 * block
+    assert limit < size / 2
+    assert held[0] < limit, "the first rank has a file, and the block that goes into it"
+    assert held[1] < block
 
 
 def test_whole_weights_on_each_rank_train_the_same(launcher: Launcher, tiny_model: str, tmp_path: Path) -> None:
@@ -79,11 +102,13 @@ def test_an_error_in_a_pass_of_one_rank_ends_both_within_seconds(
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_two_ranks_train_as_one(case: str, launcher: Launcher, tiny_model: str, tmp_path: Path) -> None:
+def test_several_ranks_train_as_one(case: str, launcher: Launcher, tiny_model: str, tmp_path: Path) -> None:
     steps = CASES[case].get("keywords", {}).get("max_steps", 3)
-    for size in (1, 2):
+    sizes = (1, 2, 4) if case in ON_FOUR else (1, 2)
+    for size in sizes:
         assert launcher.run(size, tmp_path / str(size), model=tiny_model, **CASES[case]) == [0] * size
-    assert_same_run(tmp_path / "2", tmp_path / "1", steps)
+    for size in sizes[1:]:
+        assert_same_run(tmp_path / str(size), tmp_path / "1", steps)
 
 
 @pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from nemo_rl.data.rows import PromptRow
 from nemo_rl.environments.runner import RewardOutcome
 from nemo_rl.model.packing import TokenSequence
 from nemo_rl.rollout.protocol import Completion
+from nemo_rl.run.ranks import join
 from nemo_rl.run.signals import StopSignals
 from nemo_rl.trainers.base import Trainer
 from nemo_rl.trainers.grpo import GRPOTrainer, Rollouts
@@ -23,9 +25,11 @@ SAMPLES = 4
 def ready(cls: type[Trainer], model: nn.Module, rate: float = 0.0, **keywords: Any) -> Any:
     """Returns a trainer of this model as it is before the first step; with rate 0 its weights stay as they are.
 
-    On the CPU, also where there is a GPU: the comparisons are of float32 sums.
+    On the CPU, also where there is a GPU: the comparisons are of float32 sums. In a rank of several it is one of theirs.
     """
     trainer = cls.from_pretrained(model, gpus=0, **keywords)
+    if "WORLD_SIZE" in os.environ:
+        trainer.ranks = join(trainer.device)
     trainer._load(None, None)  # type: ignore[arg-type]
     trainer.signals = StopSignals()
     trainer.rate = rate

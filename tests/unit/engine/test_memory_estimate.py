@@ -14,7 +14,7 @@ from nemo_rl.data.prepare import PairExample, PromptExample, TextExample
 from nemo_rl.data.rows import PromptRow
 from nemo_rl.environments.runner import RewardOutcome
 from nemo_rl.model.memory import GIB, DoesNotFit, LiveBytes, Planner, Where
-from nemo_rl.model.policy import Policy
+from nemo_rl.model.sharding import local
 from nemo_rl.rollout.protocol import Completion
 from nemo_rl.trainers.dpo import DPOTrainer
 from nemo_rl.trainers.grpo import GRPOTrainer, Rollouts
@@ -47,48 +47,51 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
 
 
 def measured(algorithm: str, config: Any, keywords: dict[str, Any], budget: int) -> int:
-    """The peak of tensor bytes in a real step of several micro-batches, weights and optimizer included."""
+    """The peak of tensor bytes in a real step of several micro-batches, weights and optimizer included; of this rank."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     kinds = {"sft": SFTTrainer, "dpo": DPOTrainer, "grpo": GRPOTrainer}
     trainer = ready(kinds[algorithm], model, tokens_per_microbatch=budget, max_sequence_length=LENGTH, **keywords)
+    ranks = trainer.ranks.size
     standing = list(trainer.model.parameters())
     if algorithm == "sft":
-        examples = [TextExample(random_ids(LENGTH, i), [True] * LENGTH) for i in range(12)]
+        examples = [TextExample(random_ids(LENGTH, i), [True] * LENGTH) for i in range(8 * ranks)]
 
-        def step() -> None:
-            trainer.train_step(examples, 1)
+        def step(part: int = len(examples)) -> None:
+            trainer.train_step(examples[:part], 1)
     elif algorithm == "dpo":
         cut = LENGTH // 4
         pairs = [
             PairExample(random_ids(cut, i), random_ids(LENGTH - cut, 50 + i), random_ids(LENGTH - cut, 90 + i), i)
-            for i in range(8)
+            for i in range(6 * ranks)
         ]
         trainer.reference = trainer._reference(trainer.policy, pairs)
 
-        def step() -> None:
-            trainer.train_step(pairs, 1)
+        def step(part: int = len(pairs)) -> None:
+            trainer.train_step(pairs[:part], 1)
     else:
-        prompts = [PromptExample(i, random_ids(LENGTH - NEW, i), PromptRow("")) for i in range(4)]
+        prompts = [PromptExample(i, random_ids(LENGTH - NEW, i), PromptRow("")) for i in range(4 * ranks)]
         completions = [
             Completion(random_ids(NEW, 100 + i), [-1.0] * NEW, finished=True) for i in range(len(prompts) * GROUP)
         ]
         outcomes = [RewardOutcome(0.0) for _ in completions]
-        rollouts = Rollouts(prompts, completions, ["" for _ in completions], outcomes, {})
-        frozen = AutoModelForCausalLM.from_config(config).requires_grad_(False)
-        trainer.reference = Policy(frozen, "fp32")
-        standing += list(frozen.parameters())
+        trainer.reference = trainer._frozen_policy(AutoModelForCausalLM.from_config(config))
+        standing += list(trainer.reference.model.parameters())
         advantages = torch.linspace(-1, 1, len(completions))
 
-        def step() -> None:
-            trainer.train_on(rollouts, advantages, torch.ones(len(completions), dtype=torch.bool))
+        def step(part: int = len(prompts)) -> None:
+            several = part * GROUP
+            texts = ["" for _ in completions[:several]]
+            rollouts = Rollouts(prompts[:part], completions[:several], texts, outcomes[:several], {})
+            trainer.train_on(rollouts, advantages[:several], torch.ones(several, dtype=torch.bool))
 
-    step()  # the optimizer's state comes to life in the first step
+    step(1)  # the optimizer's state comes to life in the first step
     states = [value for state in trainer.optimizer.adamw.state.values() for value in state.values()]
     standing += [value for value in states if isinstance(value, torch.Tensor)]
-    with LiveBytes(standing) as live:
+    parts = [local(tensor) for tensor in standing]
+    with LiveBytes(parts) as live:
         step()
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in standing}
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in parts}
     return sum(storages.values()) + live.peak
 
 
