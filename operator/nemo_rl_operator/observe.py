@@ -89,6 +89,8 @@ class AttemptView:
     ended: str
     content: str
     """Fingerprint of what it runs."""
+    generation: int = field(default=0, compare=False)
+    """Of the specification: as long as it stays, so does the fingerprint."""
 
     @property
     def finished(self) -> bool:
@@ -329,15 +331,18 @@ def _number(text: str | None) -> int:
     return int(text) if text and text.isdigit() else 0
 
 
-def attempt_view(raw: Raw) -> AttemptView:
+def attempt_view(raw: Raw, known: AttemptView | None = None) -> AttemptView:
+    """The view of a Job; `known` is what was known of that name, whose fingerprint holds while the specification does."""
     meta, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
     conditions = _conditions(status)
     failed, complete = conditions.get("Failed"), conditions.get("Complete")
     end = failed or complete or {}
+    uid, generation = meta["uid"], meta.get("generation", 0)
+    same = known is not None and generation and (known.uid, known.generation) == (uid, generation)
     return AttemptView(
         number=_number((meta.get("labels") or {}).get(names.LABEL_ATTEMPT)),
         name=meta["name"],
-        uid=meta["uid"],
+        uid=uid,
         owner=_controller(meta).get("uid", ""),
         created=meta.get("creationTimestamp", ""),
         suspended=bool(spec.get("suspend")),
@@ -349,7 +354,8 @@ def attempt_view(raw: Raw) -> AttemptView:
         reason=(failed or {}).get("reason", ""),
         message=(failed or {}).get("message", ""),
         ended=end.get("lastTransitionTime") or "",
-        content=fingerprint(spec),
+        content=known.content if known and same else fingerprint(spec),
+        generation=generation,
     )
 
 

@@ -100,8 +100,9 @@ class Cache:
             changed = entry.resource is None or not _same(entry.resource, found)
             entry.resource = found
         elif kind == "job":
-            job = observe.attempt_view(raw)
-            changed = entry.jobs.get(meta["name"]) != job
+            known = entry.jobs.get(meta["name"])
+            job = observe.attempt_view(raw, known)
+            changed = known != job
             entry.jobs[meta["name"]] = job
         elif kind == "workload":
             workload = observe.workload_view(raw)

@@ -191,3 +191,27 @@ def test_parsed_specs_are_bounded_by_their_size(monkeypatch: pytest.MonkeyPatch)
     assert sum(map(len, parser._known)) <= observe.PARSED_BYTES
     assert parser(texts[-1]) is parser(texts[-1])
     assert parser(texts[0]).spec.reward.source.endswith("0")  # type: ignore[union-attr]
+
+
+def test_what_a_job_runs_is_looked_at_once_for_each_of_its_specifications(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each Job is told of several times in its life, and a digest of all that it runs is dear."""
+    looked: list[int] = []
+    plain = observe.fingerprint
+    monkeypatch.setattr(observe, "fingerprint", lambda spec: looked.append(1) or plain(spec))
+    cache = Cache()
+
+    def content(version: int, generation: int, image: str, uid: str = "j1") -> str:
+        job = raw_job(version, uid)
+        job["metadata"]["generation"] = generation
+        job["spec"] = {"template": {"spec": {"containers": [{"name": "trainer", "image": image}]}}}
+        cache.put("job", job)
+        return next(iter(cache.get(KEY).jobs.values())).content
+
+    first = content(1, 1, "a")
+    assert content(2, 1, "a") == first
+    assert len(looked) == 1
+    changed = content(3, 2, "b")
+    assert changed != first
+    assert content(4, 1, "a", uid="j2") == first, "another Job of that name"
+    assert content(5, 2, "b", uid="j3") == changed
+    assert len(looked) == 4
