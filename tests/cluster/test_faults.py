@@ -205,12 +205,15 @@ def test_writes_of_others_do_not_disturb(scene: Scene, own_operator: MakeOperato
 def test_watches_that_are_cut_again_and_again_lose_nothing(
     proxy: FaultyProxy, scene: Scene, own_operator: MakeOperator
 ) -> None:
-    own_operator(scene.namespace, proxy.kubeconfig).start()
+    operator = own_operator(scene.namespace, proxy.kubeconfig).start()
     ended = threading.Event()
+    said: set[str] = set()
 
     def cut() -> None:
         while not ended.wait(0.7):
             proxy.cut_watches()
+            if operator.probe("/healthz") == 500:
+                said.add(operator.say("/healthz"))
 
     thread = threading.Thread(target=cut, daemon=True)
     thread.start()
@@ -219,6 +222,7 @@ def test_watches_that_are_cut_again_and_again_lose_nothing(
     finally:
         ended.set()
         thread.join()
+    assert not said, "that is no reason to be restarted"
 
 
 def test_two_operators_at_once_do_no_harm(scene: Scene, own_operator: MakeOperator) -> None:

@@ -81,6 +81,8 @@ def _nulls_are_as_good_as_nothing(scene: Scene) -> None:
         fields = spec[section]["properties"]
         body[section] = {n: None for n, f in fields.items() if "default" not in f} | (body.get(section) or {})
     body["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": None, "value": None}]
+    spread = {"topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway", "minDomains": None}
+    body["topologySpreadConstraints"] = [spread]
     body["env"] = [{"name": "A", "value": "b", "valueFrom": None}]
     made = {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": "nulls"}, "spec": body}
     scene.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(made))

@@ -23,6 +23,9 @@ from cluster.operator_process import Operator
 from cluster.scene import Scene
 from cluster.server import Cluster
 from lab import pki
+from nemo_rl.backends.kubernetes import outputs
+from nemo_rl.backends.kubernetes.connect import connect
+from nemo_rl.backends.kubernetes.errors import ClusterError
 from nemo_rl.job import names
 
 OwnOperator = Callable[..., Operator]
@@ -225,6 +228,24 @@ def test_a_file_server_that_is_refused_is_said(scene: Scene, operator: Operator,
     scene.phase("Succeeded")
     off()
     eventually(lambda: scene.api.find("pods", scene.namespace, names.files_pod("x")), "the file server", 20)
+
+
+def test_the_client_says_why_no_file_server_comes_and_does_not_wait_for_long(
+    scene: Scene, operator: Operator, deny: Any, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
+    monkeypatch.setattr(outputs, "REFUSED_SECONDS", 2.0)
+    scene.submit()
+    scene.succeed()
+    off = deny("pods")
+    with (
+        pytest.raises(
+            ClusterError, match=r"does not run after \d s \(.*image verification timed out.*stays on the claim"
+        ),
+        outputs.file_server(connect(scene.namespace), "x"),
+    ):
+        pass
+    off()
 
 
 UNFIT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 SERVE_SECONDS = 1800
 POD_SECONDS = 300.0
+REFUSED_SECONDS = 30.0
+"""A refusal of the pod that lasts as long is not waited out: the operator tries again after ten seconds, and then ever rarer."""
 _POLL_SECONDS = 0.5
 
 Opener = Callable[[str], contextlib.AbstractContextManager[FileClient]]
@@ -68,19 +70,24 @@ def _stop_serving(cluster: Cluster, job: str, until: str) -> None:
 
 def _wait_for_pod(cluster: Cluster, job: str) -> str:
     pod = names.files_pod(job)
-    limit = time.monotonic() + POD_SECONDS
+    begun = time.monotonic()
     found: dict[str, Any] = {}
-    while time.monotonic() < limit:
+    refused = ""
+    while time.monotonic() < begun + POD_SECONDS and not refused:
         try:
             found = cluster.request("GET", core_path(cluster.namespace, "pods", pod))
         except ApiError as error:
             if error.code != 404:
                 raise
+            found = {}
         if found.get("status", {}).get("phase") == "Running" and not found["metadata"].get("deletionTimestamp"):
             return pod
+        if not found and time.monotonic() > begun + REFUSED_SECONDS:
+            refused = _refusal(cluster, job)
         time.sleep(_POLL_SECONDS)
+    why = _why(found) or refused or _refusal(cluster, job) or "the operator has not made it"
     raise ClusterError(
-        f"pod {pod}, which serves the result, does not run after {POD_SECONDS:.0f} s ({_why(found) or _unserved(cluster, job)}); "
+        f"pod {pod}, which serves the result, does not run after {time.monotonic() - begun:.0f} s ({why}); "
         f"kubectl -n {cluster.namespace} describe pod {pod} says more. The result stays on the claim; "
         f"nemo_rl.attach({job!r}).result() tries again"
     )
@@ -97,15 +104,15 @@ def _why(pod: dict[str, Any]) -> str:
     return str(unmet[0].get("message") or unmet[0].get("reason")) if unmet else str(status.get("phase"))
 
 
-def _unserved(cluster: Cluster, job: str) -> str:
-    """What the operator says of a pod that is not there."""
+def _refusal(cluster: Cluster, job: str) -> str:
+    """What the operator says of a pod that it cannot make; empty where it says nothing."""
     with contextlib.suppress(ClusterError):
         condition = JobStatus.load(cluster.request("GET", job_path(cluster.namespace, job)).get("status")).condition(
             "OutputServed"
         )
         if condition is not None and condition.status == "False":
             return condition.message
-    return "the operator has not made it"
+    return ""
 
 
 def collect(
