@@ -368,7 +368,7 @@ def test_a_job_under_a_full_quota_asks_rarer_and_rarer(
     calls = calls_within(proxy, 8)
     tries = [call for call in calls if call.startswith("POST") and call.endswith("/jobs")]
     assert 2 <= len(tries) <= 6, calls
-    assert len(calls) <= 8 * len(tries) + 4, calls
+    assert len(calls) <= 8 * (len(tries) + 1) + 4, calls  # the window may end within a try
 
 
 def test_a_job_that_waits_for_many_bundles_does_not_ask_for_each(
