@@ -22,11 +22,22 @@ LARGEST = 1024 * 1024
 """Bytes of a ConfigMap's data."""
 
 
+_newest: tuple[Resource, RLTrainingJobSpec, str] | None = None
+"""The newest text: a start asks for it several times."""
+
+
 def text(resource: Resource, spec: RLTrainingJobSpec) -> str:
     """The job as JSON: what its author said, and no defaults, so that a trainer image of another version has its own.
 
     What may change while the job lives is not in it: all attempts read the same.
     """
+    global _newest
+    if _newest is None or _newest[0] is not resource or _newest[1] is not spec:
+        _newest = (resource, spec, _written(resource, spec))
+    return _newest[2]
+
+
+def _written(resource: Resource, spec: RLTrainingJobSpec) -> str:
     job = {
         "apiVersion": names.API_VERSION,
         "kind": names.KIND,

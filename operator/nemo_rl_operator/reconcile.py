@@ -71,7 +71,7 @@ class Reconciler:
         return await self._reconcile(key)
 
     async def _reconcile(self, key: Key) -> float | None:
-        snapshot: Snapshot | None = self._see(key)
+        snapshot: Snapshot | None = None
         try:
             snapshot, decision = await self._decide(key)
             if snapshot is None:
@@ -81,6 +81,7 @@ class Reconciler:
         except NamespaceGoneError:
             return None
         except ApiError as error:
+            snapshot = snapshot or self._see(key)
             if snapshot is None:
                 raise
             decision = self._failing(key, snapshot, error)
