@@ -222,6 +222,11 @@ def _plain(value: Any) -> Any:
     return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0 else value
 
 
+def dataset_values(reference: str) -> dict[str, Any]:
+    """The fields of a DatasetSpec that a text means: the path of a file or an address, or the name on the hub."""
+    return _dataset_values(reference, LIVE_DATASET)
+
+
 def _dataset_values(dataset: Any, placeholder: str) -> dict[str, Any]:
     if isinstance(dataset, DatasetSpec):
         return {field: getattr(dataset, field) for field in dataset.model_fields_set}

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_rl.extras import missing
+from nemo_rl.extras import explained, missing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from nemo_rl.rollout.text import TextGenerator
     from nemo_rl.trainers.base import Trainer
 
 _NOT_PLOTTED = ("step", "epoch")
@@ -53,6 +54,7 @@ class TrainResult:
         if self.output_dir is not None:
             self.output_dir = Path(self.output_dir)
         self._load_trainer = load_trainer
+        self._generator: TextGenerator | None = None
         if self.trainer is None and load_trainer is not None:
             del self.trainer  # `__getattr__` brings both, at first use
         if not self.history:
@@ -83,6 +85,69 @@ class TrainResult:
             raise FileNotFoundError(f"{self.output_dir / METRICS_FILE} does not exist; was the folder moved?")
         rows = read_history(self.output_dir / METRICS_FILE)
         return [row for row in rows if row["step"] <= self.total_steps] if self.total_steps else rows
+
+    def generate(
+        self,
+        prompts: str | Sequence[str | Sequence[Mapping[str, Any]]] | Sequence[Mapping[str, Any]],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> list[str]:
+        """Answers of the model of `checkpoint_path`, one text for each prompt, with prompts written as training wrote them.
+
+        The checkpoint is loaded at the first call and stays in memory, beside the trainer's model.
+
+        Args:
+            prompts: texts and conversations (lists of messages with role and content), or one of either.
+            max_new_tokens: the longest answer, in tokens; default that of training with GRPO, else 512.
+            temperature: 0 takes the likeliest token each time, as validation does; 1 draws as rollouts did.
+            top_k: draw among the k likeliest tokens only.
+            top_p: draw among the likeliest tokens that together have this probability.
+            seed: of what is drawn; equal seeds give equal answers.
+
+        Raises ValueError without a checkpoint and for numbers out of range, DatasetError for what is no prompt, MissingPackage
+        without torch.
+        """
+        asked: Sequence[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+        if asked and isinstance(asked[0], Mapping):
+            asked = [asked]
+        if self._generator is None:
+            if self.checkpoint_path is None:
+                raise ValueError(
+                    "this result has no checkpoint_path, so there is no model to ask; train a step, or use nemo-rl chat"
+                )
+            with explained("result.generate()"):
+                from nemo_rl.rollout.text import TextGenerator
+            self._generator = TextGenerator(self.checkpoint_path, trust_remote_code=self._trusts_code())
+        sampling = self._generator.sampling(
+            temperature=temperature, max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p
+        )
+        return self._generator.texts(asked, sampling, seed=seed)
+
+    def push_to_hub(self, repo: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Uploads the model of `checkpoint_path` with its tokenizer and model card to the Hugging Face hub; returns the address.
+
+        Args:
+            repo: owner/name of the repository; it is made where it is not there yet.
+            private: whether a new repository is private; default what the account says.
+            token: with the right to write; default HF_TOKEN, or what `hf auth login` has kept.
+
+        The state of the trainer (the optimizer's moments) stays here. Raises ValueError without a checkpoint, and what
+        huggingface_hub raises, such as HfHubHTTPError where the token may not write.
+        """
+        from nemo_rl.api.hub import push_folder
+
+        if self.checkpoint_path is None:
+            raise ValueError("this result has no checkpoint_path, so there is nothing to upload; train a step first")
+        return push_folder(Path(self.checkpoint_path), repo, private=private, token=token)
+
+    def _trusts_code(self) -> bool:
+        """Whether the caller has allowed code that comes with the model, in the run that this is the result of."""
+        trainer = self.__dict__.get("trainer")
+        return bool(trainer is not None and trainer.training.trust_remote_code)
 
     def plot(self, path: str | os.PathLike[str] | None = None, metrics: Sequence[str] | None = None) -> Figure:
         """A matplotlib figure with one curve per metric over the steps; saved to `path` (.png, .svg, .pdf) if given.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,8 @@ def run(run: Run) -> TrainResult:
         say(run.spec, f"only a cluster uses these, ignored here: {', '.join(dropped)}")
     from nemo_rl.api.algorithms import get_algorithm
 
+    if "torch" not in sys.modules:
+        say(run.spec, "loading PyTorch and transformers, which takes a while")
     output_dir = run.output_dir
     if run.spec.output.uri is not None and isinstance(output_dir, Path):
         output_dir = uris.joined(run.spec.output.uri, run.name or output_dir.name)

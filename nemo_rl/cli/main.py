@@ -110,6 +110,56 @@ def train(
 
 
 @app.command()
+def init(
+    target: Annotated[Path, typer.Argument(help="The file to write.", metavar="JOB.yaml")] = Path("job.yaml"),
+    algorithm: Annotated[str | None, typer.Option(help="grpo, sft or dpo. [default: asked, else grpo]")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A folder, or a name on the hub. [default: asked, else a small one]")
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="A file, or owner/name on the hub (@split). [default: asked, else two example rows]"),
+    ] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            help="file.py:function (written into the job), module:function, or a built-in. [default: asked, else an example]"
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the job. [default: asked, else of model and algorithm]")
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="0 trains on the CPU. [default: asked, else 1]", min=0, max=64)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+    output: _Output = Output.text,
+) -> None:
+    """Write a commented job for an algorithm. On a terminal it asks for what no option says.
+
+    Exit codes: 0 done, 2 an answer that cannot be used or a file that is there, 1 anything else.
+    """
+    from nemo_rl.cli.init import init_job
+    from nemo_rl.cli.train import guarded
+
+    raise typer.Exit(
+        guarded(
+            lambda: init_job(
+                target,
+                algorithm=algorithm,
+                model=model,
+                dataset=dataset,
+                reward=reward,
+                name=name,
+                gpus=gpus,
+                force=force,
+                as_json=output is Output.json,
+            )
+        )
+    )
+
+
+@app.command()
 def plan(
     job: Annotated[
         Path | None, typer.Argument(help="YAML or JSON file with one RLTrainingJob.", metavar="JOB.yaml")
@@ -141,6 +191,160 @@ def plan(
             gpu_memory=gpu_memory,
             overrides=overrides or [],
             as_json=output is Output.json,
+        )
+    )
+
+
+_Model = Annotated[
+    str,
+    typer.Argument(
+        help="A model's folder, a run's folder (its best checkpoint), an address in a store, a job, or owner/name on the hub.",
+        metavar="MODEL",
+    ),
+]
+_TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+_MaxNewTokens = Annotated[
+    int | None, typer.Option(help="Longest answer, in tokens. [default: that of training with GRPO, else 512]", min=1)
+]
+
+
+@app.command()
+def chat(
+    model: _Model,
+    system: Annotated[str | None, typer.Option(help="A system message before the conversation.")] = None,
+    max_new_tokens: _MaxNewTokens = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.", min=0)] = 0.0,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw among the likeliest tokens of this probability.", min=0, max=1)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.", min=0)] = 0,
+    trust_remote_code: _TrustRemoteCode = False,
+    namespace: _Namespace = None,
+) -> None:
+    """Talk to a model, with prompts written as training wrote them. Each line is a question, also of a pipe.
+
+    Answers go to standard output, everything else to standard error. Exit codes: 0 done, 1 anything else, 130 after Ctrl-C.
+    """
+    from nemo_rl.cli import jobs
+    from nemo_rl.cli.chat import chat as talk
+
+    raise typer.Exit(
+        jobs.guarded(
+            lambda: talk(
+                model,
+                namespace=namespace,
+                system=system,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                trust_remote_code=trust_remote_code,
+            )
+        )
+    )
+
+
+@app.command(name="eval")
+def evaluate(
+    model: _Model,
+    data: Annotated[
+        str,
+        typer.Argument(help="A file with rows, or owner/name on the hub (@split for another split).", metavar="DATA"),
+    ],
+    reward: Annotated[
+        str,
+        typer.Option(help="package.module:function, file.py:function, or exact_match, math_answer, format, length."),
+    ],
+    samples: Annotated[int, typer.Option(help="Answers to each prompt.", min=1)] = 1,
+    k: Annotated[
+        list[int] | None, typer.Option("--pass-at", help="k of pass@k. Repeatable. [default: 1 and --samples]", min=1)
+    ] = None,
+    threshold: Annotated[float, typer.Option(help="Reward from which an answer counts as right.")] = 1.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="[default: 0, the likeliest token, for one sample; for several that of training, else 1]", min=0
+        ),
+    ] = None,
+    max_new_tokens: _MaxNewTokens = None,
+    max_rows: Annotated[int | None, typer.Option(help="Use at most this many rows. [default: all]", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.", min=0)] = 0,
+    show: Annotated[int, typer.Option(help="Prompts that are shown with an answer.", min=0)] = 3,
+    trust_remote_code: _TrustRemoteCode = False,
+    namespace: _Namespace = None,
+    output: _Output = Output.text,
+) -> None:
+    """Score a model's answers to the prompts of a data set: mean reward, pass@k, and a few samples.
+
+    Prompts are written as training wrote them. Exit codes: 0 done, 40 an error in the reward or the settings, 41 data that
+    cannot be used, 102 no such job, 1 anything else.
+    """
+    from nemo_rl.cli.evaluate import eval_model
+    from nemo_rl.cli.train import guarded
+
+    raise typer.Exit(
+        guarded(
+            lambda: eval_model(
+                model,
+                data,
+                reward,
+                namespace=namespace,
+                as_json=output is Output.json,
+                samples=samples,
+                k=k or (),
+                threshold=threshold,
+                temperature=temperature,
+                max_new_tokens=max_new_tokens,
+                max_rows=max_rows,
+                seed=seed,
+                shown=show,
+                trust_remote_code=trust_remote_code,
+            )
+        )
+    )
+
+
+@app.command()
+def data(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A job's YAML file, or a file with rows, or owner/name on the hub (@split for another split).",
+            metavar="PATH",
+        ),
+    ],
+    algorithm: Annotated[str | None, typer.Option(help="grpo, sft or dpo. [default: the job's]")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Whose tokenizer and chat template are used. [default: the job's]")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="PATH=VALUE", help="Set a field, like training.maxSequenceLength=512. Repeatable."
+        ),
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Examples that are shown.", min=0)] = 3,
+    max_rows: Annotated[int, typer.Option(help="Rows that are read of a stream.", min=1)] = 1000,
+    output: _Output = Output.text,
+) -> None:
+    """Show what would be trained: the text as the model sees it, the trained part marked, token counts, dropped rows.
+
+    Exit codes: 0 done, 2 a wrong file or option, 41 data that cannot be used, 1 anything else.
+    """
+    from nemo_rl.cli.data import show_data
+    from nemo_rl.cli.train import guarded
+
+    raise typer.Exit(
+        guarded(
+            lambda: show_data(
+                source,
+                algorithm=algorithm,
+                model=model,
+                overrides=overrides or [],
+                rows=rows,
+                max_rows=max_rows,
+                as_json=output is Output.json,
+            )
         )
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nemo_rl.api.training import start
@@ -143,6 +143,28 @@ def _look_at(spec: RLTrainingJobSpec) -> None:
 
 
 _EXPECTED = (ValueError, TypeError, RewardError, NonFiniteTraining, RuntimeError, OSError)
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Runs a command that calls a model, a reward or data; every error becomes a sentence and the code of its kind."""
+    try:
+        return command()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return OTHER_ERROR
+    except ManifestError as error:
+        complain(str(error))
+        return USAGE
+    except LookupError as error:
+        complain(str(error.args[0] if error.args else error))
+        return JobExit.ABSENT
+    except (*_EXPECTED, ImportError) as error:
+        if isinstance(error, RewardError) and error.traceback:
+            print(error.traceback.rstrip(), file=sys.stderr)
+        complain(str(error) or type(error).__name__)
+        return exit_code(error)
 
 
 def exit_code(error: BaseException) -> int:

@@ -24,7 +24,16 @@ from nemo_rl.job.spec import DPOSpec, GRPOSpec, SFTSpec, TrainingSpec
 
 log = logging.getLogger("nemo_rl")
 
-__all__ = ["PairExample", "Prepared", "PromptExample", "TextExample", "batches", "describe_example", "prepare"]
+__all__ = [
+    "PairExample",
+    "Prepared",
+    "PromptExample",
+    "TextExample",
+    "batches",
+    "describe_example",
+    "parts_of",
+    "prepare",
+]
 
 _CONVERT = {"grpo": to_prompt_rows, "sft": to_text_rows, "dpo": to_preference_rows}
 _SECTIONS = {"grpo": GRPOSpec, "sft": SFTSpec, "dpo": DPOSpec}
@@ -126,30 +135,57 @@ def batches(n_rows: int, batch_size: int, seed: int, shuffle: bool, epoch: int) 
     return [order[start : start + batch_size] for start in range(0, n_rows, batch_size)]
 
 
-def describe_example(tokenizer: Any, example: Example) -> str:
-    """One example as the model sees it, special tokens included, with the trained part in ⟦ ⟧."""
+@dataclass(frozen=True)
+class Part:
+    """A stretch of an example: its text with special tokens, its number of tokens, and whether these are trained.
 
-    def shown(ids: Sequence[int]) -> str:
+    `name` is that of a pair's answer, chosen or rejected, else "". The completion of a prompt is "", of 0 tokens.
+    """
+
+    text: str
+    tokens: int
+    trained: bool
+    name: str = ""
+
+
+def parts_of(tokenizer: Any, example: Example) -> list[Part]:
+    """An example as the model sees it, cut where trained and untrained tokens meet."""
+
+    def part(ids: Sequence[int], trained: bool, name: str = "") -> Part:
         text = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        half = _SHOWN_CHARACTERS // 2
-        return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:half]} … {text[-half:]}"
+        return Part(text, len(ids), trained, name)
 
     if isinstance(example, PromptExample):
-        return f"prompt ({len(example.ids)} tokens): {shown(example.ids)}⟦completion⟧"
+        return [part(example.ids, False), Part("", 0, True)]
     if isinstance(example, PairExample):
-        return (
-            f"chosen ({len(example.prompt_ids)} + {len(example.chosen_ids)} tokens): "
-            f"{shown(example.prompt_ids)}⟦{shown(example.chosen_ids)}⟧\n"
-            f"rejected ({len(example.prompt_ids)} + {len(example.rejected_ids)} tokens): "
-            f"⟦{shown(example.rejected_ids)}⟧"
-        )
+        answers = [part(example.chosen_ids, True, "chosen"), part(example.rejected_ids, True, "rejected")]
+        return [part(example.prompt_ids, False), *answers]
     parts, start = [], 0
     for stop in range(1, len(example.ids) + 1):
         if stop == len(example.ids) or example.mask[stop] != example.mask[start]:
-            part = shown(example.ids[start:stop])
-            parts.append(f"⟦{part}⟧" if example.mask[start] else part)
+            parts.append(part(example.ids[start:stop], bool(example.mask[start])))
             start = stop
-    return f"example ({len(example.ids)} tokens, {sum(example.mask)} trained): " + "".join(parts)
+    return parts
+
+
+def describe_example(tokenizer: Any, example: Example) -> str:
+    """One example as the model sees it, special tokens included, with the trained part in ⟦ ⟧."""
+
+    def shown(text: str) -> str:
+        half = _SHOWN_CHARACTERS // 2
+        return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:half]} … {text[-half:]}"
+
+    parts = parts_of(tokenizer, example)
+    if isinstance(example, PromptExample):
+        return f"prompt ({parts[0].tokens} tokens): {shown(parts[0].text)}⟦completion⟧"
+    if isinstance(example, PairExample):
+        prompt, chosen, rejected = parts
+        return (
+            f"chosen ({prompt.tokens} + {chosen.tokens} tokens): {shown(prompt.text)}⟦{shown(chosen.text)}⟧\n"
+            f"rejected ({prompt.tokens} + {rejected.tokens} tokens): ⟦{shown(rejected.text)}⟧"
+        )
+    text = "".join(f"⟦{shown(part.text)}⟧" if part.trained else shown(part.text) for part in parts)
+    return f"example ({len(example.ids)} tokens, {sum(example.mask)} trained): {text}"
 
 
 # --- fingerprint

@@ -5,15 +5,14 @@ from __future__ import annotations
 import html
 import sys
 import time
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nemo_rl.display.phases import Best, Pace, Phase, duration
 from nemo_rl.run.metrics import SHOWN_SAMPLES, main_metrics
 
 REDRAW_SECONDS = 0.25
-PACE_STEPS = 20
-"""Steps whose duration the estimate of the time left follows."""
+PHASE_SECONDS = 1.0
 _CURVE_POINTS = 300
 _TEXT_CHARACTERS = 240
 
@@ -52,18 +51,19 @@ class NotebookDisplay:
         self._curve: dict[int, float] = {}
         self._name = "reward"
         self._samples: list[dict[str, Any]] = []
-        self._paces: deque[float] = deque(maxlen=PACE_STEPS)
+        self._pace, self._best = Pace(), Best()
+        self._phase: Phase | None = None
         self._drawn = 0.0
 
     def start(self, total_steps: int, header: str) -> None:
         self._total, self._header = total_steps, header
-        self._area = Area()
+        self._area = self._area or Area()
         self._draw()
 
     def step(self, metrics: Mapping[str, Any], samples: list[dict[str, Any]]) -> None:
         step = int(metrics["step"])
-        if step != self._metrics.get("step") and metrics.get("step_seconds") is not None:
-            self._paces.append(float(metrics["step_seconds"]))
+        self._pace.step(metrics)
+        self._best.see(metrics)
         self._metrics = metrics
         self._samples = samples[:SHOWN_SAMPLES] or self._samples
         self._name = "reward" if metrics.get("reward") is not None else "loss"
@@ -72,10 +72,26 @@ class NotebookDisplay:
         if time.monotonic() - self._drawn > REDRAW_SECONDS or step >= self._total:
             self._draw()
 
+    def phase(self, phase: Phase | None) -> None:
+        self._phase = phase
+        if phase is None:
+            return
+        # drawn where the run counts: what another thread writes may go to another cell
+        phase.on_change = self._draw_in_time
+        if self._area is None:
+            self._area = Area()
+            self._draw()
+        self._draw_in_time()
+
+    def _draw_in_time(self) -> None:
+        if time.monotonic() - self._drawn > PHASE_SECONDS:
+            self._draw()
+
     def note(self, text: str) -> None:
         print(text, flush=True)
 
     def close(self) -> None:
+        self._phase = None
         self._draw()
 
     def _draw(self) -> None:
@@ -85,18 +101,19 @@ class NotebookDisplay:
 
     def _render(self) -> str:
         step = int(self._metrics.get("step", 0))
-        left = "" if not self._paces or step >= self._total else f" · {_minutes(self._seconds_left(step))} left"
+        seconds = self._pace.left(self._total - step)
+        left = "" if seconds is None else f" · {duration(seconds)} left"
+        best = self._best.words()
+        phase = f"<div style='opacity:.6'>{html.escape(self._phase.words())}</div>" if self._phase is not None else ""
         parts = [
             f"<b>{html.escape(self._header)}</b>",
-            f"<div>{bar(step, self._total)} step {step}/{self._total}{left}</div>",
-            _table(self._metrics),
+            f"<div>{bar(step, self._total)} step {step}/{self._total}{left}</div>" if self._total else "",
+            phase,
+            _table([*main_metrics(self._metrics), *([best] if best and self._metrics else [])]),
             curve([self._curve[number] for number in sorted(self._curve)], self._name),
             *map(_sample, self._samples),
         ]
         return f"<div>{''.join(parts)}</div>"
-
-    def _seconds_left(self, step: int) -> float:
-        return (self._total - step) * sum(self._paces) / len(self._paces)
 
 
 def bar(done: float, total: float) -> str:
@@ -122,8 +139,8 @@ def curve(values: list[float], name: str, width: int = 360, height: int = 80) ->
     )
 
 
-def _table(metrics: Mapping[str, Any]) -> str:
-    cells = [(html.escape(name), html.escape(text)) for name, text in main_metrics(metrics)]
+def _table(metrics: Sequence[tuple[str, str]]) -> str:
+    cells = [(html.escape(name), html.escape(text)) for name, text in metrics]
     head = "".join(f"<th style='text-align:left'>{name}</th>" for name, _ in cells)
     body = "".join(f"<td style='text-align:left'>{text}</td>" for _, text in cells)
     return f"<table><tr>{head}</tr><tr>{body}</tr></table>" if cells else ""
@@ -138,9 +155,3 @@ def _sample(sample: Mapping[str, Any]) -> str:
         "<div style='border-left:3px solid #4a7;margin:4px 0;padding-left:8px'>"
         f"<span style='opacity:.6'>{prompt}</span><br>{completion} <b>(reward {value})</b></div>"
     )
-
-
-def _minutes(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -12,11 +15,12 @@ from typing import Any, Protocol, TextIO
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from nemo_rl.display.notebook import NotebookDisplay, in_notebook
+from nemo_rl.display.phases import MARK, Best, Pace, Phase, duration
 from nemo_rl.run.metrics import SHOWN_SAMPLES, main_metrics, step_line
 
 SAMPLE_LINES = 3
@@ -33,6 +37,9 @@ class Display(Protocol):
 
     def note(self, text: str) -> None:
         """One line for the user, such as a saved checkpoint."""
+
+    def phase(self, phase: Phase | None) -> None:
+        """What is done now, also before `start`; the phase counts by itself, and ends with the next one, or with None."""
 
     def close(self) -> None:
         """The run has ended; the terminal is left in order."""
@@ -70,16 +77,29 @@ class NullDisplay:
     def note(self, text: str) -> None:
         pass
 
+    def phase(self, phase: Phase | None) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
 
+QUIET_SECONDS = (5.0, 10.0, 20.0, 30.0)
+"""Seconds of silence after which a plain display says what is done: the first, the second time, and so on."""
+
+
 class PlainDisplay:
-    """One line per event, flushed at once: for logs and pods."""
+    """One line per event, flushed at once: for logs and pods. In long phases a line from time to time says what goes on."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream
         self._total_steps: int | None = None
+        self._phase: Phase | None = None
+        self._spoke = time.monotonic()
+        self._said = 0
+        """Lines about phases since the last other one."""
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def start(self, total_steps: int, header: str) -> None:
         self._total_steps = total_steps
@@ -89,11 +109,31 @@ class PlainDisplay:
         self.note(step_line(dict(metrics), self._total_steps))
 
     def note(self, text: str) -> None:
+        self._said = 0
+        self._print(text)
+
+    def _print(self, text: str) -> None:
+        self._spoke = time.monotonic()
         # sys.stdout is looked up now: notebooks and tests replace it.
         print(text, file=self._stream or sys.stdout, flush=True)
 
+    def phase(self, phase: Phase | None) -> None:
+        self._phase = phase
+        if phase is not None and self._thread is None and not self._closed.is_set():
+            self._thread = threading.Thread(target=self._speak, daemon=True, name="nemo-rl-display")
+            self._thread.start()
+
+    def _speak(self) -> None:
+        while not self._closed.wait(0.5):
+            phase, quiet = self._phase, QUIET_SECONDS[min(self._said, len(QUIET_SECONDS) - 1)]
+            if phase is not None and time.monotonic() - self._spoke >= quiet:
+                self._said += 1
+                with contextlib.suppress(ValueError, OSError):  # a stream that was closed behind us
+                    self._print(f"{MARK}{phase.words()}")
+
     def close(self) -> None:
-        pass
+        self._phase = None
+        self._closed.set()
 
 
 class RecordedDisplay:
@@ -117,6 +157,9 @@ class RecordedDisplay:
         self._plain.note(text)
         self._shown.note(text)
 
+    def phase(self, phase: Phase | None) -> None:
+        self._shown.phase(phase)
+
     def close(self) -> None:
         self._shown.close()
         self._stream.close()
@@ -136,11 +179,14 @@ class LiveDisplay:
             MofNCompleteColumn(),
             TextColumn("·"),
             TimeElapsedColumn(),
-            TextColumn("· left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             console=self._console,
         )
-        self._task = self._progress.add_task("train", total=None, start=False)
+        self._task = self._progress.add_task("train", total=None, start=False, left="")
+        self._total = 0
+        self._pace, self._best = Pace(), Best()
+        self._phase: Phase | None = None
+        self._shown = False
         self._metrics: Mapping[str, Any] = {}
         self._samples: list[dict[str, Any]] = []
         self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
@@ -150,18 +196,32 @@ class LiveDisplay:
         self._console.print(Text(header), soft_wrap=True)
         self._progress.update(self._task, total=total_steps)
         self._progress.start_task(self._task)
+        self._total = total_steps
+        self._show()
+
+    def _show(self) -> None:
+        """Opens the panel, once."""
+        if self._shown:
+            return
+        self._shown = True
         streams = {sys.stdout, sys.stderr}
         self._live.start()
         self._redirect_logging(streams)
         _open_displays.append(self)
 
+    def phase(self, phase: Phase | None) -> None:
+        self._phase = phase
+        if phase is not None:
+            self._show()
+
     def step(self, metrics: Mapping[str, Any], samples: list[dict[str, Any]]) -> None:
-        if not self._metrics and metrics["step"] > 1:
-            # The first step of a resumed run: the time left follows from this process's own pace.
-            self._progress.reset(self._task, completed=metrics["step"] - 1)
         self._metrics = dict(metrics)
         self._samples = samples[:SHOWN_SAMPLES] or self._samples
-        self._progress.update(self._task, completed=metrics["step"])
+        self._pace.step(metrics)
+        self._best.see(metrics)
+        left = self._pace.left(self._total - metrics["step"])
+        shown = f"· {duration(left)} left" if left is not None else ""
+        self._progress.update(self._task, completed=metrics["step"], left=shown)
         self._live.refresh()
 
     def note(self, text: str) -> None:
@@ -173,7 +233,9 @@ class LiveDisplay:
         for handler, stream in self._handlers:
             handler.setStream(stream)
         self._handlers.clear()
-        self._live.stop()
+        self._phase = None
+        if self._shown:
+            self._live.stop()
 
     def _redirect_logging(self, streams: set[TextIO]) -> None:
         """Log handlers keep the stream that they were made with; lend them the one that prints above the panel."""
@@ -184,9 +246,31 @@ class LiveDisplay:
                 handler.setStream(sys.stderr)
 
     def _render(self) -> Group:
-        table = Table.grid(padding=(0, 3))
-        table.add_row(*(Text.assemble((f"{name} ", "dim"), value) for name, value in main_metrics(self._metrics)))
-        return Group(self._progress, table, *map(_sample_panel, self._samples))
+        best = self._best.words()
+        cells = [*main_metrics(self._metrics), *([best] if best and self._metrics else [])]
+        shown: list[Any] = [self._progress] if self._total else []
+        if (phase := self._phase) is not None:
+            shown.append(Text(f"  {phase.words()}", style="dim"))
+        # rows of cells that fit: one that is cut off, or broken within a name, cannot be read
+        for row in _rows(cells, self._console.width):
+            table = Table.grid(padding=(0, 3))
+            table.add_row(*(Text.assemble((f"{name} ", "dim"), value) for name, value in row))
+            shown.append(table)
+        return Group(*shown, *map(_sample_panel, self._samples))
+
+
+def _rows(cells: list[tuple[str, str]], width: int) -> list[list[tuple[str, str]]]:
+    """The cells in as many rows as the terminal needs."""
+    rows: list[list[tuple[str, str]]] = []
+    used = 0
+    for name, value in cells:
+        size = len(name) + len(value) + 4
+        if not rows or used + size > width:
+            rows.append([])
+            used = 0
+        rows[-1].append((name, value))
+        used += size
+    return rows
 
 
 def _sample_panel(sample: dict[str, Any]) -> Panel:

@@ -111,6 +111,29 @@ def _load_source(source: str, entrypoint: str) -> Any:
     return _attribute(module, entrypoint, "the inline source of the reward")
 
 
+def load_source_file(path: Path, name: str) -> Any:
+    """What a Python file defines under this name. The file is run as a script's imports are: modules beside it are found.
+
+    ValueError where it defines no such name, RewardError with the traceback for code that fails.
+    """
+    module_name = f"nemo_rl_reward_{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(module_name, path.resolve())
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    if (beside := str(path.resolve().parent)) not in sys.path:
+        sys.path.insert(0, beside)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[module_name]
+        if not isinstance(error, Exception | SystemExit):
+            raise
+        raise _load_error(f"the reward in {path}", error) from error
+    return _attribute(module, name, f"the file {path}")
+
+
 def _load_bundle(name: str, entrypoint: str | None, bundles: Mapping[str, Path]) -> Any:
     if name not in bundles:
         raise ValueError(

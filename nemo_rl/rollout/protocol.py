@@ -65,9 +65,11 @@ class RolloutEngine(Protocol):
         step: int,
         poll: Callable[[], None] = lambda: None,
         on_group: Callable[[int, list[Completion]], None] | None = None,
+        on_tokens: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
         """Returns `num_samples` completions of each request. `poll` is called often and may raise to stop; `on_group(i,
-        completions)` is called as soon as all completions of request i are done, once for each."""
+        completions)` is called as soon as all completions of request i are done, once for each, and `on_tokens` with the
+        number of tokens that were sampled since, for people to see; engines may call it late."""
         ...
 
     def close(self) -> None:

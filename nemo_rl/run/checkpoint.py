@@ -4,6 +4,7 @@
                   adapter/       LoRA weights, when the run trains adapters (the model beside it is merged)
                   trainer_state/ optimizer tensors, and the fp32 weights of a model in a narrower dtype, by
                                  torch.distributed.checkpoint
+                  README.md      the model card, and nemo_rl.json: the same for programs (nemo_rl.run.card)
                   state.json     written last: step, metric, the trainer's own state, name and size of every file
     checkpoints/latest, best     relative symbolic links
 
@@ -41,6 +42,7 @@ FORMAT = 1
 _STEP_PREFIX = "step-"
 _UNFINISHED = ".tmp-"
 _REPLACED = ".replaced-"
+NO_TEXTS: Mapping[str, str] = {}
 
 
 class CorruptCheckpointError(ValueError):
@@ -145,17 +147,20 @@ class CheckpointStore:
         optimizer: Any = None,
         state: Mapping[str, Any],
         metric: float | None = None,
+        texts: Mapping[str, str] = NO_TEXTS,
     ) -> Path:
         """Save step `step`, move `latest` and `best`, remove what is over the limit; returns the checkpoint's path.
 
-        `state` must be JSON-able. A metric that is not finite counts as none. A checkpoint of the same step is
+        `state` must be JSON-able, `texts` are further files by name. A metric that is not finite counts as none. A checkpoint of the same step is
         replaced. With several ranks every rank calls it.
         """
         path = self.root / f"{_STEP_PREFIX}{step:08d}"
         parts = {"model": model, "tokenizer": tokenizer, "optimizer": optimizer}
         if self.stored is not None:
             self.stored.wait()
-        write_checkpoint(path, step, **parts, state=state, metric=metric, lease=self.lease, here=self._writes_here())
+        write_checkpoint(
+            path, step, **parts, state=state, metric=metric, texts=texts, lease=self.lease, here=self._writes_here()
+        )
         if self.stored is not None:
             finite = metric if metric is not None and math.isfinite(metric) else None
             self.stored.saved(path, step, finite, self.keep, self.always)
@@ -288,13 +293,14 @@ def write_checkpoint(
     optimizer: Any = None,
     state: Mapping[str, Any],
     metric: float | None = None,
+    texts: Mapping[str, str] = NO_TEXTS,
     lease: Lease | None = None,
     here: bool | None = None,
 ) -> Path:
     """Write one checkpoint as directory `path`: a kill at any moment leaves the whole of it, or what was there before.
 
     Weights are saved in the dtype that the model was loaded with (`nemo_rl.run.dtypes`), else in that which they have; what
-    a narrower dtype leaves out is in the optimizer's state. With several ranks every rank calls it. `here`: nodes share no
+    a narrower dtype leaves out is in the optimizer's state. `texts`: further files by name. With several ranks every rank calls it. `here`: nodes share no
     folder, and this rank makes the one of its node; default the first rank makes it for all.
     """
     from nemo_rl.run.checkpoint_tensors import optimizer_groups, save_model, save_optimizer
@@ -318,8 +324,12 @@ def write_checkpoint(
         save_model(aside, model)
         save_optimizer(aside / TRAINER_STATE, optimizer, model)
         _barrier()
-        if is_rank_zero() and tokenizer is not None:
-            tokenizer.save_pretrained(aside)
+        if is_rank_zero():
+            if tokenizer is not None:
+                tokenizer.save_pretrained(aside)
+            for name, text in texts.items():
+                # half of a surrogate pair, which no file can hold, is written as \\uXXXX
+                (aside / name).write_text(text, encoding="utf-8", errors="backslashreplace")
         if makes:
             _seal(aside, record)
             _publish(aside, path, lease)

@@ -285,18 +285,37 @@ def _fields(line: str, position: int) -> dict[str, Any] | None:
 
 
 def main_metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The metrics that matter most, as (name, text); what is absent is left out."""
-    for name, key, spread in (
-        ("reward", "reward", "reward_std"),
-        ("loss", "loss", None),
-        ("kl", "kl", None),
-        ("length", "completion_length", None),
-        ("tokens/s", "tokens_per_second", None),
-    ):
-        if metrics.get(key) is not None:
-            deviation = f" ± {metrics[spread]:.3g}" if spread and metrics.get(spread) is not None else ""
-            value = metrics[key]
-            yield name, (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}") + deviation
+    """The metrics that matter most to the algorithm, as (name, text); what is absent is left out.
+
+    Of GRPO the loss is left out: it is near zero whatever the model learns.
+    """
+    for name, key, spread in _SHOWN:
+        value = metrics.get(key)
+        if value is None or (key == "loss" and metrics.get("reward") is not None):
+            continue
+        if key == "truncated_fraction":
+            if value > 0:
+                yield name, f"{100 * value:.0f} %"
+            continue
+        deviation = f" ± {metrics[spread]:.3g}" if spread and metrics.get(spread) is not None else ""
+        yield name, (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}") + deviation
+
+
+_SHOWN = (
+    ("reward", "reward", "reward_std"),
+    ("accuracy", "preference_accuracy", None),
+    ("margin", "reward_margin", None),
+    ("loss", "loss", None),
+    ("validation reward", "validation_reward", None),
+    ("validation accuracy", "validation_accuracy", None),
+    ("validation loss", "validation_loss", None),
+    ("kl", "kl", None),
+    ("length", "completion_length", None),
+    ("cut off", "truncated_fraction", None),
+    ("learning rate", "learning_rate", None),
+    ("tokens/s", "tokens_per_second", None),
+)
+"""What displays show of a step: name, metric, and the metric of its spread."""
 
 
 # --- a sample completion as one line --------------------------------------------------------------------------------

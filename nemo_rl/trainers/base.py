@@ -21,6 +21,7 @@ from nemo_rl.data.clock import set_clock, writes_the_time
 from nemo_rl.data.module import train_and_validation
 from nemo_rl.data.prepare import Prepared, describe_example, prepare
 from nemo_rl.data.templates import end_tokens_of, with_template
+from nemo_rl.display.phases import Phase
 from nemo_rl.display.terminal import Display, NullDisplay, RecordedDisplay, make_display
 from nemo_rl.job.spec import Algorithm, RLTrainingJobSpec
 from nemo_rl.job.uris import is_store
@@ -38,6 +39,7 @@ from nemo_rl.model.load import (
 )
 from nemo_rl.model.policy import Policy
 from nemo_rl.model.sharding import Distributed, Replicas, ShardedModel, is_sharded
+from nemo_rl.run.card import is_hub_name, make_record, texts_of
 from nemo_rl.run.checkpoint import Checkpoint, CheckpointStore
 from nemo_rl.run.directory import (
     METRICS_FILE,
@@ -194,6 +196,16 @@ class Trainer(Passes, ABC):
         if reward_fn is not None and self.algorithm != "grpo":
             warnings.warn(f"{self.algorithm} uses no reward; reward_fn is ignored", UserWarning, stacklevel=4)
         self.callbacks = CallbackList(callbacks)
+        self.display: Display = make_display(self.training.log_level) if self.ranks.is_first else NullDisplay()
+        try:
+            return self._prepare_and_run(dataset, reward_fn, validation_dataset, reward_weights)
+        finally:
+            self.display.close()
+
+    def _prepare_and_run(
+        self, dataset: Any, reward_fn: Any, validation_dataset: Any, reward_weights: Any
+    ) -> TrainResult:
+        self.begin_phase("reading the data")
         dataset, own_validation = train_and_validation(dataset)
         validation_dataset = own_validation if validation_dataset is None else validation_dataset
         if self.model is None:
@@ -286,6 +298,7 @@ class Trainer(Passes, ABC):
             checkpoint = dataclasses.replace(checkpoint, path=store.root / checkpoint.path.name)
         self.run_dir = self.output_dir = run.dir
         self.first_total_steps = run.first_total_steps
+        self.begin_phase("loading the model")
         self._load(store, checkpoint)
         self._check_fits(data, validation)
         self.current_step = checkpoint.step if checkpoint else 0
@@ -293,14 +306,15 @@ class Trainer(Passes, ABC):
         if run.lengthened:
             self.should_stop = False  # what a callback said of the run's earlier end
         loop = Loop(self, store, data, validation, checkpoint)
-        self.display: Display = make_display(self.training.log_level) if self.ranks.is_first else NullDisplay()
         if self.stored is not None and self.ranks.is_first:
             self.display = RecordedDisplay(self.display, run.dir / LOG)
         self.display.start(self.total_steps, self._header(data))
         try:
             self._announce(run, data, checkpoint, store)
+            self.begin_phase("getting ready")
             self._start(data, validation)
             if checkpoint is None:
+                self.begin_phase("writing a checkpoint on trial")
                 self._prove_saving(store)
             self.callbacks.on_train_begin(self)
             self.agree_to_stop()
@@ -323,7 +337,6 @@ class Trainer(Passes, ABC):
             raise loop.interrupted(interrupted) from None
         finally:
             loop.close()
-            self.display.close()
 
     # ------------------------------------------------------------------ what the loop calls
 
@@ -333,6 +346,7 @@ class Trainer(Passes, ABC):
         self.making_step, self.making_epoch = step, epoch
         self.samples: list[dict[str, Any]] = []
         self.rate = learning_rate(self.training, step, self.total_steps, self.first_total_steps)
+        self.begin_phase("training")
         found = self.train_step(examples, step)
         seconds = time.perf_counter() - started
         metrics = {"step": step, "epoch": epoch, **found, "learning_rate": self.rate, "step_seconds": seconds}
@@ -346,11 +360,18 @@ class Trainer(Passes, ABC):
         None where nothing could be measured.
         """
         started = time.perf_counter()
+        self.begin_phase("validation")
         metrics, metric = self.evaluate(validation)
         return {**metrics, "validation_seconds": time.perf_counter() - started}, metric
 
     def say(self, sentence: str) -> None:
         self.display.note(sentence)
+
+    def begin_phase(self, name: str, total: int | None = None, unit: str = "") -> Phase:
+        """Tells the display what is done from now on, and returns the phase, which counts it."""
+        self.current_phase = Phase(name, total, unit)
+        self.display.phase(self.current_phase)
+        return self.current_phase
 
     def agree_to_stop(self) -> None:
         """Stops all ranks where one was asked to."""
@@ -376,6 +397,7 @@ class Trainer(Passes, ABC):
 
     def save_to(self, store: CheckpointStore, state: dict[str, Any], metric: float | None) -> Path:
         """Saves the current step with this state. Every rank calls it."""
+        self.begin_phase("saving a checkpoint")
         return store.save(
             self.current_step,
             model=self.model,
@@ -383,7 +405,29 @@ class Trainer(Passes, ABC):
             optimizer=self._optimizer.adamw,
             state=state,
             metric=metric,
+            texts=texts_of(self.record(state.get("metrics", {}))),
         )
+
+    def record(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what a checkpoint of now says about itself: `nemo_rl.run.card.make_record`."""
+        return make_record(
+            self.config,
+            base_model=self._base_model(),
+            rewards=self.reward_names,
+            step=self.current_step,
+            metrics=metrics,
+        )
+
+    @property
+    def reward_names(self) -> list[str]:
+        return []
+
+    def _base_model(self) -> str:
+        """Returns the name of the model that training began from, without the folder that it lies in."""
+        name = str(self.config.model)
+        if name.startswith("python:"):
+            name = str(getattr(self.model.config, "name_or_path", "") or type(self.model).__name__)
+        return name if is_hub_name(name) else default_output_dir(name).name
 
     def _prove_saving(self, store: CheckpointStore) -> None:
         """Writes a checkpoint and removes it: what cannot be saved, or has no room, fails before anything is trained."""
@@ -580,6 +624,7 @@ class Trainer(Passes, ABC):
             tokenizer=self.tokenizer,
             optimizer=optimizer,
             state=self.state() if optimizer is not None else {},
+            texts=texts_of(self.record({})),
         )
 
     def load_checkpoint(self, path: Path | str) -> None:

@@ -27,7 +27,7 @@ from nemo_rl.rollout.bottleneck import Phases, advice
 from nemo_rl.rollout.in_process.engine import InProcess, end_tokens
 from nemo_rl.rollout.in_process.proof import prove_rollouts
 from nemo_rl.rollout.protocol import Completion, Request, RolloutEngine, Sampling
-from nemo_rl.rollout.responses import opening_tag
+from nemo_rl.rollout.responses import decoded
 from nemo_rl.rollout.stops import Stops
 from nemo_rl.run.ranks import Ranks
 from nemo_rl.trainers.base import Trainer
@@ -101,6 +101,7 @@ class GRPOTrainer(Trainer):
         rewards, valid = self.rewards_of(rollouts)
         started = time.perf_counter()
         found: dict[str, Any] = {}
+        self.begin_phase("training")
         if self.settings.use_kl_in_reward:
             divergence = self._kl_of_completions(rollouts, valid)
             rewards = rewards - self.settings.beta * divergence.view(rewards.shape)
@@ -128,14 +129,17 @@ class GRPOTrainer(Trainer):
         Each rank does so for a share of the prompts, and gets the results of all. The seconds of generation are its own,
         those of rewards last until all ranks are done.
         """
+        self.begin_phase("giving weights to what samples")
         self._sync_weights()
         started = time.perf_counter()
         generated = started
 
         def draw(share: list[PromptExample]) -> list[tuple[list[Completion], list[str], list[RewardOutcome]]]:
             nonlocal generated
+            self.begin_phase("rollout", len(share), "prompts")
             groups, responses, futures = self._generate(share, step)
             generated = time.perf_counter()
+            self.begin_phase("waiting for rewards")
             return list(zip(groups, responses, map(self.runner.wait, futures), strict=True))
 
         with self._weights_to_sample():
@@ -194,6 +198,7 @@ class GRPOTrainer(Trainer):
         def score(i: int, completions: list[Completion]) -> None:
             responses[i], raw = self._decoded(examples[i], completions)
             futures[i] = self.runner.submit(self._calls(examples[i], responses[i], step, raw))
+            self._count(done=1)
 
         groups = self.rollout_engine.generate(
             [Request(example.ids, example.index) for example in examples],
@@ -202,27 +207,21 @@ class GRPOTrainer(Trainer):
             step=step,
             poll=self.poll,
             on_group=score,
+            on_tokens=lambda count: self._count(tokens=count),
         )
         return groups, responses, futures
 
+    def _count(self, done: int = 0, tokens: int = 0) -> None:
+        if self.current_phase is not None:
+            self.current_phase.add(done, tokens)
+
     def _decoded(self, example: PromptExample, completions: list[Completion]) -> tuple[list[str], list[str]]:
-        """The texts of completions of one prompt: without special tokens, and with them but for what ends a completion.
-        Each begins with the tag by which the prompt has opened the thinking.
-        """
-        texts = self.tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
+        """The texts of completions of one prompt, without special tokens and with them."""
         # what the user asked to stop at is part of the answer
         ends = {*self.end_ids, self.tokenizer.pad_token_id} - set(self._stop_tokens())
-        kept = []
-        for completion in completions:
-            ids = list(completion.ids)
-            while ids and ids[-1] in ends:
-                ids.pop()
-            kept.append(ids)
-        raw = self.tokenizer.batch_decode(kept, skip_special_tokens=False)
-        special = self._special_ids.difference(ends)
-        self._hidden_tokens |= {i for ids in kept for i in ids if i in special}
-        opened = opening_tag(self.tokenizer, example.ids)
-        return [opened + text for text in texts], [opened + text for text in raw]
+        found = decoded(self.tokenizer, example.ids, [completion.ids for completion in completions], ends)
+        self._hidden_tokens |= found.hidden
+        return found.texts, found.raw
 
     def _stop_tokens(self) -> list[int]:
         return [*self.settings.stop_token_ids, *self.stops.tokens]
@@ -464,7 +463,6 @@ class GRPOTrainer(Trainer):
         settings = self.settings
         self.data = data
         self.end_ids = end_tokens(self.policy.causal, self.tokenizer)
-        self._special_ids = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         self._hidden_tokens: set[int] = set()
         self._said_hidden = False
         self._synced: dict[str, float] = {}
@@ -491,6 +489,10 @@ class GRPOTrainer(Trainer):
     def policies(self) -> list[Policy]:
         reference = getattr(self, "reference", None)
         return [self.policy, *([reference] if reference is not None else [])]
+
+    @property
+    def reward_names(self) -> list[str]:
+        return list(self.rewards_identity) if hasattr(self, "rewards_identity") else []
 
     @property
     def needs_reference(self) -> bool:
@@ -539,6 +541,7 @@ class GRPOTrainer(Trainer):
                 seed=self.training.seed,
                 step=0,
                 poll=self.poll,
+                on_tokens=lambda count: self._count(tokens=count),
             )
             decoded = [self._decoded(example, group) for example, group in zip(examples, groups, strict=True)]
             calls = [

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from nemo_rl.display.phases import Phase
 from nemo_rl.job.spec import TrainingSpec
 from nemo_rl.model.packing import PackedBatch, TokenSequence, pack, plan_microbatches
 from nemo_rl.model.policy import Policy
@@ -34,6 +35,9 @@ class Passes:
     """Whether any pass has more than one sequence, or pair."""
     planned_tokens: int | None = None
     """Tokens of a micro-batch that fit, where the specification leaves them to the estimate of memory."""
+
+    current_phase: Phase | None = None
+    """What the run does now; passes count their sequences there."""
 
     def poll(self) -> None:
         """Raises Interrupted if a signal asked this process to stop; leaves the share of a rank when another one ended."""
@@ -76,6 +80,8 @@ class Passes:
             indices = plan[i] if i < len(plan) else idle[0]
             views = None if whole else 1  # each view is a forward pass
             yield pack([sequences[j] for j in indices], self.device, views), indices, i < len(plan)
+            if self.current_phase is not None and i < len(plan):
+                self.current_phase.add(tokens=sum(len(sequences[j].ids) for j in indices))
 
     def _plan(self, sequences: list[TokenSequence], share: list[int], split_groups: bool) -> list[list[int]]:
         plan = self.microbatches([sequences[i] for i in share], split_groups)

@@ -10,11 +10,14 @@ import subprocess
 import sys
 import termios
 import textwrap
+import time
 
 import pytest
 
+from nemo_rl.display import terminal
+from nemo_rl.display.phases import Best, Pace, Phase, phase_of_line
 from nemo_rl.display.terminal import LiveDisplay, NullDisplay, PlainDisplay, make_display
-from nemo_rl.run.metrics import parse_step_line
+from nemo_rl.run.metrics import main_metrics, parse_step_line
 
 COLUMNS, ROWS = 100, 40
 
@@ -117,7 +120,7 @@ def test_terminal_shows_panel_below_everything_that_is_printed():
     assert len(bars) == 1, lines
     assert lines.index("saved a checkpoint") < lines.index(bars[0]) < lines.index("after")
     text = "\n".join(lines)
-    for shown in ("reward 0.5 ± 0.25", "loss 0.125", "kl 0", "length 7.5", "tokens/s 12,346"):
+    for shown in ("reward 0.5 ± 0.25", "best reward 0.5 at 1", "kl 0", "length 7.5", "tokens/s 12,346"):
         assert text.count(shown) == 1, shown
     assert text.count("sort 13") == text.count("sort 23") == 1
     assert "sort 33" not in text  # two samples are enough
@@ -170,12 +173,101 @@ def test_resumed_run_shows_where_it_is():
     stream = io.StringIO()
     display = LiveDisplay(stream)
     display.start(10, "header")
-    display.step({"step": 8, "loss": 1.0}, [])
-    display.step({"step": 9, "loss": 1.0}, [])
+    display.step({"step": 8, "loss": 1.0, "step_seconds": 40.0}, [])
+    display.step({"step": 9, "loss": 1.0, "step_seconds": 60.0}, [])
     (task,) = display._progress.tasks
     display.close()
     assert (task.completed, task.total) == (9, 10)
-    assert sum(sample.completed for sample in task._progress) == 2  # the pace is of this process alone
+    assert task.fields["left"] == "· 50 s left"  # the pace is of this process alone, also of steps of more than 30 s
+
+
+def test_time_left_counts_validation_and_is_absent_where_nothing_is_known():
+    pace = Pace()
+    assert pace.left(10) is None
+    pace.step({"step": 1, "step_seconds": 2.0, "validation_seconds": 4.0})
+    pace.step({"step": 1, "step_seconds": 100.0})  # the same step again, with its samples
+    pace.step({"step": 2, "step_seconds": 2.0})
+    assert pace.left(10) == pytest.approx(40.0)
+    assert pace.left(0) is None
+
+
+def test_best_is_of_the_validation_data_where_there_is_any_and_low_for_losses():
+    best = Best()
+    best.see({"step": 1, "reward": 0.9})
+    assert best.words() == ("best reward", "0.9 at 1")
+    best.see({"step": 2, "reward": 0.5, "validation_reward": 0.4})
+    best.see({"step": 3, "reward": 0.95})
+    best.see({"step": 4, "reward": 0.5, "validation_reward": 0.3})
+    assert best.words() == ("best validation reward", "0.4 at 2")
+    losses = Best()
+    for step, loss in ((1, 3.0), (2, 2.0), (3, 2.5)):
+        losses.see({"step": step, "loss": loss})
+    assert losses.words() == ("best loss", "2 at 2")
+
+
+@pytest.mark.parametrize(
+    ("metrics", "names"),
+    [
+        ({"reward": 0.5, "loss": 1e-9, "kl": 0.1, "truncated_fraction": 0.25}, ["reward", "kl", "cut off"]),
+        ({"preference_accuracy": 0.75, "reward_margin": 0.1, "loss": 0.7}, ["accuracy", "margin", "loss"]),
+        ({"loss": 0.7, "validation_loss": 0.8, "learning_rate": 2e-5}, ["loss", "validation loss", "learning rate"]),
+    ],
+)
+def test_each_algorithm_shows_what_matters_to_it(metrics, names):
+    assert [name for name, _ in main_metrics({"step": 1, **metrics})] == names
+
+
+def test_terminal_shows_what_is_done_within_a_step_and_before_the_first():
+    output, code = run_on_terminal(
+        """
+        import time
+        from nemo_rl.display.phases import Phase
+        from nemo_rl.display.terminal import make_display
+        display = make_display()
+        display.phase(Phase("loading the model"))
+        time.sleep(0.6)
+        display.start(2, "header")
+        rollout = Phase("rollout", 8, "prompts")
+        display.phase(rollout)
+        for _ in range(3):
+            rollout.add(done=1, tokens=1000)
+            time.sleep(0.3)
+        display.step({"step": 1, "reward": 0.5, "step_seconds": 3.0}, [])
+        display.close()
+        """
+    )
+    assert code == 0, output
+    assert "loading the model: " in output
+    assert re.search(r"rollout: [123],000 tokens, [123] of 8 prompts, \d s", output)
+    screen = "\n".join(Screen().feed(output).lines)
+    assert "rollout" not in screen  # what is over is not shown
+    assert "3 s left" in screen
+    assert "best reward 0.5 at 1" in screen
+
+
+def test_narrow_terminal_gets_more_rows_of_whole_cells():
+    cells = [("reward", "0.5"), ("validation reward", "0.25"), ("kl", "0.1")]
+    assert terminal._rows(cells, 100) == [cells]
+    assert terminal._rows(cells, 30) == [cells[:1], cells[1:2], cells[2:]]
+
+
+def test_plain_lines_break_a_long_silence_with_what_is_done(monkeypatch):
+    monkeypatch.setattr(terminal, "QUIET_SECONDS", (0.2, 30.0))
+    stream = io.StringIO()
+    display = PlainDisplay(stream)
+    phase = Phase("rollout", 4, "prompts")
+    display.phase(phase)
+    phase.add(done=1, tokens=50)
+    deadline = time.monotonic() + 20
+    while not stream.getvalue() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1.2)
+    display.close()
+    (line,) = stream.getvalue().splitlines()  # the second silence is longer
+    assert re.fullmatch(r"… rollout: 50 tokens, 1 of 4 prompts, \d+ s", line)
+    assert parse_step_line(line) is None
+    assert phase_of_line(line).words() == line.removeprefix("… ")
+    assert phase_of_line("step=1 reward=2") is None
 
 
 def test_close_gives_log_handlers_their_streams_back():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from nemo_rl.display.phases import phase_of_line
 from nemo_rl.display.terminal import Display, PlainDisplay, make_display
 from nemo_rl.job.status import JobStatus
 from nemo_rl.run.metrics import SHOWN_SAMPLES, parse_sample_line, parse_step_line
@@ -45,6 +46,9 @@ class Screen:
         sample = parse_sample_line(text) if len(text) < _LONGEST_PARSED else None
         if sample is not None and not isinstance(self._display, PlainDisplay):
             self._sample(sample)
+            return
+        if not isinstance(self._display, PlainDisplay) and (phase := phase_of_line(text)) is not None:
+            self._display.phase(phase)
             return
         metrics = _metrics(text)
         if metrics is None:

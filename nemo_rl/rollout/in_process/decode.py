@@ -67,13 +67,15 @@ def decode(
     keys: list[int] | None = None,
     poll: Callable[[], None] = lambda: None,
     on_group: Callable[[int, list[Completion]], None] | None = None,
+    on_tokens: Callable[[Tensor], None] | None = None,
     version: int = 0,
 ) -> list[list[Completion]]:
     """Returns `num_samples` completions of each prompt (token ids).
 
     Sample s of the prompt with key k draws from numbers keyed by (seed, step, k, s): it does not depend on the batch.
     Keys default to the prompts' positions. `poll` is called every few tokens and may raise to stop; `on_group(i,
-    completions)` is called as soon as all completions of prompt i are done. `version`: of the policy's weights, for the
+    completions)` is called as soon as all completions of prompt i are done, `on_tokens` with each token of the rows that
+    are decoded, (rows,), on the model's device. `version`: of the policy's weights, for the
     completions to carry.
     """
     keys = list(range(len(prompts))) if keys is None else keys
@@ -89,7 +91,7 @@ def decode(
             chunk = _Chunk(
                 [prompts[i] for i in members], [keys[i] for i in members], sampling, end_ids, policy.device, version
             )
-            chunk.run(state, seed, step, poll, done)
+            chunk.run(state, seed, step, poll, done, on_tokens)
     return groups
 
 
@@ -148,6 +150,7 @@ class _Chunk:
         step: int,
         poll: Callable[[], None],
         done: Callable[[int, list[Completion]], None],
+        on_tokens: Callable[[Tensor], None] | None,
     ) -> None:
         sampling = self.sampling
         uniforms = None
@@ -172,6 +175,8 @@ class _Chunk:
                     top_p=sampling.top_p,
                 )
             self.tokens[rows, t], self.logprobs[rows, t] = tokens, logprobs
+            if on_tokens is not None:
+                on_tokens(tokens)
             ended = (torch.isin(tokens, self.end_ids) | self._stopped(rows, t)) & alive
             if ended.any():
                 self._finish(rows[ended].tolist(), t + 1, done)

@@ -63,7 +63,9 @@ class InProcess:
         step: int,
         poll: Callable[[], None] = lambda: None,
         on_group: Callable[[int, list[Completion]], None] | None = None,
+        on_tokens: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
+        count = None if on_tokens is None else lambda tokens: on_tokens(len(tokens))
         return generate(
             self.policy,
             [request.ids for request in requests],
@@ -74,6 +76,7 @@ class InProcess:
             keys=[request.key for request in requests],
             poll=poll,
             on_group=on_group,
+            on_tokens=count,
             version=self.version,
         )
 

@@ -321,8 +321,15 @@ class VLLMRollouts:
         step: int,
         poll: Callable[[], None] = lambda: None,
         on_group: Callable[[int, list[Completion]], None] | None = None,
+        on_tokens: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
-        return _Generation(self, requests, sampling, seed, step, poll, on_group).run()
+        def done(i: int, completions: list[Completion]) -> None:
+            if on_tokens is not None:
+                on_tokens(sum(len(completion.ids) for completion in completions))
+            if on_group is not None:
+                on_group(i, completions)
+
+        return _Generation(self, requests, sampling, seed, step, poll, done).run()
 
     def proved(self, member: Member) -> str:
         """The process of a server that has the weights of now and has passed the gate; "" while there is none."""

@@ -27,7 +27,11 @@ spec:
 
 COMMANDS: dict[str, tuple[list[str], str | None]] = {
     "train": (["job.yaml", "--backend", "local"], "engine"),
+    "init": (["new.yaml"], None),
     "plan": (["job.yaml"], "engine"),
+    "chat": (["./model"], "engine"),
+    "eval": (["./model", "job.yaml", "--reward", "length"], "engine"),
+    "data": (["job.yaml"], "engine"),
     "ps": ([], "kubernetes"),
     "status": (["x"], "kubernetes"),
     "wait": (["x"], "kubernetes"),
@@ -55,6 +59,8 @@ CALLS = {
     "nemo_rl.api.get_algorithm('grpo')": "engine",
     "nemo_rl.api.create_trainer('sft', model='m')": "engine",
     "nemo_rl.TrainResult(history=[{'step': 1, 'loss': 1.0}]).plot()": "demo",
+    "nemo_rl.TrainResult(checkpoint_path='model').generate('x')": "engine",
+    "nemo_rl.TrainResult(checkpoint_path='model').push_to_hub('me/model')": "engine",
 }
 
 PROGRAM = """
