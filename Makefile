@@ -10,7 +10,7 @@ IN_CLUSTER := $(if $(KUBECONFIG),,$(LAB) run)
 ALONE := tests/e2e/test_startup.py tests/e2e/test_waiting.py
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
-.PHONY: help demo test test-vllm architectures test-storage test-cluster e2e e2e-integrations bench gpu lint docs generate images lab-up lab-deploy lab-down lab-status clean
+.PHONY: help demo test test-vllm test-trackers architectures test-storage test-cluster e2e e2e-integrations bench gpu lint docs generate images lab-up lab-deploy lab-down lab-status clean
 help:            ## list the commands
 	@grep -E '^[a-z0-9 -]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 16
 
@@ -45,6 +45,9 @@ e2e-integrations: $(VENV)/.dev            ## the operator with the real Kueue (c
 test-vllm: $(VENV)/.dev            ## rollouts by a real vLLM server on the CPU, in an environment of its own (made once, about 6 GB)
 	$(BIN)/python tests/real_vllm/environment.py
 	$(BIN)/python -m pytest tests/real_vllm
+
+test-trackers: $(VENV)/.dev            ## W&B, MLflow and Trackio without a network, in an environment of their own (made once, 0.4 GB)
+	$(BIN)/python tests/trackers/environment.py -m pytest tests/trackers
 
 bench: $(VENV)/.dev            ## speed and memory as ratios against TRL
 	$(BIN)/python benchmarks/engine.py

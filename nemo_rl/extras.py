@@ -21,6 +21,7 @@ _BROUGHT_BY = {
     "pyarrow": "datasets",
     "pandas": "datasets",
     "sklearn": "math_verify",
+    "mlflow": "mlflow_skinny",
 }
 """Packages that come with another one."""
 
@@ -53,6 +54,9 @@ def extra_of(module: str) -> str | None:
         "lora",
         "math",
         "tensorboard",
+        "wandb",
+        "mlflow",
+        "trackio",
         "demo",
         "notebook",
         "object-storage",

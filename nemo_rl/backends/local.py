@@ -67,6 +67,8 @@ def check(run: Run) -> None:
         require("lora_rank", "peft")
     if run.spec.training.tensorboard:
         require("tensorboard=True", "tensorboard")
+    for name in run.spec.training.report_to:
+        require(f"report_to={name!r}", name)
 
 
 def check_places(run: Run) -> None:

@@ -18,6 +18,9 @@ _ENGINE = ("torch", "transformers", "datasets", "numpy", "safetensors", "jinja2"
 _EXTRAS = {
     "lora": ("peft", "lora_rank=…"),
     "tensorboard": ("tensorboard", "tensorboard=True"),
+    "wandb": ("wandb", 'report_to="wandb"'),
+    "mlflow": ("mlflow", 'report_to="mlflow"'),
+    "trackio": ("trackio", 'report_to="trackio"'),
     "demo": ("matplotlib", "result.plot()"),
     "object-storage": ("obstore", "s3://, gs:// and az:// addresses"),
     "kubernetes": ("kubernetes", "training on a cluster"),

@@ -154,6 +154,11 @@ def _resume(value: Any) -> Any:
     return {True: "required", False: "never"}.get(value, value) if isinstance(value, bool) else value
 
 
+def _names(value: Any) -> Any:
+    """One name is a list of one, and none a list of none."""
+    return [] if value in (None, "none") else [value] if isinstance(value, str) else value
+
+
 class TrainingSpec(Section):
     """What all algorithms share: length, optimizer, batches, checkpoints, logging."""
 
@@ -215,6 +220,10 @@ class TrainingSpec(Section):
     """Sample completions with their rewards that each GRPO step writes to completions.jsonl. Default 2."""
     tensorboard: bool = False
     """Write TensorBoard event files beside metrics.jsonl. Default false."""
+    report_to: Annotated[
+        list[Literal["tensorboard", "wandb", "mlflow", "trackio"]], Field(max_length=4), BeforeValidator(_names)
+    ] = []
+    """Where metrics and settings go besides metrics.jsonl: tensorboard, wandb, mlflow, trackio, or several (each an extra). Their own variables say where to and as whom, such as WANDB_MODE=offline. Default nowhere."""
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         BeforeValidator(lambda v: v.lower() if isinstance(v, str) else v),

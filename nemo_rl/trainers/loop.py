@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nemo_rl.data.prepare import Prepared, batches
+from nemo_rl.display.trackers import State, Trackers, open_trackers
 from nemo_rl.errors import TrainingInterrupted
 from nemo_rl.run.checkpoint import Checkpoint, CheckpointStore
 from nemo_rl.run.metrics import MetricsLog
@@ -55,10 +56,16 @@ class Loop:
         self.steps_per_epoch = -(-len(data.examples) // trainer.training.batch_size)
         self.total_steps = trainer.total_steps
         self.metrics_log: MetricsLog | None = None
+        self.trackers: Trackers | None = None
+        self.ended: State = "failed"
+        """How the run has ended, for the trackers."""
         if trainer.ranks.is_first:
             logged = trainer.current_step - 1 if self.open and not self.open.told else trainer.current_step
-            board = trainer.training.tensorboard
+            wanted = trainer.training.report_to
+            board = trainer.training.tensorboard or "tensorboard" in wanted
             self.metrics_log = MetricsLog(trainer.run_dir, resume_step=logged, tensorboard=board, lease=trainer.lease)
+            if others := [name for name in dict.fromkeys(wanted) if name != "tensorboard"]:
+                self.trackers = open_trackers(others, trainer.run_dir, trainer.record({}), trainer.display.note)
         self._has_start = bool(self.metrics_log and self.metrics_log.has_start)
         if trainer.ranks.size > 1:
             self._has_start = trainer.ranks.first(lambda: self._has_start)
@@ -69,6 +76,8 @@ class Loop:
     def close(self) -> None:
         if self.metrics_log is not None:
             self.metrics_log.close()
+        if self.trackers is not None:
+            self.trackers.close(self.ended)
 
     def run(self) -> None:
         """Returns after the last step, or after the one in which a callback asked to stop. Raises Interrupted."""
@@ -77,6 +86,7 @@ class Loop:
         while True:
             if self.open is None:
                 if trainer.current_step >= self.total_steps or trainer.should_stop:
+                    self.ended = "finished"
                     return
                 self.open = self._train(trainer.current_step + 1)
             self._finish(self.open)
@@ -112,6 +122,8 @@ class Loop:
                 self._measure(opened)
                 if self.metrics_log is not None:
                     self.metrics_log.replace(opened.metrics)
+                    if self.trackers is not None:
+                        self.trackers.log(opened.metrics)
             if self.metrics_log is not None:
                 self.metrics_log.sync()
             own_metric = trainer.take_checkpoint_metric()
@@ -125,7 +137,7 @@ class Loop:
             return
         found, _ = self.trainer.measure(self.validation)
         if self.metrics_log is not None:
-            self.metrics_log.log({"step": 0, "epoch": 0, **found})
+            self._log({"step": 0, "epoch": 0, **found})
         self.trainer.display.note(f"before the first step: {_as_words(found)}")
 
     def _measure(self, opened: OpenStep) -> None:
@@ -134,11 +146,17 @@ class Loop:
             opened.measured = True
             opened.metrics |= found
 
+    def _log(self, metrics: dict[str, Any]) -> None:
+        assert self.metrics_log is not None
+        self.metrics_log.log(metrics)
+        if self.trackers is not None:
+            self.trackers.log(metrics)
+
     def _tell(self, opened: OpenStep) -> None:
         trainer, step = self.trainer, self.trainer.current_step
         epoch, position = divmod(step - 1, self.steps_per_epoch)
         if self.metrics_log is not None:
-            self.metrics_log.log(opened.metrics)
+            self._log(opened.metrics)
             self.metrics_log.log_completions(step, opened.samples)
         trainer.display.step(opened.metrics, opened.samples)
         trainer.callbacks.on_step_end(trainer, step, opened.metrics)
@@ -162,6 +180,7 @@ class Loop:
         Such a checkpoint has no metric: an unbroken run would not have measured it, and chooses the same best one.
         """
         trainer = self.trainer
+        self.ended = "stopped"
         trainer.agree_to_stop()
         if self._unsaved and self.open is not None:
             opened = dataclasses.replace(self.open, metrics=_numbers(self.open.metrics))

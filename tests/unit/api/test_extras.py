@@ -139,11 +139,15 @@ def test_adapters_and_boards_without_their_extra_are_refused_before_anything_is_
         "nemo_rl.train('./model', ROWS, algorithm='sft', backend='local', lora_rank=4)": "lora",
         "nemo_rl.train('./model', ROWS, algorithm='sft', backend='local', tensorboard=True)": "tensorboard",
     }
+    calls |= {
+        f"nemo_rl.train('./model', ROWS, algorithm='sft', backend='local', report_to='{name}')": name
+        for name in ("wandb", "mlflow", "trackio")
+    }
     found = run(base_environment.make(tmp_path / "environment", "engine"), tmp_path, calls, {})
     for call, extra in calls.items():
         kind, said = found[call]
         assert kind == "MissingPackage", said
-        assert said.endswith(extras.install_command(extra))
+        assert re.search(rf"pip install '?{extra}[^ ]*$", said), said
 
 
 def test_a_cluster_that_cannot_be_asked_for_want_of_its_client_is_named_in_the_reason(

@@ -432,3 +432,16 @@ def test_the_learning_rate_of_a_yaml_job_is_chosen_in_the_same_way_and_follows_t
     assert manifest.to_dict()["spec"]["training"] == {"maxSteps": 3}
     assert parse_manifest(text, overrides=["training.loraRank=4"]).spec.training.learning_rate == 1e-4
     assert parse_manifest(text, overrides=["training.learningRate=1e-6"]).spec.training.learning_rate == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [("wandb", ["wandb"]), (["mlflow", "tensorboard"], ["mlflow", "tensorboard"]), ("none", []), (None, [])],
+)
+def test_report_to_takes_one_name_several_or_none(wanted: Any, found: list[str]) -> None:
+    assert build_spec("m", "rows", algorithm="sft", report_to=wanted).training.report_to == found
+
+
+def test_report_to_names_the_trackers_that_there_are() -> None:
+    with pytest.raises(ValueError, match="'tensorboard', 'wandb', 'mlflow' or 'trackio'"):
+        build_spec("m", "rows", algorithm="sft", report_to="comet")
