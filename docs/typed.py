@@ -22,7 +22,7 @@ WIDER = {
     "reward_weights": "Sequence[float] | Mapping[str, float]",
     "rollout": 'Literal["in_process", "vllm"] | Mapping[str, Any] | None',
     "rollout_python": "str | PathLike[str] | None",
-    "report_to": 'Literal["tensorboard", "wandb", "mlflow", "trackio", "none"] | Sequence[Literal["tensorboard", "wandb", "mlflow", "trackio"]] | None',
+    "report_to": 'Literal["tensorboard", "wandb", "mlflow", "trackio", "none"] | Sequence[str] | None',
     "env": "Mapping[str, str] | Sequence[Mapping[str, Any]]",
     "log_level": 'Literal["debug", "info", "warning", "error", "DEBUG", "INFO", "WARNING", "ERROR"]',
 }

@@ -60,7 +60,7 @@ class Settings(TypedDict, total=False):
     """Sample completions with their rewards that each GRPO step writes to completions.jsonl. Default 2."""
     tensorboard: bool
     """Write TensorBoard event files beside metrics.jsonl. Default false."""
-    report_to: Literal["tensorboard", "wandb", "mlflow", "trackio", "none"] | Sequence[Literal["tensorboard", "wandb", "mlflow", "trackio"]] | None
+    report_to: Literal["tensorboard", "wandb", "mlflow", "trackio", "none"] | Sequence[str] | None
     """Where metrics and settings go besides metrics.jsonl: tensorboard, wandb, mlflow, trackio, or several (each an extra). Their own variables say where to and as whom, such as WANDB_MODE=offline. Default nowhere."""
     log_level: Literal["debug", "info", "warning", "error", "DEBUG", "INFO", "WARNING", "ERROR"]
     """Least severe level that is printed. Default info."""
