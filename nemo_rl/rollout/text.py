@@ -106,7 +106,7 @@ class TextGenerator:
         sampling: Sampling,
         *,
         seed: int = 0,
-        on_tokens: Callable[[Tensor], None] | None = None,
+        on_tokens: Callable[[Tensor, int], None] | None = None,
         on_group: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
         """The completions of prompts (token ids). Raises ValueError where a model's table of positions is too short."""
@@ -146,7 +146,7 @@ class TextGenerator:
         (ids,) = self.encode([prompt])
         written, seen = "", []
 
-        def on_tokens(tokens: Tensor) -> None:
+        def on_tokens(tokens: Tensor, live: int) -> None:
             nonlocal written
             seen.append(int(tokens[0]))
             text = self.decoded(ids, [seen]).texts[0]

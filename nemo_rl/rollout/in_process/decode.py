@@ -67,7 +67,7 @@ def decode(
     keys: list[int] | None = None,
     poll: Callable[[], None] = lambda: None,
     on_group: Callable[[int, list[Completion]], None] | None = None,
-    on_tokens: Callable[[Tensor], None] | None = None,
+    on_tokens: Callable[[Tensor, int], None] | None = None,
     version: int = 0,
 ) -> list[list[Completion]]:
     """Returns `num_samples` completions of each prompt (token ids).
@@ -75,7 +75,7 @@ def decode(
     Sample s of the prompt with key k draws from numbers keyed by (seed, step, k, s): it does not depend on the batch.
     Keys default to the prompts' positions. `poll` is called every few tokens and may raise to stop; `on_group(i,
     completions)` is called as soon as all completions of prompt i are done, `on_tokens` with each token of the rows that
-    are decoded, (rows,), on the model's device. `version`: of the policy's weights, for the
+    are decoded, (rows,), on the model's device, and with how many of these have not ended before. `version`: of the policy's weights, for the
     completions to carry.
     """
     keys = list(range(len(prompts))) if keys is None else keys
@@ -150,7 +150,7 @@ class _Chunk:
         step: int,
         poll: Callable[[], None],
         done: Callable[[int, list[Completion]], None],
-        on_tokens: Callable[[Tensor], None] | None,
+        on_tokens: Callable[[Tensor, int], None] | None,
     ) -> None:
         sampling = self.sampling
         uniforms = None
@@ -176,7 +176,7 @@ class _Chunk:
                 )
             self.tokens[rows, t], self.logprobs[rows, t] = tokens, logprobs
             if on_tokens is not None:
-                on_tokens(tokens)
+                on_tokens(tokens, len(rows) - num_dead)
             ended = (torch.isin(tokens, self.end_ids) | self._stopped(rows, t)) & alive
             if ended.any():
                 self._finish(rows[ended].tolist(), t + 1, done)
@@ -190,6 +190,7 @@ class _Chunk:
                     state.keep(keep)
                     rows, tokens = rows[keep], tokens[keep]
                     alive = torch.ones(num_live, dtype=torch.bool, device=self.device)
+                    num_dead = 0
             if t + 1 < sampling.max_new_tokens:
                 logits = state.step(tokens)
         self._finish(rows[alive].tolist(), sampling.max_new_tokens, done, finished=False)

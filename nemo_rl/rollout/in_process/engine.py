@@ -65,7 +65,7 @@ class InProcess:
         on_group: Callable[[int, list[Completion]], None] | None = None,
         on_tokens: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
-        count = None if on_tokens is None else lambda tokens: on_tokens(len(tokens))
+        count = None if on_tokens is None else lambda tokens, live: on_tokens(live)
         return generate(
             self.policy,
             [request.ids for request in requests],

@@ -292,6 +292,15 @@ def test_a_group_is_reported_while_others_are_still_decoded(model_of):
     assert at[lengths.index(min(lengths))] < at[lengths.index(max(lengths))]
 
 
+def test_the_tokens_that_are_told_are_those_that_are_returned(model_of):
+    told: list[int] = []
+    groups = roll_out(
+        model_of("qwen2"), PROMPTS, Sampling(4, 32), on_tokens=lambda tokens, live: told.append(min(live, len(tokens)))
+    )
+    assert sum(told) == sum(len(completion.ids) for group in groups for completion in group)
+    assert len(set(told)) > 1  # some rows end before others
+
+
 class Stop(Exception):
     pass
 
