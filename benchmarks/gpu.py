@@ -195,7 +195,8 @@ def memory(setting: Setting) -> dict[str, Any]:
     """The peak of real steps against the estimate, on this device."""
     import torch
 
-    from nemo_rl.model.memory import LiveBytes, Planner, Where
+    from nemo_rl.model.activations import LiveBytes
+    from nemo_rl.model.memory import Planner, Where
 
     length, budget = setting.number(1024, 96), setting.number(8192, 384)
     cases: dict[str, dict[str, Any]] = {

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from architectures.tiny_models import make_model
 from nemo_rl.job.spec import TrainingSpec
+from nemo_rl.model.activations import LiveBytes
 from nemo_rl.model.adapters import add_adapters
 from nemo_rl.model.load import prepare_model
-from nemo_rl.model.memory import LiveBytes
 from nemo_rl.run import checkpoint_tensors
 from nemo_rl.run.checkpoint import load_into, read_checkpoint, write_checkpoint
 

@@ -146,7 +146,7 @@ class MeasuresSaving(SignalRank):
 
     def on_step_begin(self, trainer: Any, step: int) -> None: ...
     def on_train_begin(self, trainer: Any) -> None:
-        from nemo_rl.model.memory import LiveBytes
+        from nemo_rl.model.activations import LiveBytes
         from nemo_rl.model.sharding import local
         from nemo_rl.run import checkpoint_tensors
 

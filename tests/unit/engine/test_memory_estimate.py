@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,8 @@ from nemo_rl.api.keywords import build_spec
 from nemo_rl.data.prepare import PairExample, PromptExample, TextExample
 from nemo_rl.data.rows import PromptRow
 from nemo_rl.environments.runner import RewardOutcome
-from nemo_rl.model.memory import GIB, DoesNotFit, LiveBytes, Planner, Where
+from nemo_rl.model.activations import LiveBytes
+from nemo_rl.model.memory import GIB, DoesNotFit, Planner, Where
 from nemo_rl.model.sharding import local
 from nemo_rl.rollout.protocol import Completion
 from nemo_rl.trainers.dpo import DPOTrainer
@@ -46,7 +48,21 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
 }
 
 
-def measured(algorithm: str, config: Any, keywords: dict[str, Any], budget: int) -> int:
+def held_in(step: Callable[[], None], standing: list[torch.Tensor]) -> int:
+    """The peak of tensor bytes in a step, with those that stand before it."""
+    with LiveBytes(standing) as live:
+        step()
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in standing}
+    return sum(storages.values()) + live.peak
+
+
+def measured(
+    algorithm: str,
+    config: Any,
+    keywords: dict[str, Any],
+    budget: int,
+    held: Callable[[Callable[[], None], list[torch.Tensor]], int] = held_in,
+) -> int:
     """The peak of tensor bytes in a real step of several micro-batches, weights and optimizer included; of this rank."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
@@ -88,11 +104,7 @@ def measured(algorithm: str, config: Any, keywords: dict[str, Any], budget: int)
     step(1)  # the optimizer's state comes to life in the first step
     states = [value for state in trainer.optimizer.adamw.state.values() for value in state.values()]
     standing += [value for value in states if isinstance(value, torch.Tensor)]
-    parts = [local(tensor) for tensor in standing]
-    with LiveBytes(parts) as live:
-        step()
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in parts}
-    return sum(storages.values()) + live.peak
+    return held(step, [local(tensor) for tensor in standing])
 
 
 @pytest.mark.parametrize("case", CASES)
