@@ -1,7 +1,8 @@
-"""The decode loop: rows of a model's cache grow by a token at a time until each has ended."""
+"""The decode loop: rows of a model's cache grow by a token at a time until each has ended, and prompts that wait take their place."""
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,16 +15,19 @@ from nemo_rl.rollout.in_process.sampler import argmax, keyed_uniforms, sample
 from nemo_rl.rollout.protocol import Completion, Sampling
 
 COMPACT_SHARE = 0.06
-"""Finished rows are dropped once they are this share of the batch: moving the cache costs more than a few idle rows."""
+"""Finished rows are dropped, or filled with prompts that wait, once they are this share of the batch: moving the cache, or a
+forward pass for one prompt, costs more than a few idle rows."""
 POLL_EVERY = 16
 """Tokens between two looks at the stop flag."""
 CACHE_BYTES_CPU = 2 * 2**30
 
 
 class DecodeState(ABC):
-    """A model's cache over a batch of rows. `one_length`: it takes prompts of one length only."""
+    """A model's cache over a batch of rows. `one_length`: it takes prompts of one length only. `refills`: rows that have ended
+    can be filled anew while the others go on."""
 
     one_length = False
+    refills = False
 
     def __init__(self, policy: Policy) -> None:
         self.policy, self.model, self.device = policy, policy.causal, policy.device
@@ -38,8 +42,9 @@ class DecodeState(ABC):
             yield
 
     @abstractmethod
-    def prefill(self, prompts: list[list[int]], num_samples: int, max_new_tokens: int) -> Tensor:
-        """Runs each prompt once, makes `num_samples` rows of it, and returns next-token logits, (rows, V)."""
+    def prefill(self, prompts: list[list[int]], num_samples: int, length: int) -> Tensor:
+        """Runs each prompt once, makes `num_samples` rows of it, and returns next-token logits, (rows, V). No row, also none
+        that is filled later, gets more than `length` tokens."""
 
     @abstractmethod
     def step(self, tokens: Tensor) -> Tensor:
@@ -48,6 +53,14 @@ class DecodeState(ABC):
     @abstractmethod
     def keep(self, rows: Tensor) -> None:
         """Drops all rows but these, in this order."""
+
+    def release(self, rows: list[int]) -> None:
+        """Takes note that nothing of these rows is needed any more; they stay in the batch."""
+
+    def refill(self, prompts: list[list[int]], rows: Tensor) -> Tensor:
+        """Runs prompts into the rows of each, (prompts, samples), in place of what was there; returns their next-token logits,
+        (prompts, V)."""
+        raise NotImplementedError
 
     def bytes_per_row(self, length: int) -> int:
         """Returns the size of the cache of one row of `length` tokens."""
@@ -81,7 +94,7 @@ def decode(
     keys = list(range(len(prompts))) if keys is None else keys
     groups: list[list[Completion]] = [[] for _ in prompts]
     with state.running():
-        for members in _chunks(policy, state, [len(prompt) for prompt in prompts], sampling):
+        for members, at_once in _chunks(policy, state, [len(prompt) for prompt in prompts], sampling):
 
             def done(i: int, completions: list[Completion], members: list[int] = members) -> None:
                 groups[members[i]] = completions
@@ -91,23 +104,27 @@ def decode(
             chunk = _Chunk(
                 [prompts[i] for i in members], [keys[i] for i in members], sampling, end_ids, policy.device, version
             )
-            chunk.run(state, seed, step, poll, done, on_tokens)
+            chunk.run(state, at_once, (seed, step), poll, done, on_tokens)
     return groups
 
 
-def _chunks(policy: Policy, state: DecodeState, lengths: list[int], sampling: Sampling) -> list[list[int]]:
-    """Returns which prompts are decoded together: as many as fit the memory, of similar or, where the state needs it, equal
+def _chunks(policy: Policy, state: DecodeState, lengths: list[int], sampling: Sampling) -> list[tuple[list[int], int]]:
+    """Returns which prompts are decoded one after the other in the same rows, and how many of them at once: as many as fit the
+    memory. Where rows cannot be filled again, these are all of a chunk, of similar or, where the state needs it, equal
     lengths: left padding of the prefill is wasted work."""
     row = state.bytes_per_row(max(lengths) + sampling.max_new_tokens)
     rows_at_once = max(_cache_bytes(policy) // max(row, 1), sampling.num_samples)
-    per_chunk = max(1, rows_at_once // sampling.num_samples)
+    at_once = max(1, rows_at_once // sampling.num_samples)
+    by_length = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    if state.refills:
+        return [(by_length, at_once)]
     chunks: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        full = not chunks or len(chunks[-1]) == per_chunk
+    for i in by_length:
+        full = not chunks or len(chunks[-1]) == at_once
         if full or (state.one_length and lengths[chunks[-1][-1]] != lengths[i]):
             chunks.append([])
         chunks[-1].append(i)
-    return chunks
+    return [(chunk, at_once) for chunk in chunks]
 
 
 def _cache_bytes(policy: Policy) -> int:
@@ -120,7 +137,7 @@ def _cache_bytes(policy: Policy) -> int:
 
 
 class _Chunk:
-    """The rows of some prompts while they are decoded together."""
+    """Prompts that are decoded in the same rows: some at once, and others in the rows of those that have ended."""
 
     def __init__(
         self,
@@ -131,99 +148,110 @@ class _Chunk:
         device: torch.device,
         version: int,
     ) -> None:
-        self.prompts, self.sampling, self.device, self.version = prompts, sampling, device, version
-        samples = sampling.num_samples
-        self.num_rows = len(prompts) * samples
-        self.keys = [key for key in keys for _ in range(samples)]
-        self.samples = list(range(samples)) * len(prompts)
+        self.prompts, self.keys, self.sampling, self.device, self.version = prompts, keys, sampling, device, version
         self.end_ids = torch.tensor(end_ids, device=device)
-        self.tokens = torch.zeros(self.num_rows, sampling.max_new_tokens, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros(self.num_rows, sampling.max_new_tokens, device=device)
-        self.lengths = [sampling.max_new_tokens] * self.num_rows
-        self.finished = [False] * self.num_rows
-        self.open_in_group = [samples] * len(prompts)
+        self.started = 0
+        """Prompts that have rows, or had them."""
+        self.groups: list[dict[int, Completion]] = [{} for _ in prompts]
 
     def run(
         self,
         state: DecodeState,
-        seed: int,
-        step: int,
+        at_once: int,
+        seeds: tuple[int, int],
         poll: Callable[[], None],
         done: Callable[[int, list[Completion]], None],
         on_tokens: Callable[[Tensor, int], None] | None,
     ) -> None:
-        sampling = self.sampling
-        uniforms = None
-        if not sampling.greedy:
-            uniforms = keyed_uniforms(seed, step, self.keys, self.samples, sampling.max_new_tokens).to(self.device)
+        sampling, samples, most = self.sampling, self.sampling.num_samples, self.sampling.max_new_tokens
         poll()
-        logits = state.prefill(self.prompts, sampling.num_samples, sampling.max_new_tokens)
-        rows = torch.arange(self.num_rows, device=self.device)  # original number of each live row
-        alive = torch.ones(self.num_rows, dtype=torch.bool, device=self.device)
-        num_dead = 0
-        for t in range(sampling.max_new_tokens):
-            if t % POLL_EVERY == 0:
+        first = self.prompts[:at_once]
+        logits = state.prefill(first, samples, max(map(len, self.prompts)) + most)
+        places = torch.arange(len(first) * samples, device=self.device)  # of each row of the state in what follows
+        self.tokens = torch.zeros(len(places), most, dtype=torch.long, device=self.device)
+        self.logprobs = torch.zeros(len(places), most, device=self.device)
+        self.uniforms = None if sampling.greedy else torch.zeros(len(places), most, device=self.device)
+        self.rows = [(0, 0)] * len(places)  # prompt and sample
+        self._start(len(first), places, seeds)
+        count = torch.zeros_like(places)  # tokens that each row has
+        alive = torch.ones_like(places, dtype=torch.bool)
+        num_live = len(places)
+        for number in itertools.count():
+            if number % POLL_EVERY == 0:
                 poll()
-            if uniforms is None:
-                tokens, logprobs = argmax(logits, sampling.temperature)
-            else:
-                tokens, logprobs = sample(
-                    logits,
-                    uniforms[rows, t],
-                    temperature=sampling.temperature,
-                    top_k=sampling.top_k,
-                    top_p=sampling.top_p,
-                )
-            self.tokens[rows, t], self.logprobs[rows, t] = tokens, logprobs
+            tokens, logprobs = self._draw(logits, places, count)
+            self.tokens[places, count], self.logprobs[places, count] = tokens, logprobs
             if on_tokens is not None:
-                on_tokens(tokens, len(rows) - num_dead)
-            ended = (torch.isin(tokens, self.end_ids) | self._stopped(rows, t)) & alive
-            if ended.any():
-                self._finish(rows[ended].tolist(), t + 1, done)
-                alive &= ~ended
+                on_tokens(tokens, num_live)
+            count = count + 1
+            ended = torch.isin(tokens, self.end_ids) | self._stopped(places, count)
+            over = (ended | (count == most)) & alive
+            if over.any():
+                self._finish(places[over], count[over].tolist(), ended[over].tolist(), done)
+                state.release(over.nonzero()[:, 0].tolist())
+                alive &= ~over
                 num_live = int(alive.sum())
-                num_dead = len(rows) - num_live
-                if num_live == 0:
-                    return
-                if num_dead >= COMPACT_SHARE * len(rows):
-                    keep = _fill_holes(alive, num_live)
-                    state.keep(keep)
-                    rows, tokens = rows[keep], tokens[keep]
-                    alive = torch.ones(num_live, dtype=torch.bool, device=self.device)
-                    num_dead = 0
-            if t + 1 < sampling.max_new_tokens:
+            waiting, num_dead = len(self.prompts) - self.started, len(places) - num_live
+            if num_live == 0 and waiting == 0:
+                return
+            if num_dead >= max(1, COMPACT_SHARE * len(places)) and waiting == 0:
+                keep = _fill_holes(alive, num_live)
+                state.keep(keep)
+                places, tokens, count = places[keep], tokens[keep], count[keep]
+                alive = torch.ones(num_live, dtype=torch.bool, device=self.device)
+            count.clamp_(max=most - 1)  # of rows that have ended
+            if num_live > 0:
                 logits = state.step(tokens)
-        self._finish(rows[alive].tolist(), sampling.max_new_tokens, done, finished=False)
+            if waiting and (num_live == 0 or num_dead >= max(samples, COMPACT_SHARE * len(places))):
+                new = min(waiting, num_dead // samples)
+                rows = (~alive).nonzero()[: new * samples, 0]
+                prompts = self.prompts[self.started : self.started + new]
+                logits[rows] = state.refill(prompts, rows.view(new, samples)).repeat_interleave(samples, 0)
+                self._start(new, places[rows], seeds)
+                alive[rows], count[rows] = True, 0
+                num_live += len(rows)
 
-    def _stopped(self, rows: Tensor, t: int) -> Tensor:
-        """Returns which rows hold a stop text that token `t` completes."""
+    def _start(self, new: int, places: Tensor, seeds: tuple[int, int]) -> None:
+        """Gives the next prompts these places, one for each sample."""
+        samples = range(self.sampling.num_samples)
+        rows = [(prompt, sample) for prompt in range(self.started, self.started + new) for sample in samples]
+        self.started += new
+        for place, row in zip(places.tolist(), rows, strict=True):
+            self.rows[place] = row
+        if self.uniforms is not None:
+            keys, numbers = [self.keys[prompt] for prompt, _ in rows], [sample for _, sample in rows]
+            drawn = keyed_uniforms(*seeds, keys, numbers, self.sampling.max_new_tokens)
+            self.uniforms[places] = drawn.to(self.device)
+
+    def _draw(self, logits: Tensor, places: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the next token of each row and its log-probability."""
+        sampling = self.sampling
+        if self.uniforms is None:
+            return argmax(logits, sampling.temperature)
+        uniforms, options = self.uniforms[places, count], {"top_k": sampling.top_k, "top_p": sampling.top_p}
+        return sample(logits, uniforms, temperature=sampling.temperature, **options)
+
+    def _stopped(self, places: Tensor, count: Tensor) -> Tensor:
+        """Returns which rows hold a stop text that their last token completes."""
         stops = self.sampling.stops
         if stops is None or not stops.texts:
-            return torch.zeros(len(rows), dtype=torch.bool, device=self.device)
-        recent = self.tokens[rows, max(0, t + 1 - stops.window) : t + 1]
-        return torch.tensor(stops.reached(recent.tolist()), device=self.device)
+            return torch.zeros(len(places), dtype=torch.bool, device=self.device)
+        columns = count[:, None] - torch.arange(stops.window, 0, -1, device=self.device)
+        recent = self.tokens[places[:, None], columns.clamp(min=0)].tolist()
+        written = [row[-min(n, stops.window) :] for row, n in zip(recent, count.tolist(), strict=True)]
+        return torch.tensor(stops.reached(written), device=self.device)
 
     def _finish(
-        self, rows: list[int], length: int, done: Callable[[int, list[Completion]], None], finished: bool = True
+        self, places: Tensor, lengths: list[int], ended: list[bool], done: Callable[[int, list[Completion]], None]
     ) -> None:
-        samples = self.sampling.num_samples
-        for row in rows:
-            self.lengths[row], self.finished[row] = length, finished
-            group = row // samples
-            self.open_in_group[group] -= 1
-            if self.open_in_group[group] == 0:
-                done(group, self._completions(group))
-
-    def _completions(self, group: int) -> list[Completion]:
-        samples = self.sampling.num_samples
-        span = range(group * samples, (group + 1) * samples)
-        tokens, logprobs = self.tokens[span.start : span.stop].tolist(), self.logprobs[span.start : span.stop].tolist()
-        return [
-            Completion(
-                tokens[i][: self.lengths[row]], logprobs[i][: self.lengths[row]], self.finished[row], self.version
-            )
-            for i, row in enumerate(span)
-        ]
+        tokens, logprobs = (kept[places, : max(lengths)].tolist() for kept in (self.tokens, self.logprobs))
+        for i, place in enumerate(places.tolist()):
+            prompt, sample = self.rows[place]
+            ids, drawn = tokens[i][: lengths[i]], logprobs[i][: lengths[i]]
+            group = self.groups[prompt]
+            group[sample] = Completion(ids, drawn, ended[i], self.version)
+            if len(group) == self.sampling.num_samples:
+                done(prompt, [group[number] for number in range(len(group))])
 
 
 def _fill_holes(alive: Tensor, num_live: int) -> Tensor:

@@ -31,7 +31,7 @@ class CachedState(DecodeState):
         self.cache: dict[str, Any] = {}
         self.mask: Tensor | None = None
 
-    def prefill(self, prompts: list[list[int]], num_samples: int, max_new_tokens: int) -> Tensor:
+    def prefill(self, prompts: list[list[int]], num_samples: int, length: int) -> Tensor:
         width = max(map(len, prompts))
         self.cache = {}
         if self.one_length:
@@ -96,7 +96,7 @@ class UncachedState(DecodeState):
     def bytes_per_row(self, length: int) -> int:
         return length * self.model.get_input_embeddings().weight.shape[1] * 4
 
-    def prefill(self, prompts: list[list[int]], num_samples: int, max_new_tokens: int) -> Tensor:
+    def prefill(self, prompts: list[list[int]], num_samples: int, length: int) -> Tensor:
         self.ids = torch.tensor(prompts, device=self.device)
         logits = self._logits()
         self.ids = self.ids.repeat_interleave(num_samples, 0)

@@ -99,6 +99,8 @@ class _Decoding:
 class PackedState(DecodeState):
     """Decodes with a cache of its own behind our attention."""
 
+    refills = True
+
     def __init__(self, policy: Policy) -> None:
         assert policy.attention is not None
         super().__init__(policy)
@@ -107,16 +109,16 @@ class PackedState(DecodeState):
         self.lengths: list[int] = []
         """Tokens of each live row."""
 
-    def prefill(self, prompts: list[list[int]], num_samples: int, max_new_tokens: int) -> Tensor:
-        rows = len(prompts) * num_samples
-        self.cache = _Cache(rows, max(map(len, prompts)) + max_new_tokens)
-        self.lengths = [len(prompt) for prompt in prompts for _ in range(num_samples)]
-        logits = self._fill(prompts, torch.arange(rows, device=self.device).view(-1, num_samples))
-        return logits.repeat_interleave(num_samples, 0)
+    def prefill(self, prompts: list[list[int]], num_samples: int, length: int) -> Tensor:
+        rows = torch.arange(len(prompts) * num_samples, device=self.device)
+        self.cache = _Cache(len(rows), length)
+        self.lengths = [0] * len(rows)
+        return self.refill(prompts, rows.view(-1, num_samples)).repeat_interleave(num_samples, 0)
 
     def step(self, tokens: Tensor) -> Tensor:
         positions = torch.tensor(self.lengths, device=self.device)
-        self.lengths = [length + 1 for length in self.lengths]
+        # a row that has ended goes on until it is filled anew, maybe for longer than there are columns
+        self.lengths = [(length + 1) % self.cache.columns for length in self.lengths]
         inputs = {"input_ids": tokens[:, None], "position_ids": positions[:, None]}
         mask = torch.ones_like(inputs["input_ids"])
         with self.attention.running(_Decoding(self.cache, positions, max(self.lengths))):
@@ -135,8 +137,14 @@ class PackedState(DecodeState):
         """Returns the bytes of the cache."""
         return sum(kept.numel() * kept.element_size() for pair in self.cache.layers.values() for kept in pair)
 
-    def _fill(self, prompts: list[list[int]], rows: Tensor) -> Tensor:
-        """Runs the prompts packed into the rows of each, (prompts, samples), and returns their next-token logits, (prompts, V)."""
+    def release(self, rows: list[int]) -> None:
+        for row in rows:
+            self.lengths[row] = 0  # what it goes on to write is seen by nobody
+
+    def refill(self, prompts: list[list[int]], rows: Tensor) -> Tensor:
+        for prompt, members in zip(prompts, rows.tolist(), strict=True):
+            for row in members:
+                self.lengths[row] = len(prompt)
         # the last token of a packed sequence is only a target
         batch = pack([TokenSequence([*prompt, 0], len(prompt)) for prompt in prompts], self.device)
         inputs = {

@@ -102,7 +102,7 @@ def _cache_bytes(policy: Policy) -> tuple[float, float]:
     for length in lengths:
         state = new_state(policy)
         with state.running():
-            state.prefill([policy.probe.ids(length, 5)], 1, 0)
+            state.prefill([policy.probe.ids(length, 5)], 1, length)
         sizes.append(state.cache_size())
     each = max(0.0, (sizes[1] - sizes[0]) / (lengths[1] - lengths[0]))
     return max(0.0, sizes[1] - each * lengths[1]), each

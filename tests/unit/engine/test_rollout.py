@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -127,11 +128,61 @@ def test_chunks_of_the_cache_never_change_completions(model_of, monkeypatch, fam
     policy.path = policy.path if packed else "hidden"
     row = engine.make_state(policy).bytes_per_row(max(map(len, PROMPTS)) + 16)
     monkeypatch.setattr(decode, "CACHE_BYTES_CPU", rows * row)
-    chunks = []
-    run = decode._Chunk.run
-    monkeypatch.setattr(decode._Chunk, "run", lambda self, *args: (chunks.append(len(self.prompts)), run(self, *args)))
+    begun = []
+    start = decode._Chunk._start
+    monkeypatch.setattr(decode._Chunk, "_start", lambda self, new, *args: (begun.append(new), start(self, new, *args)))
     assert ids_of(generate(policy, PROMPTS, sampling, end_ids=ENDS, seed=3, step=5)) == expected
-    assert chunks == [max(1, rows // 4)] * (6 // max(1, rows // 4))
+    at_once = max(1, rows // 4)
+    assert begun[0] == at_once
+    assert sum(begun) == 6
+    if not packed:
+        assert begun == [at_once] * (6 // at_once)
+
+
+def test_prompts_take_the_rows_of_those_that_have_ended(model_of, monkeypatch):
+    """Many more prompts than rows, of many lengths: fewer passes than one batch of rows after the other would take, and the
+    same completions, whenever rows are filled again."""
+    prompts, sampling = [random_ids(1 + (5 * i) % 23, 900 + i) for i in range(24)], Sampling(2, 40)
+    expected = roll_out(model_of("qwen2"), prompts, sampling)
+    policy = Policy(model_of("qwen2"), "fp32")
+    row = engine.make_state(policy).bytes_per_row(max(map(len, prompts)) + 40)
+    steps = [0]
+    step = PackedState.step
+    monkeypatch.setattr(PackedState, "step", lambda *args: (steps.__setitem__(0, steps[0] + 1), step(*args))[1])
+    monkeypatch.setattr(decode, "CACHE_BYTES_CPU", 8 * row)
+    taken = {}
+    for share in (decode.COMPACT_SHARE, 0.5, 2.0):  # with the last one rows wait for each other
+        monkeypatch.setattr(decode, "COMPACT_SHARE", share)
+        steps[0] = 0
+        found = generate(policy, prompts, sampling, end_ids=ENDS, seed=3, step=5)
+        taken[share] = steps[0]
+        assert ids_of(found) == ids_of(expected)
+        for a, b in zip(flat(found), flat(expected), strict=True):
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+            assert a.finished == b.finished
+    assert taken[0.06] < 0.75 * taken[2.0]
+
+
+@pytest.mark.parametrize("share", [0.06, 2.0])
+def test_stop_texts_end_rows_that_were_filled_again(model_of, monkeypatch, share: float):
+    class Digits:
+        texts, tokens, window = ("1 2",), [], 3
+
+        def reached(self, rows: list[list[int]]) -> list[bool]:
+            return [len(row) > 1 and row[-1] % 3 == row[-2] % 3 == 0 for row in rows]
+
+    prompts, sampling = [random_ids(1 + i, 700 + i) for i in range(9)], Sampling(2, 30, stops=Digits())
+    expected = roll_out(model_of("qwen2"), prompts, sampling)
+    for completion in flat(expected):
+        pairs = [a % 3 == b % 3 == 0 for a, b in itertools.pairwise(completion.ids)]
+        assert not any(pairs[:-1])
+    policy = Policy(model_of("qwen2"), "fp32")
+    row = engine.make_state(policy).bytes_per_row(max(map(len, prompts)) + 30)
+    monkeypatch.setattr(decode, "CACHE_BYTES_CPU", 4 * row)
+    monkeypatch.setattr(decode, "COMPACT_SHARE", share)
+    found = generate(policy, prompts, sampling, end_ids=ENDS, seed=3, step=5)
+    assert ids_of(found) == ids_of(expected)
+    assert [c.finished for c in flat(found)] == [c.finished for c in flat(expected)]
 
 
 @pytest.mark.parametrize(("family", "packed"), WAYS)
