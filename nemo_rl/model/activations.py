@@ -24,6 +24,7 @@ from nemo_rl.model.adapters import add_adapters
 from nemo_rl.model.attention import CAUSAL, PackedAttention, Seen, grouped_attention
 from nemo_rl.model.attention import Facts as Scores
 from nemo_rl.model.packing import PackedBatch, TokenSequence, pack
+from nemo_rl.model.sharding import blocks_of
 
 # --- the model on the meta device -------------------------------------------------------------------------------------
 
@@ -91,15 +92,19 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def measure_pass(model: Any, sequences: list[TokenSequence], dtype: torch.dtype, recompute: bool, device: str) -> int:
+def measure_pass(
+    model: Any, sequences: list[TokenSequence], dtype: torch.dtype, recompute: bool, device: str, sharded: bool = False
+) -> int:
     """Returns the bytes that a forward and backward pass over one micro-batch holds at its peak, beside weights and gradients.
 
     `model` is on the meta device. `device`: which one's chunks of logits. Weights are of `dtype`, and gradients with them.
+    `sharded`: gradients of what is outside of blocks count too, from when they are computed to the end of the pass.
     """
     if dtype != torch.float32:
         model = model.to(dtype=dtype)
+    inside = {id(p) for block in blocks_of(causal_of(model)) for p in block.parameters()}
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and (not sharded or id(parameter) in inside):
             parameter.grad = torch.empty_like(parameter)  # a later micro-batch adds to what is there
     known = [t for p in model.parameters() for t in (p.data, p.grad) if t is not None] + list(model.buffers())
     batch = pack(sequences, "meta")

@@ -59,7 +59,6 @@ class Facts:
     """The largest layer, which is made whole by itself."""
     outside: int
     """Parameters outside of them (the output layer, norms), which are whole within a pass."""
-    outside_trained: int
     largest: int
     """The largest tensor."""
     cache_numbers: int
@@ -289,7 +288,7 @@ class Planner:
             passes["blocks made whole"] = compute * (2 * facts.largest_block + facts.outside)
             reducing = compute + (4 if compute < 4 else compute)
             trained_block = facts.largest_block if training.lora_rank is None else 0
-            passes["gradients on their way"] = reducing * trained_block + compute * facts.outside_trained
+            passes["gradients on their way"] = reducing * trained_block  # those outside of blocks are in the pass
         elif compute < 4:
             passes["weights cast"] = compute * facts.parameters
         phases["training"] = {**standing, **passes}
@@ -319,7 +318,6 @@ class Planner:
             trained=sum(p.numel() for p in parameters if p.requires_grad),
             largest_block=max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0),
             outside=sum(p.numel() for p in outside),
-            outside_trained=sum(p.numel() for p in outside if p.requires_grad),
             largest=max(p.numel() for p in parameters),
             cache_numbers=_cache_numbers(self.config),
         )
@@ -368,7 +366,7 @@ class Planner:
 
             def peak_of(layers: int | None) -> int:
                 model = self._whole if layers is None else self._shorter(layers)
-                return measure_pass(model, sequences, dtype, recompute, where.device)
+                return measure_pass(model, sequences, dtype, recompute, where.device, self.is_sharded(where))
 
             try:
                 if self._period is None:
