@@ -10,7 +10,7 @@ IN_CLUSTER := $(if $(KUBECONFIG),,$(LAB) run)
 ALONE := tests/e2e/test_startup.py tests/e2e/test_waiting.py
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
-.PHONY: help demo test test-vllm test-trackers architectures test-storage test-cluster e2e e2e-integrations bench gpu lint docs generate images lab-up lab-deploy lab-down lab-status clean
+.PHONY: help demo test test-vllm test-trackers architectures test-storage test-storage-kills test-cluster e2e e2e-integrations bench gpu lint docs generate images lab-up lab-deploy lab-down lab-status clean
 help:            ## list the commands
 	@grep -E '^[a-z0-9 -]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 16
 
@@ -27,6 +27,9 @@ architectures: $(VENV)/.dev            ## every causal model type of transformer
 
 test-storage: $(VENV)/.dev            ## models, data and runs in a real S3 server (built once from its Go module)
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/storage
+
+test-storage-kills: $(VENV)/.dev            ## runs in a store, killed 20 times in the midst of a save and 20 times at any moment (SEED=…)
+	NEMO_RL_TEST_KILLS=20 NEMO_RL_TEST_SEED=$(or $(SEED),17) $(BIN)/python -m pytest tests/storage/test_runs.py -k kills
 
 test-cluster: $(VENV)/.dev            ## the operator against a real API server (built once from Go modules, or KUBECONFIG)
 	$(BIN)/python -m pytest $(if $(NEMO_RL_TEST_KUBECONFIG),,-n 2 --dist loadfile) tests/cluster

@@ -4,8 +4,12 @@
 
 Starts a real S3 server (versitygw, built once from its Go module) in a folder of this machine. Each rank is a process with its share
 of the bytes. Ours reads each file once more for its SHA-256, and checks size and digest on reading; the others do neither.
-The order of the three changes from round to round. Seconds are medians, from the moment when all processes are ready; memory is the
-peak that a process grew by. boto3 is left out where it is not installed.
+The order of the three changes from round to round. Seconds are medians, from the moment when all processes are ready; CPU seconds are
+those of the largest process; memory is the peak that a process grew by. boto3 is left out where it is not installed.
+
+At the end: steps of a small model on one thread, with and without a save in the background. Server and save have the other cores,
+as they have beside a GPU; `lost` is the time by which the steps are later, as a share of the save's length. Time in which other
+programs had the core of the steps is taken out.
 """
 
 from __future__ import annotations
@@ -37,9 +41,9 @@ def _rank(way: str, rank: int, source: str, target: str, gate: Any, told: Any) -
     seconds = []
     for work in (save, load):
         gate.wait()
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         work()
-        seconds.append((begin, time.perf_counter()))
+        seconds.append((begin, time.perf_counter(), time.process_time() - cpu))
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert copy.stat().st_size == file.stat().st_size
     copy.unlink()
@@ -86,6 +90,63 @@ def _boto3(file: Path, copy: Path, key: str) -> tuple[Any, Any]:
     )
 
 
+def _lost(folder: Path, size: int, server: int) -> float:
+    """The time that steps of training lose to a save in the background, as a share of the save's length."""
+    import threading
+
+    import torch
+
+    from nemo_rl.storage.store import Store
+    from nemo_rl.storage.transfer import upload
+
+    torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    (folder / "background").write_bytes(os.urandom(size))
+    (folder / "first").write_bytes(b"imports and connections are there before the first save of a run")
+    upload(Store(f"s3://{BUCKET}/background"), [("first", folder / "first")])
+    model = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(4)))
+    optimizer, batch = torch.optim.AdamW(model.parameters()), torch.randn(64, 256)
+    took: list[float] = []
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+
+    def save() -> None:
+        os.sched_setaffinity(threading.get_native_id(), cores[1:] or cores)  # what it starts has the same
+        begin = time.perf_counter()
+        upload(Store(f"s3://{BUCKET}/background"), [("file", folder / "background")])
+        took.append(time.perf_counter() - begin)
+
+    os.sched_setaffinity(server, cores[1:] or cores)
+    os.sched_setaffinity(0, cores[:1])
+    try:
+        for _ in range(20):
+            step()
+        begin, alone = _own_time(), 0
+        while _own_time() - begin < 1.5:
+            step()
+            alone += 1
+        each = (_own_time() - begin) / alone
+        saving = threading.Thread(target=save)
+        saving.start()
+        begin, done = _own_time(), 0
+        while not took:
+            step()
+            done += 1
+        length = _own_time() - begin
+        saving.join()
+    finally:
+        os.sched_setaffinity(0, cores)
+    return 1 - done * each / length
+
+
+def _own_time() -> float:
+    """Seconds on the clock without those in which this thread could have run and other programs had its core."""
+    return time.perf_counter() - int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+
+
 WAYS = {"nemo_rl": _ours, "obstore": _obstore, "boto3": _boto3}
 
 
@@ -104,8 +165,10 @@ def measure(way: str, files: list[Path], folder: Path) -> dict[str, float]:
         rank.join()
     save, load = ([seconds[i] for seconds, _ in found] for i in (0, 1))
     return {
-        "save": max(end for _, end in save) - min(begin for begin, _ in save),
-        "load": max(end for _, end in load) - min(begin for begin, _ in load),
+        "save": max(end for _, end, _ in save) - min(begin for begin, _, _ in save),
+        "load": max(end for _, end, _ in load) - min(begin for begin, _, _ in load),
+        "save cpu": max(cpu for _, _, cpu in save),
+        "load cpu": max(cpu for _, _, cpu in load),
         "memory": max(grown for _, grown in found),
     }
 
@@ -136,7 +199,7 @@ def main() -> None:
                 for way in ways[number % len(ways) :] + ways[: number % len(ways)]:
                     found[way].append(measure(way, files, Path(place)))
             medians = {
-                way: {what: statistics.median(r[what] for r in rounds) for what in ("save", "load", "memory")}
+                way: {what: statistics.median(r[what] for r in rounds) for what in rounds[0]}
                 for way, rounds in found.items()
             }
             for file in files:
@@ -145,9 +208,13 @@ def main() -> None:
                 best = min(medians[way][what] for way in ways if way != "nemo_rl")
                 row = {"ranks": count, "what": what, "speed": round(best / medians["nemo_rl"][what], 2)}
                 row |= {f"{way} s": round(medians[way][what], 2) for way in ways}
+                row |= {f"{way} cpu s": round(medians[way][f"{what} cpu"], 2) for way in ways}
                 row["memory MiB"] = round(medians["nemo_rl"]["memory"])
                 rows.append(row)
                 print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+        lost = [_lost(Path(place), int(options.gib * 2**30), server.process.pid) for _ in range(options.rounds)]
+        rows.append({"what": "background save", "lost": round(statistics.median(lost), 3)})
+        print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     if options.json:
         options.json.write_text(
             json.dumps({"gib": options.gib, "rounds": options.rounds, "rows": rows}, indent=1) + "\n"

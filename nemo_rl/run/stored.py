@@ -628,10 +628,10 @@ def read_head(store: Store) -> dict[str, Any] | None:
     return _head_of(found[0], store.uri) if found else None
 
 
-def notes_of(uri: str, name: str) -> Iterator[Any]:
-    """What runs at this address and within it left under a name, in order."""
+def notes_of(uri: str, name: str, patience: float | None = None) -> Iterator[Any]:
+    """What runs at this address and within it left under a name, in order; a store is asked for `patience` seconds."""
     for number in itertools.count(1):
-        head = read_head(Store(uri if number == 1 else uris.joined(uri, f"run-{number}")))
+        head = read_head(Store(uri if number == 1 else uris.joined(uri, f"run-{number}"), patience))
         if head is None:
             return
         if name in (head.get("notes") or {}):

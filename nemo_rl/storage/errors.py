@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from nemo_rl.errors import StorageError
+from nemo_rl.job import names
 
 
 class Conflict(StorageError):
@@ -110,8 +112,18 @@ def in_words(error: BaseException, doing: str, uri: str) -> StorageError:
         r"IncompleteBody|BadDigest|InternalError|request error",
         text,
     ):
-        return Unavailable(f"cannot {doing} {uri}: the store was not reached or broke off{_said(text)}")
+        return Unavailable(f"cannot {doing} {uri}: the store was not reached or broke off{_in_a_pod()}{_said(text)}")
     return StorageError(f"cannot {doing} {uri}{_said(text)}")
+
+
+def _in_a_pod() -> str:
+    """What closes the way from a job's pod, and from no other place."""
+    if not os.environ.get(names.ATTEMPT_VARIABLE):
+        return ""
+    return (
+        "; from a job's pods the network policy lets HTTPS to public addresses pass, and for others what the chart's "
+        "networkPolicy.trainers.extraEgress opens"
+    )
 
 
 def _said(text: str) -> str:

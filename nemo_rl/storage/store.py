@@ -95,19 +95,19 @@ class Store:
         except Missing:
             return None
 
-    def read_range(self, path: str, begin: int, end: int, version: str = "") -> bytes:
-        """Bytes [begin, end) of an object. With a version: Conflict where the object is another one now."""
+    def read_range(self, path: str, begin: int, end: int, version: str = "") -> memoryview:
+        """Bytes [begin, end) of an object, not copied. With a version: Conflict where the object is another one now."""
 
-        def get() -> bytes:
+        def get() -> memoryview:
             options: dict[str, Any] = {"range": (begin, end)}
             if version:
                 options["if_match"] = version
-            content = bytes(self._obstore.get(self._inner, self._key(path), options=options).bytes())
+            content = memoryview(self._obstore.get(self._inner, self._key(path), options=options).bytes())
             if len(content) != end - begin:
                 raise Unavailable(f"cannot read {self._name(path)}: {len(content)} of {end - begin} bytes came")
             return content
 
-        return self._patiently("read", path, get) if end > begin else b""
+        return self._patiently("read", path, get) if end > begin else memoryview(b"")
 
     def stat(self, path: str) -> Object | None:
         """What is known of an object without reading it; None where there is none."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import threading
+from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -19,6 +19,8 @@ from nemo_rl.storage.store import PART_BYTES, Store
 
 FILES_AT_ONCE = 2
 RANGES_AT_ONCE = 8
+RANGES_AHEAD = 12
+"""Ranges of a download that are asked for or wait for an earlier one: each is in memory, for the digest is made in order."""
 _PART = ".part"
 
 Progress = Callable[[int, int], None]
@@ -35,9 +37,8 @@ class File:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    """SHA-256 of a file; in few large pieces, for after each of them the interpreter is asked for again."""
+    return _digest_of_beginning(path, path.stat().st_size).hexdigest()
 
 
 def checked(entries: Any, what: str) -> list[File]:
@@ -54,16 +55,19 @@ def checked(entries: Any, what: str) -> list[File]:
 
 
 def upload(store: Store, files: Iterable[tuple[str, Path]], stop: Callable[[], None] = lambda: None) -> list[File]:
-    """Writes local files below a store's address; returns each with its digest. `stop` is called between them, to raise."""
+    """Writes local files below a store's address; returns each with its digest, which is made meanwhile. `stop` is called
+    between them, to raise."""
 
     def one(name: str, path: Path) -> File:
         stop()
-        size, found = path.stat().st_size, digest(path)
-        stop()
+        size, found = path.stat().st_size, digests.submit(digest, path)
         store.write(name, path)
-        return File(name, size, found)
+        return File(name, size, found.result())
 
-    with ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="nemo-rl-upload") as pool:
+    with (
+        ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="nemo-rl-digest") as digests,
+        ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="nemo-rl-upload") as pool,
+    ):
         return [done.result() for done in [pool.submit(one, name, path) for name, path in files]]
 
 
@@ -107,10 +111,10 @@ def _fetch(store: Store, file: File, target: Path, progress: Callable[[int], Non
         if found.size != file.size:
             raise StorageError(f"{store.uri}/{file.path} has {found.size} bytes, but was saved with {file.size}")
         try:
-            _ranges(store, file, found.version, part, resumed, progress)
+            read = _ranges(store, file, found.version, part, resumed, progress)
         except Conflict:
             raise StorageError(f"{store.uri}/{file.path} was written anew while it was read; read it again") from None
-        if not file.sha256 or digest(part) == file.sha256:
+        if not file.sha256 or read == file.sha256:
             os.replace(part, target)
             return
         part.unlink()  # what was resumed may be of an older version; what was read in one go is not
@@ -121,40 +125,44 @@ def _fetch(store: Store, file: File, target: Path, progress: Callable[[int], Non
     )
 
 
-def _ranges(store: Store, file: File, version: str, part: Path, begin: int, progress: Callable[[int], None]) -> None:
-    """Reads [begin, size) into `part`, several ranges at once. After an error `part` ends where nothing before is missing."""
+def _ranges(store: Store, file: File, version: str, part: Path, begin: int, progress: Callable[[int], None]) -> str:
+    """Reads [begin, size) into `part`, several ranges at once; returns the SHA-256 of the whole where the file names one.
+
+    After an error `part` ends where nothing before is missing.
+    """
     descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
-    done: set[int] = set()
-    whole, arrived, lock = begin, begin, threading.Lock()
+    found, whole = _digest_of_beginning(part, begin if file.sha256 else 0), begin
 
-    def one(start: int) -> int:
+    def one(start: int) -> memoryview:
         content = store.read_range(file.path, start, min(start + PART_BYTES, file.size), version)
-        os.pwrite(descriptor, content, start)
-        return start
-
-    def settle(future: Future[int]) -> None:
-        nonlocal whole, arrived
-        with lock:
-            start = future.result()
-            done.add(start)
-            arrived += min(PART_BYTES, file.size - start)
-            while whole in done:
-                done.remove(whole)
-                whole = min(whole + PART_BYTES, file.size)
-            progress(arrived)
+        written = 0
+        while written < len(content):  # a disk that is nearly full takes a part, and refuses the rest
+            written += os.pwrite(descriptor, content[written:], start + written)
+        return content
 
     starts = iter(range(begin, file.size, PART_BYTES))
+    pool = ThreadPoolExecutor(RANGES_AT_ONCE, thread_name_prefix="nemo-rl-download")
     try:
-        with ThreadPoolExecutor(RANGES_AT_ONCE, thread_name_prefix="nemo-rl-download") as pool:
-            pending = {pool.submit(one, start) for start in islice(starts, RANGES_AT_ONCE)}
-            while pending:
-                finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    settle(future)
-                    if (start := next(starts, None)) is not None:
-                        pending.add(pool.submit(one, start))
-    except BaseException:
-        os.ftruncate(descriptor, whole)
-        raise
+        ahead = deque(pool.submit(one, start) for start in islice(starts, RANGES_AHEAD))
+        while ahead:
+            content = ahead.popleft().result()
+            if file.sha256:
+                found.update(content)
+            whole += len(content)
+            ahead.extend(pool.submit(one, start) for start in islice(starts, 1))
+            progress(whole)
+        return found.hexdigest()
     finally:
+        pool.shutdown(cancel_futures=True)
+        os.ftruncate(descriptor, whole)
         os.close(descriptor)
+
+
+def _digest_of_beginning(path: Path, size: int) -> Any:
+    """SHA-256 of the first bytes of a file, to go on with."""
+    found, piece = hashlib.sha256(), memoryview(bytearray(min(size, PART_BYTES)))
+    with open(path, "rb", buffering=0) as stream:
+        while size > 0 and (count := stream.readinto(piece[:size])):
+            found.update(piece[:count])
+            size -= count
+    return found

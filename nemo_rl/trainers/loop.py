@@ -191,7 +191,10 @@ class Loop:
         latest = self.store.latest()
         path = str(latest.path) if latest else None
         shown = self.store.shown(latest.path) if latest else None
-        where = f"saved step {trainer.current_step} to {shown}" if path else "before the first step; nothing to save"
+        if path or trainer.current_step:  # with a store, where it went is known on the first node alone
+            where = f"saved step {trainer.current_step}" + (f" to {shown}" if shown else "")
+        else:
+            where = "before the first step; nothing to save"
         message = f"stopped by {interrupted.signal}; {where}. Run the same call again to go on"
         trainer.display.note(message)
         if interrupted.signal == "SIGINT":

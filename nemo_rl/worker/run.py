@@ -195,7 +195,7 @@ def _finished_before(job: Job, pod: Pod) -> TerminationMessage | None:
     uri = _output_uri(job)
     try:
         if uri is not None:
-            records = list(notes_of(uri, RESULT_NOTE))
+            records = list(notes_of(uri, RESULT_NOTE, patience=30.0))
         else:
             records = [json.loads((pod.path(names.OUTPUT_DIR) / job.name / RESULT_FILE).read_text(encoding="utf-8"))]
         word = None

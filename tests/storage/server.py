@@ -93,11 +93,13 @@ class Faults:
     """A proxy before an S3 server. `choose` is asked for each request: None passes it on.
 
     "503", "expired", "full": an answer in the server's place; "reset": the connection is cut; "lost": the server does it, and
-    its answer is cut; "truncated": half of the answer's body, then a cut; "slow": half a second late.
+    its answer is cut; "truncated": half of the answer's body, then a cut; "slow": half a second late; "kill", "killed": as "reset"
+    and as "lost", and `kill` is called before the cut.
     """
 
     server: S3
     choose: Callable[[str, str], str | None] = lambda method, path: None
+    kill: Callable[[], object] = lambda: None
     seen: list[tuple[str, str, str | None]] = field(default_factory=list)
     without_conditions: bool = False
     """Whether an object that shall only be made new is overwritten, as a store does that does not know conditions."""
@@ -115,8 +117,10 @@ class Faults:
                 fault = faults.choose(self.command, self.path)
                 faults.seen.append((self.command, self.path, fault))
                 length = int(self.headers.get("Content-Length") or 0)
-                if fault == "reset":
+                if fault in ("reset", "kill"):
                     self.rfile.read(length // 2)
+                    if fault == "kill":
+                        faults.kill()
                     return self._cut()
                 body = self.rfile.read(length)
                 if fault in ("503", "expired", "full"):
@@ -137,7 +141,9 @@ class Faults:
                     told = answer.getheaders()
                 finally:
                     upstream.close()
-                if fault == "lost":
+                if fault == "killed":
+                    faults.kill()
+                if fault in ("lost", "killed"):
                     return self._cut()
                 self.send_response(answer.status)
                 for name, value in told:

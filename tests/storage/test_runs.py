@@ -7,99 +7,79 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from forked import ForkServer
+from nemo_rl.run.sources import local_model
 from nemo_rl.run.stored import read_head, read_text
 from nemo_rl.storage.store import Store
-from storage.server import S3, free_port
+from storage.server import S3, Faults, free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 STEPS = 9
-KILLS = int(os.environ.get("NEMO_RL_TEST_KILLS", "8"))
+KILLS = int(os.environ.get("NEMO_RL_TEST_KILLS", "5"))
+"""Of each kind; `make test-storage-kills` asks for 20."""
+SEED = int(os.environ.get("NEMO_RL_TEST_SEED", "17"))
 
-# The server imports the engine once and forks a child for each run: a kill costs no import.
-SERVER = """
-import faulthandler, os, sys, json
+SOURCE = """
+import json, os
 import torch, torch.distributed.checkpoint, datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, Qwen2TokenizerFast
 import nemo_rl.trainers.sft, nemo_rl.api.training
 
-def run(model, output, cache, steps, port):
+def run(model, output, cache, steps, port, endpoint, keep):
     torch.set_num_threads(1)
-    os.environ["NEMO_RL_CACHE"] = cache
+    os.environ |= {"NEMO_RL_CACHE": cache, "AWS_ENDPOINT_URL": endpoint}
     other = None
     if port:  # two nodes: processes with nothing in common but the store
         other = os.fork()
         rank = "0" if other else "1"
         os.environ |= {"RANK": rank, "GROUP_RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NEMO_RL_CACHE": f"{cache}/node-{rank}"}
-    import nemo_rl
+    import nemo_rl, nemo_rl.errors
     rows = [{"prompt": f"{i}=", "completion": f"{i % 10}a"} for i in range(10, 30)]
-    result = nemo_rl.train(model, rows, algorithm="sft", max_steps=steps, max_epochs=9, batch_size=4, learning_rate=1e-2,
-                           save_every=2, keep_checkpoints=2, seed=7, output_dir=output, backend="local",
-                           log_level="warning", validation_dataset=rows[:4])
+    try:
+        result = nemo_rl.train(model, rows, algorithm="sft", max_steps=steps, max_epochs=9, batch_size=4,
+                               learning_rate=1e-2, save_every=2, keep_checkpoints=keep, seed=7, output_dir=output,
+                               backend="local", log_level="warning", validation_dataset=rows[:4])
+    except nemo_rl.errors.TrainingInterrupted as stopped:
+        open(f"{cache}/stopped-{os.environ.get('RANK', '0')}", "w").write(str(stopped))
+        if other:
+            os.waitpid(other, 0)
+        os._exit(75)
     if other == 0:
         os._exit(0)
     if other:
         assert os.waitpid(other, 0)[1] == 0
     told = {"checkpoint_path": result.checkpoint_path, "checkpoint_uri": result.checkpoint_uri, "steps": result.total_steps}
     open(cache + "/result.json", "w").write(json.dumps(told))
-
-print("ready", flush=True)
-while line := sys.stdin.readline():
-    pid = os.fork()
-    if pid == 0:
-        try:
-            faulthandler.dump_traceback_later(120)  # whatever hangs tells where
-            run(*json.loads(line))
-            os._exit(0)
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            os._exit(1)
-    print(pid, flush=True)
-    sys.stdin.readline()  # until then an ended child stays a zombie, so that its number is not given to another
-    _, status = os.waitpid(pid, 0)
-    print(os.waitstatus_to_exitcode(status), flush=True)
 """
 
 
 class Runs:
-    """Starts runs in children of one process that has the engine loaded."""
+    """Runs of one model, with the server's address as a default."""
 
-    def __init__(self, model: str, environment: dict[str, str]) -> None:
-        self.model = model
-        variables = (
-            os.environ
-            | environment
-            | {"NEMO_RL_STORAGE_PATIENCE": "20", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        )
-        self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables
-        )
-        assert self.server.stdout
-        assert self.server.stdout.readline() == "ready\n"
+    def __init__(self, model: str, s3: S3) -> None:
+        self.model, self.url = model, s3.url
+        self.server = ForkServer(SOURCE, s3.environment() | {"NEMO_RL_STORAGE_PATIENCE": "20"})
 
-    def run(self, output: str, cache: Path, steps: int = STEPS, kill_after: float | None = None, port: int = 0) -> int:
-        assert self.server.stdin and self.server.stdout
+    def run(
+        self,
+        output: str,
+        cache: Path,
+        steps: int = STEPS,
+        *,
+        port: int = 0,
+        endpoint: str = "",
+        keep: int = 2,
+        kill_after: float | None = None,
+    ) -> int:
         cache.mkdir(parents=True, exist_ok=True)
-        print(json.dumps([self.model, output, str(cache), steps, port]), file=self.server.stdin, flush=True)
-        pid = int(self.server.stdout.readline())
-        if kill_after is not None:
-            time.sleep(kill_after)  # the moment of the kill is what the test varies
-            os.kill(pid, signal.SIGKILL)
-        print("reap", file=self.server.stdin, flush=True)
-        return int(self.server.stdout.readline())
-
-    def close(self) -> None:
-        assert self.server.stdin
-        self.server.stdin.close()
-        self.server.wait(timeout=30)
+        words = (self.model, output, str(cache), steps, port, endpoint or self.url, keep)
+        return self.server.run(*words, kill_after=kill_after)
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +91,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def runs(tiny_model: str, s3: S3):
-    started = Runs(tiny_model, s3.environment())
+    started = Runs(tiny_model, s3)
     yield started
-    started.close()
+    started.server.close()
 
 
 def untimed(text: str) -> list[dict]:
@@ -181,7 +161,7 @@ def test_a_run_in_a_store_equals_one_on_a_disk(runs, undisturbed, tmp_path, stor
 
 def test_kills_at_any_moment_lose_nothing(runs, undisturbed, tmp_path, store_environment):
     """Half of the time the next attempt runs on another machine, which has an empty cache."""
-    draw = random.Random(17)
+    draw = random.Random(SEED)
     disk, seconds = undisturbed
     uri, kills = "s3://bucket/killed/run", 0
     while kills < KILLS:
@@ -192,6 +172,74 @@ def test_kills_at_any_moment_lose_nothing(runs, undisturbed, tmp_path, store_env
         kills += 1
     assert runs.run(uri, tmp_path / "last") == 0
     assert in_store(uri) == on_disk(disk)
+
+
+def written(method: str, path: str, uri: str) -> bool:
+    """Whether a request changes something of the run."""
+    return method in ("PUT", "POST", "DELETE") and path.startswith(f"/{uri.removeprefix('s3://')}/")
+
+
+def test_kills_in_the_midst_of_saves_leave_whole_checkpoints(
+    runs, undisturbed, tmp_path, store_environment, faults: Faults, monkeypatch
+):
+    """At a request of a save, drawn by the seed: before the store has it, or when the store has done it and before it says so.
+
+    Whatever the store names after a kill is whole, and is what the undisturbed run had at that step.
+    """
+    every = tmp_path / "every" / "run"
+    assert runs.run(str(every), tmp_path / "unused", keep=99) == 0
+    weights = {
+        path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in every.glob("checkpoints/step-*/model.safetensors")
+    }
+    monkeypatch.setenv("NEMO_RL_CACHE", str(tmp_path / "reader"))
+    calm = "s3://bucket/calm/run"
+    assert runs.run(calm, tmp_path / "calm", endpoint=faults.url) == 0
+    changes = sum(written(method, path, calm) for method, path, _ in faults.seen)
+    draw, uri, kills, loaded = random.Random(SEED), "s3://bucket/saves/run", 0, 0
+    while kills < KILLS:
+        left, way, killed = [draw.randrange(1, changes)], draw.choice(["kill", "killed"]), []
+
+        def choose(method, path, left=left, way=way, killed=killed, uri=uri):
+            if not written(method, path, uri) or killed:
+                return None
+            left[0] -= 1
+            if left[0] > 0 or not (f"{uri.partition('://')[2]}/checkpoints/" in path or path.endswith("run.json")):
+                return None
+            killed.append(path)
+            return way
+
+        faults.choose, faults.kill = choose, lambda: os.kill(runs.server.pid, signal.SIGKILL)
+        code = runs.run(uri, tmp_path / f"machine-{draw.randrange(2) * kills}", endpoint=faults.url)
+        faults.choose = lambda method, path: None
+        assert code == (-signal.SIGKILL if killed else 0)
+        loaded += whole(uri, weights)
+        if not killed:
+            assert in_store(uri) == on_disk(undisturbed[0])
+            uri = f"s3://bucket/saves-{kills}/run"
+        kills += bool(killed)
+    assert runs.run(uri, tmp_path / "last", endpoint=faults.url) == 0
+    assert in_store(uri) == on_disk(undisturbed[0])
+    assert loaded > 0
+
+
+def whole(uri: str, weights: dict[str, str]) -> int:
+    """Checks what a killed run left: each checkpoint that is named has the weights of that step; how many there are."""
+    store = Store(uri)
+    head = read_head(store)
+    entries = head["checkpoints"] if head else []
+    for entry in entries:
+        for file in entry["files"]:
+            content = store.read(f"checkpoints/{entry['folder']}/{file['path']}")
+            assert content is not None and hashlib.sha256(content[0]).hexdigest() == file["sha256"]
+            if file["path"] == "model.safetensors":
+                assert file["sha256"] == weights[entry["name"]]
+    for pointer in ("latest", "best"):
+        if json.loads(read_text(store, pointer) or b"{}"):
+            found = local_model(f"{uri}/{pointer}")
+            step = json.loads(read_text(store, pointer))["checkpoint"].split("/")[1].rpartition("-g")[0]
+            assert hashlib.sha256((found / "model.safetensors").read_bytes()).hexdigest() == weights[step]
+    return len(entries)
 
 
 def test_two_nodes_share_nothing_but_the_store(runs, undisturbed, tmp_path, store_environment):
@@ -210,6 +258,23 @@ def test_two_nodes_share_nothing_but_the_store(runs, undisturbed, tmp_path, stor
     assert [m["step"] for m in found] == [m["step"] for m in expected]
     for one, other in zip(found[1:], expected[1:], strict=True):  # step 0 has no loss
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+
+
+def test_two_nodes_that_are_stopped_say_what_was_saved(runs, tmp_path, faults: Faults):
+    """A checkpoint does not stay on the second node, which knows all the same that there is one."""
+    uri, asked = "s3://bucket/stopped/run", []
+
+    def choose(method, path):
+        if method == "PUT" and "/checkpoints/step-00000004-g1/" in path and not asked:
+            asked.append(path)
+            os.kill(runs.server.pid, signal.SIGTERM)
+
+    faults.choose = choose
+    assert runs.run(uri, tmp_path / "first", port=free_port(), endpoint=faults.url) == 75
+    saved = max(entry["step"] for entry in read_head(Store(uri))["checkpoints"])
+    for rank in (0, 1):
+        told = (tmp_path / "first" / f"stopped-{rank}").read_text()
+        assert told.startswith(f"stopped by SIGTERM; saved step {saved}")
 
 
 def test_a_finished_run_is_lengthened_on_another_machine(runs, undisturbed, tmp_path, store_environment):

@@ -232,3 +232,14 @@ def test_a_folder_has_the_same_interface(tmp_path: Path):
     assert [(o.path, o.size) for o in store.list()] == [("a/b", 7)]
     assert store.read_range("a/b", 1, 3) == b"on"
     assert os.listdir(tmp_path / "folder") == ["a"]
+
+
+def test_a_pod_that_reaches_no_store_is_told_what_may_be_closed(store_environment, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("NEMO_RL_ATTEMPT", "1")
+    with pytest.raises(StorageError, match=r"was not reached .*networkPolicy\.trainers\.extraEgress") as told:
+        Store("s3://bucket/closed", patience=0.5).probe()
+    monkeypatch.delenv("NEMO_RL_ATTEMPT")
+    with pytest.raises(StorageError) as elsewhere:
+        Store("s3://bucket/closed", patience=0.5).probe()
+    assert "networkPolicy" not in str(elsewhere.value) and "networkPolicy" in str(told.value)

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from forked import ForkServer
+
 KILLS = {"grpo": 12, "sft": 5, "dpo": 5}
 """Kill points of each algorithm: 22 in all."""
 STEPS = 12
 
-# The server imports the engine once and forks a child for each run: a kill costs no import.
-SERVER = """
-import os, sys, json
+SOURCE = """
+import os
 import torch, torch.distributed.checkpoint, datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, Qwen2TokenizerFast
 import nemo_rl.trainers.grpo, nemo_rl.trainers.sft, nemo_rl.trainers.dpo, nemo_rl.api.training
@@ -43,56 +41,12 @@ def run(algorithm, model, output):
     except TrainingInterrupted:
         os._exit(75)
     os._exit(0)
-
-print("ready", flush=True)
-while line := sys.stdin.readline():
-    algorithm, model, output = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        try:
-            run(algorithm, model, output)
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            os._exit(1)
-    print(pid, flush=True)
-    sys.stdin.readline()  # until then an ended child stays a zombie, so that its number is not given to another
-    _, status = os.waitpid(pid, 0)
-    print(os.waitstatus_to_exitcode(status), flush=True)
 """.replace("STEPS", str(STEPS))
 
 
-class Runs:
-    """Starts runs in children of one process that has the engine loaded."""
-
-    def __init__(self, model: str) -> None:
-        self.model = model
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        assert self.server.stdout
-        assert self.server.stdout.readline() == "ready\n"
-
-    def run(self, algorithm: str, output: Path, kill_after: float | None = None, number: int = signal.SIGKILL) -> int:
-        assert self.server.stdin and self.server.stdout
-        print(json.dumps([algorithm, self.model, str(output)]), file=self.server.stdin, flush=True)
-        pid = int(self.server.stdout.readline())
-        if kill_after is not None:
-            time.sleep(kill_after)  # the moment of the kill is what the test varies
-            os.kill(pid, number)
-        print("reap", file=self.server.stdin, flush=True)
-        return int(self.server.stdout.readline())
-
-    def close(self) -> None:
-        assert self.server.stdin
-        self.server.stdin.close()
-        self.server.wait(timeout=30)
-
-
 @pytest.fixture(scope="module")
-def runs(tiny_model: str):
-    started = Runs(tiny_model)
+def runs():
+    started = ForkServer(SOURCE)
     yield started
     started.close()
 
@@ -119,10 +73,10 @@ def outcome(output: Path) -> dict[str, object]:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("algorithm", list(KILLS))
-def test_killed_runs_equal_an_unbroken_one(algorithm: str, runs: Runs, tmp_path: Path) -> None:
+def test_killed_runs_equal_an_unbroken_one(algorithm: str, runs: ForkServer, tiny_model: str, tmp_path: Path) -> None:
     draw = random.Random(algorithm)
     begin = time.monotonic()
-    assert runs.run(algorithm, tmp_path / "unbroken") == 0
+    assert runs.run(algorithm, tiny_model, str(tmp_path / "unbroken")) == 0
     seconds = time.monotonic() - begin
     expected = outcome(tmp_path / "unbroken")
     assert [line["step"] for line in expected["metrics"]] == list(range(STEPS + 1)), "0 is the measurement of the start"
@@ -130,7 +84,8 @@ def test_killed_runs_equal_an_unbroken_one(algorithm: str, runs: Runs, tmp_path:
     output = tmp_path / "broken"
     while len(codes) < KILLS[algorithm]:
         number = draw.choice([signal.SIGKILL, signal.SIGTERM])
-        code = runs.run(algorithm, output, draw.uniform(0.1, 0.9) * seconds, number)
+        moment = draw.uniform(0.1, 0.9) * seconds
+        code = runs.run(algorithm, tiny_model, str(output), kill_after=moment, number=number)
         if code == 0 or finished(output):  # it was done before the kill: compare, and go on with a fresh run
             assert outcome(output) == expected
             output = tmp_path / f"broken-{len(codes)}-{time.monotonic_ns()}"
@@ -138,7 +93,7 @@ def test_killed_runs_equal_an_unbroken_one(algorithm: str, runs: Runs, tmp_path:
             continue
         assert code in (-signal.SIGKILL, -signal.SIGTERM, 75)
         codes.append(code)
-    assert runs.run(algorithm, output) == 0
+    assert runs.run(algorithm, tiny_model, str(output)) == 0
     assert outcome(output) == expected
     assert -signal.SIGKILL in codes
     assert not list(tmp_path.glob("broken*-2")), "a run that should have gone on was started anew"
