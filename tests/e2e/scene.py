@@ -22,7 +22,9 @@ FINAL = ("Succeeded", "Failed")
 RESTRICTED = "pod-security.kubernetes.io/enforce"
 # the worker, and not its launcher, which is process 1 and cannot be killed from within the pod
 KILL = """
-import os, signal
+import os, signal, sys
+for path in sys.argv[1:]:
+    open(path, "w").close()
 for entry in filter(str.isdigit, os.listdir("/proc")):
     words = open(f"/proc/{entry}/cmdline").read().split("\\0")
     if int(entry) not in (1, os.getpid()) and "nemo_rl.worker" in words:
@@ -188,9 +190,9 @@ class TrainingJob:
     def execute(self, *command: str, index: int = 0, attempt: int = 1, check: bool = True) -> str:
         return self.kubectl("exec", self.pod(index, attempt)["metadata"]["name"], "--", *command, check=check)
 
-    def kill_worker(self, index: int = 0, attempt: int = 1) -> None:
-        """Ends the worker in a pod without warning, as the kernel does when memory is short."""
-        assert "killed" in self.execute("python", "-c", KILL, index=index, attempt=attempt)
+    def kill_worker(self, *marks: str, index: int = 0, attempt: int = 1) -> None:
+        """Ends the worker in a pod without warning, as the kernel does when memory is short; `marks` are files made just before."""
+        assert "killed" in self.execute("python", "-c", KILL, *marks, index=index, attempt=attempt)
 
     def patch(self, **spec: Any) -> None:
         self.kubectl("patch", names.PLURAL, self.name, "--type=merge", "-p", json.dumps({"spec": spec}))

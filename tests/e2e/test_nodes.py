@@ -57,8 +57,7 @@ def test_a_job_goes_on_from_its_last_checkpoint_when_either_pod_is_killed(
 ):
     job = nodes.apply(two_nodes(nodes, f"killed-{index}", pause=0.3))
     job.until(lambda status: status["checkpoint"]["latestStep"] >= SAVE_EVERY, "a checkpoint")
-    job.execute("touch", "/output/killed", index=index)
-    job.kill_worker(index)
+    job.kill_worker("/output/killed", index=index)
     status = job.phase("Succeeded")
     first, second = status["attempts"]
     assert (first["cause"], first["counted"], second["cause"]) == ("Error", True, "Succeeded")
