@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -111,11 +112,17 @@ def on_disk(output: Path, step: int = STEPS) -> dict[str, object]:
     }
 
 
-def in_store(uri: str) -> dict[str, object]:
+def finished(uri: str) -> bool:
+    """Whether the run was complete; if it was killed, it had only to let its lease go."""
+    head = read_head(Store(uri))
+    return bool(head and head["record"] and head["record"]["status"] == "finished")
+
+
+def in_store(uri: str, killed: bool = False) -> dict[str, object]:
     """What a store holds of a run, every file of every checkpoint checked against its digest."""
     store = Store(uri)
     head = read_head(store)
-    assert head is not None and head["holder"] is None
+    assert head is not None and (killed or head["holder"] is None)
     assert head["record"]["status"] == "finished"
     named = {e["name"]: e for e in head["checkpoints"]}
     for entry in head["checkpoints"]:
@@ -166,9 +173,12 @@ def test_kills_at_any_moment_lose_nothing(runs, undisturbed, tmp_path, store_env
     uri, kills = "s3://bucket/killed/run", 0
     while kills < KILLS:
         cache = tmp_path / f"machine-{draw.randrange(2) * kills}"
-        if runs.run(uri, cache, kill_after=draw.uniform(0.1, 1.6) * seconds) == 0:
-            assert in_store(uri) == on_disk(disk)
+        code = runs.run(uri, cache, kill_after=draw.uniform(0.1, 1.6) * seconds)
+        if finished(uri):
+            assert in_store(uri, killed=code != 0) == on_disk(disk)
             uri = f"s3://bucket/killed-{kills}/run"
+        else:
+            assert code != 0
         kills += 1
     assert runs.run(uri, tmp_path / "last") == 0
     assert in_store(uri) == on_disk(disk)
@@ -196,7 +206,8 @@ def test_kills_in_the_midst_of_saves_leave_whole_checkpoints(
     calm = "s3://bucket/calm/run"
     assert runs.run(calm, tmp_path / "calm", endpoint=faults.url) == 0
     changes = sum(written(method, path, calm) for method, path, _ in faults.seen)
-    draw, uri, kills, loaded = random.Random(SEED), "s3://bucket/saves/run", 0, 0
+    draw, numbers, kills, loaded = random.Random(SEED), itertools.count(), 0, 0
+    uri = f"s3://bucket/saves-{next(numbers)}/run"
     while kills < KILLS:
         left, way, killed = [draw.randrange(1, changes)], draw.choice(["kill", "killed"]), []
 
@@ -214,9 +225,11 @@ def test_kills_in_the_midst_of_saves_leave_whole_checkpoints(
         faults.choose = lambda method, path: None
         assert code == (-signal.SIGKILL if killed else 0)
         loaded += whole(uri, weights)
-        if not killed:
-            assert in_store(uri) == on_disk(undisturbed[0])
-            uri = f"s3://bucket/saves-{kills}/run"
+        if finished(uri):
+            assert in_store(uri, killed=bool(killed)) == on_disk(undisturbed[0])
+            uri = f"s3://bucket/saves-{next(numbers)}/run"
+        else:
+            assert killed
         kills += bool(killed)
     assert runs.run(uri, tmp_path / "last", endpoint=faults.url) == 0
     assert in_store(uri) == on_disk(undisturbed[0])
