@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Number
 from typing import Any
 
 from nemo_rl.data.conversations import is_missing, to_messages, to_tools
@@ -62,7 +63,7 @@ def check_kinds(rows: Sequence[Row], column: str, *allowed: str) -> None:
 
 
 def _cure(value: Any, allowed: Sequence[str]) -> str:
-    if isinstance(value, (bool, int, float)) and "text" in allowed:
+    if (isinstance(value, Number) or hasattr(value, "isoformat")) and "text" in allowed:
         return "convert the column, for example with str()"
     if isinstance(value, bytes) and "text" in allowed:
         return 'decode the column, for example with .decode("utf-8")'

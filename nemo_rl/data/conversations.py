@@ -27,12 +27,16 @@ _SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
     "function_response": "tool",
+    "function": "tool",
 }
 _ROLES = ("system", "user", "assistant", "tool")
-_OTHER_NAMES = frozenset({"human", "gpt", "chatgpt", "model", "bot"})
-"""Names of ShareGPT and others for two of these roles, which are read under "role" too."""
-_TRAINED = ("train", "training")
-"""Flags of a message (Axolotl) that mean a weight of 1 or 0."""
+_OTHER_NAMES = frozenset({"human", "gpt", "chatgpt", "model", "bot", "function"})
+"""Names of ShareGPT, of OpenAI's earlier functions and others for these roles, which are read under "role" too."""
+_TRAINED = ("train", "training", "trainable", "loss")
+"""Flags of a message (Axolotl, ms-swift) that mean a weight of 1 or 0."""
+_CALL_KEYS = ("name", "id", "type", "index", "function", "tool_call_id", "call_id")
+_ARGUMENTS = ("arguments", "parameters", "args", "input", "kwargs")
+"""Names under which tool calls hold their arguments: OpenAI's and Llama's, LangChain's, Anthropic's."""
 _KNOWN = frozenset({"role", "content", "from", "value", "name", "id", "tool_call_id", "type", "weight", *REASONING})
 _LOOKS_LIKE_ONE = re.compile(r"""\s*\[?\s*\{\s*['"](?:role|from|content|value)['"]\s*:""")
 
@@ -111,19 +115,28 @@ def _message(message: Mapping[str, Any], at: str) -> Message:
         )
     if role not in _ROLES and (role.strip().lower() in _OTHER_NAMES or role.strip().lower() in _ROLES):
         role = _SHAREGPT_ROLES[role.strip().lower()]
+    content = _as_list(content)
     if isinstance(content, (list, tuple)):
         content = _joined_parts(content, at)
     for flag in _TRAINED:
-        if isinstance(found.get(flag), bool):
+        if isinstance(found.get(flag), (bool, int)) and found[flag] in (0, 1):
             found.setdefault("weight", int(found.pop(flag)))
     calls = _tool_calls(found.pop("tool_calls", None), found.pop("function_call", None), at)
     if content is None and (calls or role == "assistant"):
         content = _no_content(found, calls, at)
     if not isinstance(content, str):
         kind = "no text" if content is None else type(content).__name__
-        raise DatasetError(f"found {kind} as the content of {at}; expected text; convert it to a string")
+        raise DatasetError(f"found {kind} as the content of {at}; expected text; {_content_cure(content)}")
+    if isinstance(found.get("weight"), bool):
+        found["weight"] = int(found["weight"])
     _check_weight(found, at)
     return {"role": role, "content": content, **found, **({"tool_calls": calls} if calls else {})}
+
+
+def _content_cure(content: Any) -> str:
+    if content is None:
+        return 'give "" where the turn is meant to be empty, or leave the message out'
+    return "write it as JSON text, json.dumps(content)" if isinstance(content, Mapping) else "convert it to a string"
 
 
 def _from_sharegpt(message: dict[str, Any], at: str) -> dict[str, Any]:
@@ -154,7 +167,7 @@ def _no_content(message: Message, calls: list[Any], at: str) -> str:
 
 def _check_weight(message: Message, at: str) -> None:
     weight = message.get("weight", 1)
-    if isinstance(weight, bool) or weight not in (0, 1):
+    if weight not in (0, 1):
         raise DatasetError(
             f"found weight {weight!r} in {at}; expected 0 (do not train this turn) or 1; round the weights, or repeat "
             "rows that are to count more"
@@ -171,13 +184,22 @@ def is_empty(message: Message) -> bool:
     return not (message["content"].strip() or message.get("tool_calls") or any(message.get(name) for name in REASONING))
 
 
+_PARTS = {
+    "tool_use": 'write it as "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}] beside '
+    "the content",
+    "tool_result": 'write it as a message of its own, {"role": "tool", "content": "..."}',
+    "thinking": 'write it as "reasoning_content": "..." beside the content',
+}
+
+
 def _joined_parts(parts: Iterable[Any], at: str) -> str:
     texts = []
     for part in parts:
         content = part.get("text") if isinstance(part, Mapping) else part
         if not isinstance(content, str):
             found = part.get("type", "an unknown part") if isinstance(part, Mapping) else type(part).__name__
-            raise DatasetError(f"found {found} in the content of {at}; expected text only; remove such parts")
+            cure = _PARTS.get(found, "remove such parts")
+            raise DatasetError(f"found {found} in the content of {at}; expected text only; {cure}")
         texts.append(content)
     return "".join(texts)
 
@@ -189,6 +211,12 @@ def _tool_calls(calls: Any, legacy: Any, at: str) -> list[dict[str, Any]]:
     """Tool calls in OpenAI's form, arguments as a mapping where their text is one. Nulls that Arrow fills in are left
     out; one within arguments written as text is the author's own, and stays.
     """
+    calls, legacy = _as_list(calls), _as_list(legacy)
+    if calls and legacy:
+        raise DatasetError(
+            f"found both tool_calls and function_call in {at}; expected one of them; leave out function_call, whose form is "
+            "that of an earlier API"
+        )
     if not calls:
         calls = [legacy] if legacy else []
     calls = _from_json(calls)
@@ -210,9 +238,16 @@ def _tool_call(call: Any, at: str) -> dict[str, Any]:
             f"found a tool call without a name ({_short(call)}) in {at}; expected "
             '{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}; add the name of the function'
         )
-    arguments = function.get("arguments", function.get("parameters", {}))
+    given = [key for key in _ARGUMENTS if key in function]
+    unread = [str(key) for key in function if key not in (*_CALL_KEYS, *_ARGUMENTS)]
+    if len(given) > 1 or (unread and not given):
+        raise DatasetError(
+            f"found {', '.join(map(repr, given or unread))} in the tool call {name!r} of {at}; expected its arguments under "
+            "'arguments' alone; rename the field, and take out what is no argument"
+        )
+    arguments = function[given[0]] if given else {}
     if isinstance(arguments, str):
-        arguments = _arguments(arguments, at) if arguments.strip() else {}
+        arguments = _arguments(arguments, at) if arguments.strip() not in ("", "null") else {}
     ids = {"id": call["id"]} if "id" in call else {}
     return {**ids, "type": "function", "function": {"name": name, "arguments": arguments}}
 
@@ -239,9 +274,7 @@ def to_tools(value: Any, where: str) -> list[Any] | None:
     """
     if is_missing(value) or (isinstance(value, str) and not value.strip()):
         return None
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    tools = _from_json(value)
+    tools = _from_json(_as_list(value))
     tools = [tools] if isinstance(tools, Mapping) else tools
     if not isinstance(tools, (list, tuple)) or not all(isinstance(_from_json(tool), Mapping) for tool in tools):
         raise DatasetError(
@@ -260,8 +293,14 @@ def to_tools(value: Any, where: str) -> list[Any] | None:
     return found or None
 
 
+def _as_list(value: Any) -> Any:
+    """An array of numpy, which pandas makes of Parquet's lists, as a list; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def without_nulls(value: Any) -> Any:
     """A copy without the keys that are null, at any depth: Arrow gives each row the keys of all."""
+    value = _as_list(value)
     if isinstance(value, Mapping):
         return {k: without_nulls(v) for k, v in value.items() if not is_missing(v)}
     if isinstance(value, (list, tuple)):

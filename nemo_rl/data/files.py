@@ -18,7 +18,22 @@ ROWS = 'a list of rows such as [{"prompt": "2+2=", "answer": "4"}]'
 PARQUET_BATCH_ROWS = 1024
 """Rows of a Parquet file that are held as Python objects at a time."""
 _LFS = b"version https://git-lfs.github.com/spec/"
-_BYTE_ORDER_MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+_BYTE_ORDER_MARKS = {
+    b"\xff\xfe\x00\x00": "utf-32",
+    b"\x00\x00\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
+_PAGES = (b"<!doctype html", b"<html", b"<head", b"<body", b"<!--", b"<?xml")
+_OTHER_FORMATS = {
+    b"PK\x03\x04": ("a zip archive or a sheet of Excel", "unpack it, or save the sheet as CSV"),
+    b"\x28\xb5\x2f\xfd": ("a file compressed with zstd", "unpack it first, with: zstd -d"),
+    b"BZh": ("a file compressed with bzip2", "unpack it first, with: bunzip2"),
+    b"\xfd7zXZ\x00": ("a file compressed with xz", "unpack it first, with: unxz"),
+    b"ARROW1": ("a file of Arrow", "write it as Parquet"),
+    b"%PDF": ("a PDF", "write its text as rows"),
+}
+"""What the first bytes of files say that is not read under any name, and the cure."""
 _LARGEST_CELL = 2**31 - 1
 """Characters that a cell of a .csv may hold; Python's default of 131,072 is less than a long document."""
 
@@ -97,7 +112,8 @@ def _open_bytes(path: Path) -> IO[bytes]:
 def _open_text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
     """The text of a file: UTF-8 with or without a byte order mark, or UTF-16 with one, as Excel's "Unicode text"."""
     with _open_bytes(path) as head:
-        encoding = _BYTE_ORDER_MARKS.get(head.read(2), "utf-8-sig")
+        start = head.read(4)
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8-sig")
     return io.TextIOWrapper(_open_bytes(path), encoding=encoding, newline=newline)
 
 
@@ -118,7 +134,8 @@ def _refuse_what_only_looks_like_data(path: Path) -> None:
             f"found a pointer of Git LFS in {path} instead of the data; expected {SUFFIXES}; fetch the data with: "
             "git lfs pull"
         )
-    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+    bare = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if bare.lower().startswith(_PAGES):
         raise DatasetError(
             f"found a web page in {path}; expected {SUFFIXES}; download the file itself (on a hub: the link called "
             '"raw" or "resolve")'
@@ -126,6 +143,31 @@ def _refuse_what_only_looks_like_data(path: Path) -> None:
     if head.startswith(b"\x1f\x8b"):
         raise DatasetError(
             f"found {path} compressed with gzip; expected a name that says so; rename it to {path.name}.gz"
+        )
+    for mark, (what, cure) in _OTHER_FORMATS.items():
+        if head.startswith(mark):
+            raise DatasetError(f"found {what} in {path}; expected {SUFFIXES}; {cure}")
+    _refuse_another_name(path, head, bare)
+
+
+def _refuse_another_name(path: Path, head: bytes, bare: bytes) -> None:
+    """A file whose first bytes are those of another format that is read too, or of text in another encoding."""
+    ending, is_json = _suffix(path), bare.startswith((b'{"', b'[{"', b"[\n", b"{\n", b"[\r\n", b"{\r\n"))
+    other = None
+    if head.startswith(b"PAR1"):
+        other = ("Parquet", ".parquet")
+    elif is_json:
+        other = ("a list in JSON", ".json") if bare.startswith(b"[") else ("lines of JSON", ".jsonl")
+    tabular = ending in (".csv", ".tsv", ".parquet")
+    if other is not None and (tabular if is_json else ending != ".parquet") and ending != other[1]:
+        raise DatasetError(
+            f"found {other[0]} in {path}; expected what its name says ({ending}); rename it to {path.stem}{other[1]}"
+        )
+    if ending != ".parquet" and not head.startswith(tuple(_BYTE_ORDER_MARKS)) and b"\x00" in head[:4]:
+        wide = "UTF-16LE" if head[1:2] == b"\x00" else "UTF-16BE"
+        raise DatasetError(
+            f"found text in {path} that is in UTF-16 without saying so; expected UTF-8; convert it with: iconv -f {wide} "
+            f"-t UTF-8 {path.name}"
         )
 
 
@@ -142,13 +184,15 @@ def _not_text(path: Path, error: UnicodeDecodeError) -> DatasetError:
 def _read_jsonl(path: Path) -> Iterator[Any]:
     with _open_text(path) as lines:
         try:
+            first = True
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
-                if number == 1 and line.lstrip().startswith("["):
+                if first and line.lstrip().startswith("["):
                     # a list of rows, under the name of lines of rows
                     yield from _read_json(path)
                     return
+                first = False
                 yield _parsed(line, path, number)
         except UnicodeDecodeError as error:
             raise _not_text(path, error) from error
@@ -174,6 +218,10 @@ def _parsed(line: str, path: Path, number: int) -> Any:
 def _json_cure(line: str) -> str:
     if line.startswith("{'") or line.startswith("[{'"):
         return "these are Python's quotes: write each row with json.dumps(row), not with str(row)"
+    if not line.startswith(("{", "[")):
+        return "a row begins with {: take out lines that are none (comments, a message of a server), or rename a table to .csv"
+    if line.endswith(("},", "],")):
+        return "take the comma at the end of each line away, or put all rows into one list ([...])"
     if not line.endswith(("}", "]")):
         return "the line ends in the middle of a row: write the file anew, one row a line"
     return "correct the line"
@@ -283,8 +331,12 @@ def _read_csv(path: Path) -> Iterator[Any]:
     try:
         with _open_text(path, newline="") as lines:
             header = lines.readline()
+            told = header.strip("\r\n\ufeff").lower().removeprefix("sep=") if header.lower().startswith("sep=") else ""
             separator = "\t" if _suffix(path) == ".tsv" else _separator(header)
-            lines.seek(0)
+            if told in _NAMES:  # Excel's way of saying it, in a line of its own
+                separator = told
+            else:
+                lines.seek(0)
             yield from _csv_rows(csv.reader(lines, delimiter=separator, strict=True), path, separator)
     except UnicodeDecodeError as error:
         raise _not_text(path, error) from error
@@ -312,7 +364,7 @@ def _csv_rows(reader: Any, path: Path, separator: str) -> Iterator[dict[str, Any
                 f"found {'more' if more else 'fewer'} cells than columns in line {begin} of {path} ({len(cells)} "
                 f"instead of {len(columns)}); expected {len(columns)}; "
                 + (
-                    f"put quotes around cells that contain {_NAMES[separator]}"
+                    f"put double quotes around cells that contain {_NAMES[separator]}"
                     if more
                     else "add the missing cells, empty ones if there is no value"
                 )

@@ -135,7 +135,9 @@ def open_rows(source: Any) -> RowStream:
     if (table := rows_of_table(source)) is not None:
         return RowStream(table, lazy=False, name=f"the {type(source).__name__}")
     if hasattr(source, "to_list") and hasattr(source, "column_names"):
-        return RowStream(iter(source.with_format(None)), lazy=False, name="the data set")
+        # Formats of arrays are taken off; a function of the user's (with_transform) makes the rows that are meant.
+        own = getattr(source, "format", {}).get("type") == "custom"
+        return RowStream(iter(source if own else source.with_format(None)), lazy=False, name="the data set")
     if isinstance(source, Iterable):
         # A generator or a streamed data set may never end.
         return RowStream(iter(source), lazy=True, name=f"the {type(source).__name__}")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -195,10 +195,20 @@ def _fingerprint(algorithm: str, rows: Sequence[Row]) -> str:
     """SHA-256 over the rows as they were read: how a template writes them, today's date included, does not count."""
     digest = hashlib.sha256(algorithm.encode())
     for row in rows:
-        text = json.dumps(row, sort_keys=True, separators=(",", ":"), default=_stable)
+        try:
+            text = json.dumps(row, sort_keys=True, separators=(",", ":"), default=_stable)
+        except TypeError:  # names that are no text, or not of one kind
+            text = json.dumps(_with_names(row), sort_keys=True, separators=(",", ":"), default=_stable)
         digest.update(len(text).to_bytes(8, "little"))
         digest.update(text.encode())
     return digest.hexdigest()
+
+
+def _with_names(value: Any) -> Any:
+    """A copy whose mappings have text as keys, which tells 1 from "1"."""
+    if isinstance(value, Mapping):
+        return {k if isinstance(k, str) else f"{type(k).__name__} {k!r}": _with_names(v) for k, v in value.items()}
+    return [_with_names(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _stable(value: Any) -> Any:

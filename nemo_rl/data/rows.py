@@ -89,7 +89,7 @@ class Report:
         if self.truncated:
             line += f"; truncated: {self.truncated:,}"
         if self.unused:
-            line += f"; columns not used: {', '.join(self.unused)}"
+            line += f"; columns not used: {', '.join(str(name).strip() or '(without a name)' for name in self.unused)}"
         for note, count in sorted(self.notes.items()):
             line += f"\nnote, {count:,} time{'s' if count > 1 else ''}: {note}"
         return line

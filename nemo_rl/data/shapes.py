@@ -57,8 +57,11 @@ def unknown_shape(algorithm: str, columns: Sequence[str], empty: Sequence[str] =
     """The error for rows whose columns fit no shape that the algorithm can train on. `empty` hold no value in any row."""
     without = f"; {', '.join(map(repr, empty))} there, but with no value in any row" if empty else ""
     shapes = "\n".join(f"  - {name}\n      {example}" for name, example in ACCEPTED[algorithm])
+    cure = "Rename or map the columns to one of them."
+    if len(columns) == 1 and any(separator in str(columns[0]) for separator in ",;\t|"):
+        cure = "All names stand in one cell: the cells of a .tsv are separated by tabs, others belong into a .csv."
     return DatasetError(
         f"found the columns {', '.join(map(repr, columns)) or '(none with a value)'}{without}; expected, for {algorithm}, one "
         "of "
-        f"these shapes (one row of each):\n{shapes}\nRename or map the columns to one of them."
+        f"these shapes (one row of each):\n{shapes}\n{cure}"
     )

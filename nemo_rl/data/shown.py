@@ -68,7 +68,7 @@ def hidden_fields(text: Shown, messages: Sequence[Message]) -> set[str]:
         str(name)
         for message in messages
         for name, value in message.items()
-        if name not in UNSEEN and not all(leaf in text for leaf in _leaves(value))
+        if name not in UNSEEN and (isinstance(value, bool) or not all(leaf in text for leaf in _leaves(value)))
     }
 
 

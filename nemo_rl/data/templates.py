@@ -47,6 +47,7 @@ class Template:
         self._arguments = dict(arguments or {})
         self.exists = bool(getattr(tokenizer, "chat_template", None))
         self.notes: Counter[str] = Counter()
+        self._unwritten: dict[Any, int | None] = {}
         self._patterns = probes.TokenPatterns.of(tokenizer)
 
     # --- what it is like
@@ -167,7 +168,9 @@ class Template:
         """Raises `DatasetError` where the template shows less than the row says; thinking of untrained turns is noted."""
         shown = Shown(text)
         tools = {**self._arguments, **arguments}.get("tools") or ()
-        if lost := next(hidden(shown, messages, tools), None):
+        # Short words may stand in the text for another reason, so it is also asked what the template leaves out as such.
+        lost = next(hidden(shown, messages, tools), None) or self._left_out(messages, tools, arguments)
+        if lost:
             raise DatasetError(
                 f"found a chat template that leaves out or rewrites {lost}, of the conversation starting {_shown(messages)}; expected "
                 "all that a row says to be written; give a template that writes it (chat_template=...), or take it out "
@@ -182,6 +185,41 @@ class Template:
             self.notes["the chat template removes the thinking of earlier turns, which are not trained"] += 1
         if fields := hidden_fields(shown, messages):
             self.notes[f"the chat template does not show these fields of messages: {', '.join(sorted(fields))}"] += 1
+
+    def _left_out(self, messages: Sequence[Message], tools: Sequence[Any], arguments: Mapping[str, Any]) -> str | None:
+        """What a template leaves out of conversations of these roles, whatever their words: a phrase, or None for nothing."""
+        forms = tuple((m["role"], bool(m["content"].strip()), bool(m.get("tool_calls"))) for m in messages)
+        key = (forms, tuple(sorted(arguments)))
+        if key not in self._unwritten:
+            marks = [f"zq{index}qz" for index in range(len(messages))]
+            marked = [
+                {**m, "content": mark} if m["content"].strip() else m for m, mark in zip(messages, marks, strict=True)
+            ]
+            text = self._try_render(marked, arguments=arguments)
+            missing = [i for i, mark in enumerate(marks) if forms[i][1] and text is not None and mark not in text]
+            self._unwritten[key] = missing[0] if missing else None
+        if (position := self._unwritten[key]) is not None:
+            role, content = messages[position]["role"], _shown(messages[position : position + 1])
+            return f"the text of message {position} ({role}), {content}"
+        nested = [isinstance(tool, Mapping) and isinstance(tool.get("function"), Mapping) for tool in tools]
+        if (True in nested and not self._writes_tools[1]) or (False in nested and not any(self._writes_tools)):
+            return "the tools"
+        return None
+
+    @cached_property
+    def _writes_tools(self) -> tuple[bool, bool]:
+        """Whether the template writes tools in the flat form, and in OpenAI's."""
+        flat = {"name": "probe_name", "description": "probe", "parameters": {"type": "object", "properties": {}}}
+
+        def written(tool: Mapping[str, Any]) -> bool:
+            question = {"role": "user", "content": "zq"}
+            texts = [
+                self._try_render(messages, arguments={"tools": [tool]})
+                for messages in ([question], [{"role": "system", "content": "qz"}, question])
+            ]
+            return texts == [None, None] or any("probe_name" in text for text in texts if text is not None)
+
+        return written(flat), written({"type": "function", "function": flat})
 
     # --- rendering
 

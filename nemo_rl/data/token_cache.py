@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -25,7 +26,7 @@ CACHED_ROWS = 10_000
 """Below this number of rows tokenising takes a moment, and nothing is kept on disk."""
 UNUSED_DAYS = 30
 """Entries that nobody has opened for this long are removed when another one is made."""
-FORMAT = 1
+FORMAT = 2
 
 
 def cache_folder() -> Path:
@@ -48,6 +49,7 @@ def cache_key(encoder: Encoder, fingerprint: str) -> str | None:
         return None  # what such a tokenizer does is not all in its files
     parts = [
         FORMAT,
+        _code(),
         transformers.__version__,
         fingerprint,
         encoder.algorithm,
@@ -62,6 +64,15 @@ def cache_key(encoder: Encoder, fingerprint: str) -> str | None:
         [getattr(encoder.settings, name, None) for name in ("max_new_tokens", "train_on_prompt")],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@functools.cache
+def _code() -> str:
+    """SHA-256 of the modules that turn rows into tokens: another version of them makes its own."""
+    digest = hashlib.sha256()
+    for module in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(module.read_bytes())
+    return digest.hexdigest()
 
 
 def cached(key: str, make: Callable[[], Iterable[Encoded]]) -> Encoded:

@@ -111,7 +111,7 @@ def test_a_cell_may_be_longer_than_pythons_own_limit(tmp_path: Path) -> None:
 # --- encodings, compression, and what is no data at all
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json"])
 def test_encodings_that_say_what_they_are(tmp_path: Path, encoding: str, name: str) -> None:
     text = {"a.csv": "prompt,answer\né,ü\n", "a.jsonl": '{"prompt": "é", "answer": "ü"}\n'}
@@ -144,7 +144,39 @@ def test_a_pointer_of_git_lfs_is_not_taken_for_data(tmp_path: Path) -> None:
 
 
 def test_a_web_page_is_not_taken_for_data(tmp_path: Path) -> None:
-    refused(file(tmp_path, "a.csv", "\n<!DOCTYPE html><html><body>404</body></html>"), "web page", "download the file")
+    for text in (
+        "\n<!DOCTYPE html><html>404</html>",
+        "\ufeff<html>",
+        "<!-- x --><html>",
+        '<?xml version="1.0"?><Error/>',
+    ):
+        for name in ("a.csv", "a.jsonl", "a.parquet"):
+            refused(file(tmp_path, name, text), "web page", "download the file")
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "words"),
+    [
+        ("a.jsonl", b"PAR1\x15\x04", ["Parquet", "rename it to a.parquet"]),
+        ("a.parquet", b'{"prompt": "a"}\n', ["lines of JSON", "rename it to a.jsonl"]),
+        ("a.csv", b'{"prompt": "a"}\n', ["lines of JSON", "rename it to a.jsonl"]),
+        ("a.tsv", b'[\n {"prompt": "a"}]', ["a list in JSON", "rename it to a.json"]),
+        ("a.csv", b"PK\x03\x04\x14", ["sheet of Excel", "save the sheet as CSV"]),
+        ("a.jsonl", b"\x28\xb5\x2f\xfd\x00", ["zstd", "zstd -d"]),
+        ("a.jsonl", b"BZh91", ["bzip2", "bunzip2"]),
+        ("a.json", '[{"prompt": "a"}]'.encode("utf-16-le"), ["UTF-16 without saying so", "iconv -f UTF-16LE"]),
+    ],
+)
+def test_a_file_under_the_name_of_another_format_is_told_by_its_first_bytes(
+    tmp_path: Path, name: str, start: bytes, words: list[str]
+) -> None:
+    refused(file(tmp_path, name, start), *words)
+
+
+def test_excels_line_that_names_the_separator_is_no_header(tmp_path: Path) -> None:
+    assert load_rows(file(tmp_path, "a.csv", 'sep=;\r\nprompt;answer\r\n"a;b";c\r\n')) == [
+        {"prompt": "a;b", "answer": "c"}
+    ]
 
 
 @pytest.mark.parametrize(
@@ -198,6 +230,7 @@ def test_one_row_alone_is_a_row(tmp_path: Path) -> None:
 def test_a_list_of_rows_under_the_name_jsonl_is_read(tmp_path: Path) -> None:
     assert load_rows(file(tmp_path, "a.jsonl", json.dumps(ROWS))) == ROWS
     assert load_rows(file(tmp_path, "b.jsonl", json.dumps(ROWS, indent=2))) == ROWS
+    assert load_rows(file(tmp_path, "c.jsonl", "\n\n" + json.dumps(ROWS))) == ROWS
 
 
 @pytest.mark.parametrize(
@@ -205,6 +238,8 @@ def test_a_list_of_rows_under_the_name_jsonl_is_read(tmp_path: Path) -> None:
     [
         ("{'prompt': 'a'}", ["Python's quotes", "json.dumps"]),
         ('{"prompt": "a", "ans', ["middle of a row"]),
+        ('{"prompt": "a"},', ["the comma at the end"]),
+        ("# a comment", ["take out lines that are none"]),
         ('{"prompt": "a", "prompt": "b"}', ["the key 'prompt' twice in one object"]),
         ('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", ["nested too deeply"]),
         ('{"prompt": ' + "9" * 5000 + "}", ["a number that cannot be read"]),
@@ -231,6 +266,23 @@ def test_tables_in_memory_are_read_as_rows() -> None:
     wanted = [{"prompt": "a", "score": 1.0, "messages": CHAT}, {"prompt": None, "score": None, "messages": CHAT}]
     assert load_rows(frame) == wanted
     assert load_rows(pyarrow.Table.from_pylist(ROWS)) == ROWS
+
+
+def test_tables_lose_no_column() -> None:
+    pandas = pytest.importorskip("pandas")
+    twice = pandas.DataFrame([["q", "a", "b"]], columns=["prompt", "completion", "completion"])
+    for table in (twice, pyarrow.table([["q"], ["a"]], names=["completion", "completion"])):
+        with pytest.raises(DatasetError, match=r"the column 'completion' twice in the table.*rename"):
+            load_rows(table)
+    indexed = pandas.DataFrame({"prompt": ["q"], "completion": ["a"]}).set_index("prompt")
+    assert load_rows(indexed) == [{"prompt": "q", "completion": "a"}]
+
+
+def test_a_transform_of_the_user_makes_the_rows() -> None:
+    loaded = datasets.Dataset.from_list(ROWS)
+    assert load_rows(loaded.with_format("numpy")) == ROWS
+    changed = loaded.with_transform(lambda batch: {"prompt": [text.upper() for text in batch["prompt"]]})
+    assert load_rows(changed) == [{"prompt": row["prompt"].upper()} for row in ROWS]
 
 
 def test_arrays_in_the_cells_of_a_data_frame_become_lists(tmp_path: Path) -> None:

@@ -232,9 +232,11 @@ def test_fingerprint_is_of_the_rows_their_columns_and_their_order(make_tokenizer
         of([{**row, "day": today.replace(day=2)} for row in ROWS]),
         of(ROWS, "sft", SFTSpec()),
     ]
+    for answer in ({1: "a", "b": 2}, {"1": "a", "b": 2}, {(1, 2): "a"}):
+        variants.insert(0, of([{**row, "answer": answer} for row in ROWS]))
     assert len(set(variants)) == len(variants)
     assert of(ROWS, "sft", SFTSpec(train_on_prompt=True)) == variants[-1], "settings are told apart by themselves"
-    assert of(copy.deepcopy(ROWS)) == variants[0]
+    assert of(copy.deepcopy(ROWS)) == variants[3]
 
 
 # --- batches

@@ -195,9 +195,10 @@ def test_empty_answers_are_left_out_and_counted(make_tokenizer: MakeTokenizer, e
     assert "1 with an empty assistant turn" in report
 
 
-@pytest.mark.parametrize("flag", ["train", "training"])
-def test_flags_of_other_tools_are_weights(make_tokenizer: MakeTokenizer, flag: str) -> None:
-    messages = [user("a"), {**assistant("b"), flag: False}, user("c"), {**assistant("d"), flag: True}]
+@pytest.mark.parametrize("values", [(False, True), (0, 1)])
+@pytest.mark.parametrize("flag", ["train", "training", "trainable", "loss", "weight"])
+def test_flags_of_other_tools_are_weights(make_tokenizer: MakeTokenizer, flag: str, values: tuple[int, int]) -> None:
+    messages = [user("a"), {**assistant("b"), flag: values[0]}, user("c"), {**assistant("d"), flag: values[1]}]
     (shown,), report = look(make_tokenizer(CHATML), [{"messages": messages}])
     assert shown.count("⟦") == 1
     assert "⟦d<|im_end|>⟧" in shown
@@ -241,6 +242,29 @@ def test_fields_of_messages_that_the_template_does_not_show_are_noted(make_token
     assert "note, 1 time: the chat template does not show these fields of messages: name" in report
 
 
+def test_flags_that_nothing_reads_are_noted(make_tokenizer: MakeTokenizer) -> None:
+    _, report = look(make_tokenizer(CHATML), [{"messages": [user("hi"), {**assistant("yo"), "masked": True}]}])
+    assert "note, 1 time: the chat template does not show these fields of messages: masked" in report
+
+
+def test_turn_that_the_template_leaves_out_is_refused_also_if_its_words_stand_elsewhere(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    template = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'ipython' %}")
+    messages = [user("2+2?"), assistant("run"), {"role": "ipython", "content": "4"}, assistant("4")]
+    with pytest.raises(DatasetError, match=r"leaves out or rewrites the text of message 2 \(ipython\), '4'"):
+        look(make_tokenizer(template), [{"messages": messages}])
+
+
+def test_tools_that_the_template_leaves_out_are_refused_also_if_their_names_stand_elsewhere(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    template = CHATML.partition("{% endif %}")[2]
+    row = {"messages": [user("user"), assistant("b")], "tools": [{"type": "function", "function": {"name": "user"}}]}
+    with pytest.raises(DatasetError, match=r"leaves out or rewrites the tools"):
+        look(make_tokenizer(template), [row])
+
+
 def test_system_turn_that_the_template_leaves_out_is_refused(make_tokenizer: MakeTokenizer) -> None:
     template = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
     messages = [{"role": "system", "content": "Be kind."}, user("hi"), assistant("yo")]
@@ -262,6 +286,9 @@ def test_system_turn_that_the_template_leaves_out_is_refused(make_tokenizer: Mak
         assistant(None, tool_calls=json.dumps([{"name": "weather", "arguments": {"city": "Oslo"}}])),
         assistant(None, function_call={"name": "weather", "arguments": '{"city": "Oslo"}'}),
         {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo"}}'},
+        assistant("", tool_calls=[{"name": "weather", "args": {"city": "Oslo"}, "id": "1", "type": "tool_call"}]),
+        assistant("", tool_calls=[{"type": "tool_use", "name": "weather", "input": {"city": "Oslo"}}]),
+        assistant("", tool_calls=np.array([{"name": "weather", "arguments": {"city": "Oslo"}}], dtype=object)),
     ],
 )
 def test_tool_calls_of_every_form_come_out_in_the_form_of_the_template(
@@ -277,6 +304,41 @@ def test_tool_calls_of_every_form_come_out_in_the_form_of_the_template(
     assert "⟦<call>" in shown
     assert "</call><|im_end|>⟧" in shown
     assert shown.endswith("⟦3 degrees<|im_end|>⟧")
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (
+            assistant("", tool_calls=[{"name": "f", "argument": {"x": 1}}]),
+            "'argument' in the tool call 'f'.*'arguments'",
+        ),
+        (assistant("", tool_calls=[{"name": "f", "arguments": {}, "input": {"x": 1}}]), "'arguments', 'input' in the"),
+        ({**call("f", {}), "function_call": {"name": "g", "arguments": "{}"}}, "both tool_calls and function_call"),
+        ({"role": "tool", "content": {"t": 3}}, "found dict as the content.*json.dumps"),
+        ({"role": "tool", "content": None}, 'found no text as the content.*give ""'),
+        (assistant([{"type": "tool_use", "name": "f", "input": {}}]), "found tool_use in the content.*tool_calls"),
+    ],
+)
+def test_tool_calls_and_answers_that_would_lose_something_are_refused_with_the_cure(
+    make_tokenizer: MakeTokenizer, message: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(DatasetError, match=words):
+        look(make_tokenizer(CALLS), [{"messages": [user("a"), message, assistant("b")]}])
+
+
+@pytest.mark.parametrize("nothing", ["null", " ", None, "{}"])
+def test_a_call_without_arguments_has_an_empty_mapping(make_tokenizer: MakeTokenizer, nothing: Any) -> None:
+    (shown,), _ = look(make_tokenizer(CALLS), [{"messages": [user("a"), call("f", nothing)]}])
+    assert '"arguments": {}' in shown
+
+
+def test_the_answer_of_openais_earlier_functions_is_a_tools(make_tokenizer: MakeTokenizer) -> None:
+    turns = [user("a"), assistant(None, function_call={"name": "f", "arguments": "{}"})]
+    (shown,), _ = look(
+        make_tokenizer(CALLS), [{"messages": [*turns, {"role": "function", "content": "3"}, assistant("3")]}]
+    )
+    assert "<|im_start|>tool\n3<|im_end|>" in shown
 
 
 def test_nulls_that_arrow_fills_in_are_not_trained(make_tokenizer: MakeTokenizer) -> None:
