@@ -27,6 +27,7 @@ from nemo_rl.job.spec import (
     RolloutSpec,
     TrainingSpec,
 )
+from nemo_rl.job.text import problem_of
 
 LIVE_DATASET = "python://dataset"
 LIVE_VALIDATION = "python://validation_dataset"
@@ -331,6 +332,11 @@ def _add_environment(values: dict[str, Any], secrets: Iterable[str], caller: str
     if isinstance(env, Mapping):
         env = [{"name": name, "value": str(value)} for name, value in env.items()]
     for entry in env or ():
+        if not isinstance(entry, Mapping) and not hasattr(entry, "name"):
+            raise TypeError(
+                f"{caller}(): found {type(entry).__name__} as an entry of env; expected a mapping of name to text; write "
+                'env={"NAME": "text"}'
+            )
         name, value = (
             (entry.get("name"), entry.get("value")) if isinstance(entry, Mapping) else (entry.name, entry.value)
         )
@@ -363,7 +369,7 @@ def _section(model: type[BaseModel], given: Mapping[str, Any], caller: str, prob
 
 def _explain(model: type[BaseModel], error: Any, caller: str) -> str:
     """found → expected → meaning of the setting, for one error of pydantic."""
-    expected = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    expected = problem_of(error)
     if not error["loc"]:
         return f"{caller}(): {expected}"
     where = error["loc"][0]

@@ -138,7 +138,7 @@ class Executor:
                     value = target(*args, **keywords)
                     if inspect.isawaitable(value):
                         value = self._in_loop(_result_of(value))
-                message = ("value", call.index, *as_reward(value))
+                message = ("value", call.index, *as_reward(signature.score_of(value)))
             except BaseException as error:
                 message = failure(call.index, error)
             self._emit(message)
@@ -160,7 +160,7 @@ class Executor:
             return
         for call, value in zip(calls, values, strict=True):
             try:
-                self._emit(("value", call.index, *as_reward(value)))
+                self._emit(("value", call.index, *as_reward(reward.signature.score_of(value))))
             except BadValue as error:
                 self._emit(failure(call.index, error))
 
@@ -178,7 +178,7 @@ class Executor:
                     with seeded(call.key, shared=self._shared):
                         pending = reward.target(*args, **keywords)
                         value = await _within(pending, request.timeout_seconds)
-                    self._emit(("value", call.index, *as_reward(value)))
+                    self._emit(("value", call.index, *as_reward(reward.signature.score_of(value))))
                 except BaseException as error:
                     task = asyncio.current_task()
                     if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
@@ -219,7 +219,10 @@ def as_reward(value: Any) -> tuple[float, dict[str, float]]:
         if not value:
             raise BadValue(WRONG_TYPE, "returned an empty dict; expected at least one named number")
         parts = {str(name): number(part, f" for {name!r}") for name, part in value.items()}
-        return math.fsum(parts.values()), parts
+        try:
+            return math.fsum(parts.values()), parts
+        except OverflowError:
+            raise BadValue(NOT_FINITE, f"returned {value}, whose sum is too large; expected a finite sum") from None
     return number(value), {}
 
 
@@ -232,7 +235,10 @@ def number(value: Any, where: str = "") -> float:
                 WRONG_TYPE,
                 f"returned {shown[:80]}{'…' if len(shown) > 80 else ''} ({type(value).__name__}){where}; expected a number",
             )
-        value = float(value)
+        try:
+            value = float(value.detach() if hasattr(value, "detach") else value)
+        except OverflowError:  # an integer of more than 308 digits
+            value = math.inf
     if not math.isfinite(value):
         raise BadValue(NOT_FINITE, f"returned {value}{where}; expected a finite number")
     return float(value)

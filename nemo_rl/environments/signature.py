@@ -67,6 +67,11 @@ class RewardSignature:
             argument.name == "completions" and argument.role == RESPONSE for argument in self.takes.given
         )
 
+    def score_of(self, value: Any) -> Any:
+        """What a reward returned; of a reward of verl, whose dict has further values for its log, the score alone."""
+        of_verl = any(argument.name in ("solution_str", "solution_strs") for argument in self.takes.given)
+        return value["score"] if of_verl and isinstance(value, Mapping) and "score" in value else value
+
     @classmethod
     def of(cls, fn: Any, columns: Collection[str] | None = None) -> RewardSignature:
         """Inspects a callable. TypeError, with what was found and the cure, if no call of it could work.

@@ -23,6 +23,7 @@ _MEANS: dict[str, str] = {
     "gradient_accumulation_steps": "not needed: {batch_size} counts the rows of one optimizer step, and "
     "{tokens_per_microbatch} how many tokens of them go through the model at once",
     "train_batch_size": "{batch_size}",
+    "per_device_batch_size": "{batch_size}, which counts the rows of one optimizer step on all devices together",
     "global_batch_size": "{batch_size}",
     "generation_batch_size": "{batch_size} (prompts) times {num_generations_per_prompt} (completions of each)",
     "micro_batch_size": "{tokens_per_microbatch}, which counts tokens and not rows",
@@ -71,6 +72,7 @@ _MEANS: dict[str, str] = {
     "kl_loss_coef": "{beta}",
     "init_kl_coef": "{beta}",
     "epsilon": "{clip_low} and {clip_high}",
+    "clip_epsilon": "{clip_low} and {clip_high}",
     "cliprange": "{clip_low} and {clip_high}",
     "clip_range": "{clip_low} and {clip_high}",
     "clip_ratio": "{clip_low} and {clip_high}",

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from nemo_rl.job import decode, names
 from nemo_rl.job.foreign import meaning_of, nearest
 from nemo_rl.job.spec import SECTIONS, ResourcesSpec, RLTrainingJobSpec, TrainingSpec
+from nemo_rl.job.text import problem_of
 
 _TOP_LEVEL = ("apiVersion", "kind", "metadata", "spec", "status")
 _METADATA = ("name", "namespace", "labels", "annotations")
@@ -212,7 +213,7 @@ class _Reader:
             return self.say(path, "missing; it is required")
         if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
             return self.say(path, _not_a_section(path, error["input"]))
-        problem = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        problem = problem_of(error)
         found = "" if error["type"] == "value_error" or "env" in path else f"found {_short(error['input'])}, "
         return self.say(path, f"{found}{problem}")
 
@@ -231,6 +232,8 @@ def _not_a_section(path: _PATH, value: Any) -> str:
         meant = "path"
     elif isinstance(value, str) and meant == "builtin" and ":" in value:
         meant = "function"
+    elif isinstance(value, str) and meant == "claim" and "://" in value:
+        meant = "uri"
     elif isinstance(value, list) and meant == "name":
         meant, value = "inline", "[...]"
     shown = f"; write {name}: {{{meant}: {value}}}" if meant and isinstance(value, str) else ""

@@ -6,10 +6,21 @@ Python names are snake_case; YAML names are the camelCase of the same words. Unk
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.alias_generators import to_camel
+from pydantic_core import PydanticCustomError
 
 from nemo_rl.job import names, uris
 from nemo_rl.job.decode import too_deep
@@ -37,6 +48,21 @@ class Section(BaseModel):
         validate_default=True,
         allow_inf_nan=False,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and _takes_numbers_only(cls.model_fields[str(info.field_name)].annotation):
+            raise PydanticCustomError("number_type", "Input should be a number, not true or false")
+        return value
+
+
+def _takes_numbers_only(annotation: Any) -> bool:
+    """Whether a field takes int or float, and not bool besides."""
+    if get_origin(annotation) in (Annotated, Union, UnionType):
+        parts = [part for part in get_args(annotation) if isinstance(part, type) or get_origin(part)]
+        return bool not in parts and any(map(_takes_numbers_only, parts))
+    return annotation in (int, float)
 
 
 ObjectName = Annotated[
@@ -235,6 +261,16 @@ class TrainingSpec(Section):
     """Values that the chat template asks for by name, for example enable_thinking. Default none."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint. Default false."""
+
+    @field_validator("chat_template")
+    @classmethod
+    def _template_is_no_path(cls, template: str | None, info: ValidationInfo) -> str | None:
+        if template is not None and "{" not in template and not (info.context or {}).get("reading"):
+            raise ValueError(
+                "found a chat_template without any Jinja in it; expected the text of a template; of a file, give "
+                "Path(...).read_text()"
+            )
+        return template
 
     @model_validator(mode="after")
     def _adapters_have_a_rank(self, info: ValidationInfo) -> TrainingSpec:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
 """Terminal sequences: colours, cursor movements, titles of windows, links."""
@@ -12,6 +14,27 @@ _UNFIT = re.compile(
     "\ufeff\ufff9-\ufffb]"
 )
 _SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+_WRITTEN_AS = {
+    r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$": "a module and a name in it, such as my_package.rewards:score",
+    r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$": "an amount as Kubernetes writes it, such as 500m, 64Gi or 1.5T",
+}
+"""What the patterns of the specification mean."""
+
+
+def problem_of(error: Mapping[str, Any]) -> str:
+    """What an error of pydantic asks for, in words."""
+    kind, found = error["type"], error.get("input")
+    if kind == "string_pattern_mismatch":
+        pattern = str(error["ctx"]["pattern"])
+        return f"must be {_WRITTEN_AS.get(pattern, f'of the form {pattern}')}"
+    if kind == "string_too_short":
+        return "must not be empty"
+    if kind == "list_type":
+        entries = "one entry for each" if isinstance(found, Mapping) else "also for one entry ([...])"
+        return f"must be a list, {entries}"
+    return str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
 
 
 def clean(text: str) -> str:

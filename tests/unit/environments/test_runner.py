@@ -34,7 +34,7 @@ from nemo_rl.environments import (
     preflight,
     reward_function,
 )
-from nemo_rl.environments.execute import BadValue, number
+from nemo_rl.environments.execute import BadValue, as_reward, number
 from nemo_rl.errors import RewardError
 from nemo_rl.run.signals import Interrupted
 
@@ -160,6 +160,22 @@ def test_dicts_are_summed_and_their_parts_kept():
     with running(lambda prompt, response: {"style": 0.5, "truth": numpy.int64(1)}) as runner:
         (outcome,) = runner.score(calls("a"))
     assert (outcome.value, outcome.parts) == (1.5, {"style": 0.5, "truth": 1.0})
+
+
+def test_the_dict_of_a_reward_of_verl_is_its_score_and_what_is_for_the_log():
+    def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+        return {"score": 0.25, "acc": True, "pred": solution_str}
+
+    with running(compute_score) as runner:
+        (outcome,) = runner.score(calls("r", data_source="math", ground_truth="4"))
+    assert outcome.value == 0.25
+
+
+@pytest.mark.parametrize("value", [10**400, {"a": 1e308, "b": 1e308}])
+def test_numbers_too_large_for_a_float_are_not_finite(value):
+    with pytest.raises(BadValue, match="finite") as caught:
+        as_reward(value)
+    assert caught.value.cause == "not_finite"
 
 
 def test_several_rewards_are_weighted_and_logged_by_name():
