@@ -394,6 +394,11 @@ def with_template(tokenizer: Any, chat_template: str | None) -> Any:
     """The tokenizer, with this chat template in place of its own where one is given; a given tokenizer is not changed."""
     if chat_template is None or tokenizer.chat_template == chat_template:
         return tokenizer
+    if "{" not in chat_template:
+        raise DatasetError(
+            f"found a chat_template without any Jinja in it ({chat_template[:60]!r}); expected the text of a template; of a "
+            "file, give Path(...).read_text()"
+        )
     changed = copy.deepcopy(tokenizer)
     changed.chat_template = chat_template
     return changed

@@ -262,16 +262,6 @@ class TrainingSpec(Section):
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint. Default false."""
 
-    @field_validator("chat_template")
-    @classmethod
-    def _template_is_no_path(cls, template: str | None, info: ValidationInfo) -> str | None:
-        if template is not None and "{" not in template and not (info.context or {}).get("reading"):
-            raise ValueError(
-                "found a chat_template without any Jinja in it; expected the text of a template; of a file, give "
-                "Path(...).read_text()"
-            )
-        return template
-
     @model_validator(mode="after")
     def _adapters_have_a_rank(self, info: ValidationInfo) -> TrainingSpec:
         alone = [f for f in ("lora_alpha", "lora_target_modules") if getattr(self, f) is not None]

@@ -34,6 +34,8 @@ def problem(text: str, schemes: tuple[str, ...] = tuple(STORES)) -> str | None:
     if scheme not in schemes:
         if (meant := _ALIASES.get(scheme)) in schemes:
             return f"found the scheme {scheme}://; write {meant}:// for {STORES[str(meant)]}"
+        if (on_hub := re.match(r"(?:datasets/)?([\w.-]+/[\w.-]+)", rest.partition("huggingface.co/")[2])) is not None:
+            return f"found the page of the hub {text!r}; write the name alone: {on_hub[1]}"
         return f"found the scheme {scheme}://; expected one of {known}"
     bucket, _, path = rest.partition("/")
     if "@" in bucket:

@@ -245,13 +245,51 @@ def prepare_model(
 
 def _not_loadable(what: str, name: str, error: Exception) -> str:
     cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if os.path.sep in name and name.count("/") != 1 and not Path(name).exists():
-        cure = f"there is no directory {name}"
-    elif Path(name).is_dir():
-        found = ", ".join(sorted(p.name for p in Path(name).iterdir())[:8]) or "nothing"
-        cure = (
-            f"expected a Hugging Face directory with config.json, tokenizer files and *.safetensors; it holds {found}"
-        )
+    folder = Path(name)
+    if os.path.sep in name and name.count("/") != 1 and not folder.exists():
+        on_hub = re.fullmatch(r"(?:www\.)?huggingface\.co/([\w.-]+/[\w.-]+)/?.*", name)
+        cure = f"of a model on the hub write the name alone: {on_hub[1]}" if on_hub else f"there is no directory {name}"
+    elif folder.is_dir():
+        cause, cure = _wrong_with(folder, cause)
     else:
         cure = "expected a directory, or the name of a model on the hub that this machine can reach (see HF_TOKEN, HF_HUB_OFFLINE)"
     return f"Cannot load the {what} {name!r}: {cause}; {cure}"
+
+
+def _wrong_with(folder: Path, cause: str) -> tuple[str, str]:
+    """What is wrong with a folder that cannot be loaded, and the cure."""
+    again = "expected a complete model: copy or download its folder again"
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    for path in files:
+        if path.suffix not in (".safetensors", ".bin", ".json", ".model", ".jinja"):
+            continue
+        with path.open("rb") as stream:
+            head = stream.read(64)
+        if head.startswith(b"version https://git-lfs"):
+            return f"{path.name} is a pointer of Git LFS instead of the file", "fetch the files with: git lfs pull"
+        if not head:
+            return f"{path.name} is empty", again
+        if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+            return f"{path.name} is a web page", again
+    if not (folder / "config.json").exists() and any(path.suffix == ".gguf" for path in files):
+        return (
+            "it holds a model in GGUF",
+            "expected config.json and *.safetensors; take the model that it was made from",
+        )
+    if "deserializing header" in cause:
+        return f"a *.safetensors file in it is damaged or cut off ({cause})", again
+    if "ignore_mismatched_sizes" in cause:
+        return "its weights have other shapes than its config.json says", again
+    if "Weights only load failed" in cause:
+        wanted = (
+            "expected *.safetensors: take a copy that has them, or save the model anew from a source that you trust"
+        )
+        return "its weights are pickles that hold more than tensors, and reading those would run their code", wanted
+    if "does not recognize this architecture" in cause:
+        newer = "a newer transformers may (pip install --upgrade transformers), or trust_remote_code=True if its code lies beside it"
+        return cause, newer
+    found = ", ".join(path.name for path in files[:8]) or "nothing"
+    return (
+        cause,
+        f"expected a Hugging Face directory with config.json, tokenizer files and *.safetensors; it holds {found}",
+    )

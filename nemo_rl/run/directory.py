@@ -232,7 +232,12 @@ def _begin(
     for place in _family(directory, inside, stored):
         if place.is_dir() and _holds_run(place):
             continue
-        place.mkdir(parents=True, exist_ok=True)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"output_dir: the folder {str(place)!r} cannot be made ({error.strerror or error}); give another output_dir"
+            ) from error
         lock = _take_lock(place) if lease is None else None
         if lock is None and lease is None:
             obstacles.append(f"{_from_here(place)} is being trained in by another call")
@@ -318,6 +323,13 @@ def check_output_dir(given: str | os.PathLike[str]) -> Path:
     text = os.fspath(given)
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"output_dir={given!r} is empty; expected a folder, or None for ./outputs/NAME")
+    if re.match(r"[A-Za-z][A-Za-z0-9+]+:/", text):
+        raise ValueError(
+            f"output_dir={text!r} looks like an address, but is none; expected a folder, or an address such as "
+            "s3://bucket/folder; write two slashes after the colon"
+        )
+    if "\0" in text or any(len(os.fsencode(part)) > 255 for part in Path(text).parts):
+        raise ValueError(f"output_dir={text[:60]!r} is no name that a folder can have; expected a shorter, plain path")
     directory = Path(text).expanduser()
     for place in (directory, *directory.parents):
         if place.is_dir():

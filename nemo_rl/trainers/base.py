@@ -212,6 +212,11 @@ class Trainer(Passes, ABC):
             if is_store(self.config.model):
                 self._model_folder = str(self.ranks.together(lambda: local_model(self.config.model)))
             refuse_adapter(self._model_name())
+        if self.tokenizer is None and self.model is not None and self._model_name().startswith("python://"):
+            raise ValueError(
+                f"found a {type(self.model).__name__} in memory that was loaded from nowhere, and no tokenizer; expected both; "
+                "give tokenizer=..., a tokenizer, its name or its folder"
+            )
         if self.tokenizer is None or isinstance(self.tokenizer, str | os.PathLike):
             name = self._model_name() if self.tokenizer is None else os.fspath(self.tokenizer)
             self.tokenizer = load_tokenizer(name, self.training.trust_remote_code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import logging
 import math
 import warnings
@@ -212,11 +213,20 @@ class CallbackList(Callback):
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The state of each callback that has one, by its place and class."""
-        return [
+        states = [
             {"place": place, "class": _name(callback), "state": self._named(callback, "state_dict")}
             for place, callback in enumerate(self.callbacks)
             if hasattr(callback, "state_dict")
         ]
+        for entry in states:
+            try:
+                json.dumps(entry["state"])
+            except (TypeError, ValueError) as error:
+                raise TypeError(
+                    f"found a state_dict() of {entry['class']} that cannot be saved as JSON ({error}); expected numbers, texts, "
+                    "lists and dicts of them; convert what it holds"
+                ) from None
+        return states
 
     def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Give each callback its state back; one that is gone or has changed places begins anew, with a warning."""

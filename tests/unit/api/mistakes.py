@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nemo_rl
+
 ROWS = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}]
 PAIRS = [{"prompt": "1+1=", "completion": "2"}, {"prompt": "2+2=", "completion": "4"}]
 CHOICES = [{"prompt": "1+1=", "chosen": "2", "rejected": "3"}]
@@ -42,6 +44,18 @@ def sft(rows: Any) -> dict[str, Any]:
 
 def dpo(rows: Any) -> dict[str, Any]:
     return {"dataset": rows, "algorithm": "dpo", "reward_fn": None}
+
+
+class Adds(nemo_rl.Callback):
+    def on_step_end(self, trainer: Any, step: int, metrics: dict[str, Any]) -> None:
+        metrics["x"] = object()
+
+
+class Keeps(nemo_rl.Callback):
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": object()}
+
+    def load_state_dict(self, state: Any) -> None: ...
 
 
 ARGUMENTS: list[Mistake] = [
@@ -176,6 +190,12 @@ PLACES: list[Mistake] = [
     ("a file for a model", {"model": "./notes.txt"}, ("notes.txt",)),
     ("a file for the output", {"output_dir": "notes.txt"}, ("output_dir", "notes.txt", "file")),
     ("an output below a file", {"output_dir": "notes.txt/run"}, ("output_dir", "notes.txt", "file")),
+    ("an output that is nearly an address", {"output_dir": "s3:/bucket/x"}, ("output_dir", "two slashes")),
+    ("an output of too long a name", {"output_dir": "x" * 300}, ("output_dir", "no name that a folder can have")),
+    ("an output with a NUL", {"output_dir": "a\0b"}, ("output_dir", "no name that a folder can have")),
+    ("an output where nobody can write", {"output_dir": "/proc/x"}, ("output_dir", "/proc/x", "cannot be made")),
+    ("a callback that adds what is no metric", {"callbacks": [Adds()]}, ("metric 'x'", "object", "callback")),
+    ("a callback whose state is no JSON", {"callbacks": [Keeps()]}, ("state_dict() of Keeps", "JSON", "convert")),
     ("an output that is no text", {"output_dir": 5}, ("output_dir", "int")),
     ("an output without a name", {"output_dir": ""}, ("output_dir",)),
     ("resuming what is not there", {"resume": True, "output_dir": "nowhere"}, ("resume", "nowhere")),

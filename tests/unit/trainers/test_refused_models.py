@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 import nemo_rl
 
@@ -30,6 +32,53 @@ def test_a_live_model_without_output_layer(tiny_model: str, tmp_path: Path) -> N
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     with pytest.raises(ValueError, match="load it with AutoModelForCausalLM"):
         sft(AutoModel.from_pretrained(tiny_model), tmp_path, tokenizer=tokenizer)
+
+
+def test_a_live_model_from_nowhere_without_a_tokenizer(tiny_model: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_model))
+    model.config._name_or_path = ""
+    with pytest.raises(ValueError, match=r"in memory .* and no tokenizer.*give tokenizer=") as caught:
+        sft(model, tmp_path)
+    assert "python://" not in str(caught.value)
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 1234\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("model.safetensors", POINTER, r"model\.safetensors is a pointer of Git LFS.*git lfs pull"),
+        ("tokenizer.json", POINTER, r"tokenizer\.json is a pointer of Git LFS.*git lfs pull"),
+        ("config.json", b"<!DOCTYPE html><html></html>", r"config\.json is a web page.*download its folder again"),
+        ("model.safetensors", b"", r"model\.safetensors is empty.*copy or download"),
+        ("model.safetensors", b"\x10\x00\x00\x00\x00\x00\x00\x00{}", "damaged or cut off.*copy or download"),
+        ("config.json", {"intermediate_size": 112}, "other shapes than its config.json says.*copy or download"),
+        ("config.json", {"model_type": "qwen99"}, "does not recognize this architecture.*upgrade transformers"),
+        ("pytorch_model.bin", b"\x80\x04cos\nsystem\n(S'true'\ntR.", "pickles.*would run their code.*safetensors"),
+        ("model.gguf", b"GGUF\x03", "GGUF.*take the model that it was made from"),
+    ],
+)
+def test_files_of_a_model_that_are_not_what_they_should_be(
+    tiny_model: str, tmp_path: Path, file: str, content: Any, words: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    if file in ("pytorch_model.bin", "model.gguf"):
+        (folder / "model.safetensors").unlink()
+    if file == "model.gguf":
+        (folder / "config.json").unlink()
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((folder / file).read_text()) | content).encode()
+    (folder / file).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        sft(str(folder), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["https://huggingface.co/Qwen/Qwen3-0.6B", "huggingface.co/Qwen/Qwen3-0.6B/tree/main"])
+def test_the_page_of_a_model_leads_to_its_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"write the name alone: Qwen/Qwen3-0\.6B"):
+        sft(name, tmp_path)
 
 
 def test_tokens_that_were_added_without_rows_of_the_embedding(tiny_model: str, tmp_path: Path) -> None:
