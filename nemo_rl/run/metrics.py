@@ -13,7 +13,6 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import NoneType
 from typing import IO, Any
 from urllib.parse import quote, unquote
 
@@ -75,12 +74,6 @@ class MetricsLog:
                 f"step {step} was logged already (the last one is {self._last_step}); each step is logged once"
             )
         values = {name: _plain(value) for name, value in metrics.items()}
-        for name, value in values.items():
-            if not isinstance(value, (str, int, float, list, tuple, dict, NoneType)):
-                raise TypeError(
-                    f"found {type(value).__name__} as the metric {name!r} of step {step}; expected a number, text or None; "
-                    "a callback has put it there"
-                )
         _append(self._metrics, [values])
         self._last_step = step
         self.has_start = self.has_start or step == 0

@@ -204,6 +204,14 @@ class CallbackList(Callback):
 
     def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         self._call("on_step_end", trainer, step, metrics)
+        for name, value in metrics.items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError):
+                raise TypeError(
+                    f"found {type(value).__name__} as the metric {name!r} of step {step}, which a callback has put there; "
+                    "expected a number, text or None; convert it, for example with float()"
+                ) from None
 
     def on_epoch_end(self, trainer: Trainer, epoch: int, metrics: dict[str, float]) -> None:
         self._call("on_epoch_end", trainer, epoch, metrics)
