@@ -375,6 +375,8 @@ class RolloutSpec(Section):
     """Longest prompt plus completion that such a server takes, in tokens. Default what the data and max_new_tokens need."""
     timeout_seconds: Annotated[float, Field(gt=0, le=86400)] = 600.0
     """Seconds that the run waits for a ready server before it fails, also at the start. Default 600."""
+    max_staleness: Annotated[int, Field(ge=0, le=64)] = 0
+    """Optimizer steps by which the weights that sample may be older than those that are trained: rollouts of so many further steps run ahead, with their rewards, while the model trains. 0 is on policy. Default 0."""
 
     @model_validator(mode="after")
     def _one_place(self) -> RolloutSpec:
@@ -704,6 +706,16 @@ class RLTrainingJobSpec(Section):
             raise ValueError(f"{self.algorithm} uses no reward; remove spec.reward or choose algorithm grpo")
         if self.algorithm != "grpo" and self.rollout is not None:
             raise ValueError(f"{self.algorithm} samples nothing; remove spec.rollout or choose algorithm grpo")
+        if (
+            self.rollout is not None
+            and self.rollout.max_staleness
+            and (self.grpo or GRPOSpec()).dynamic_sampling_rounds
+        ):
+            raise ValueError(
+                f"found rollout max_staleness={self.rollout.max_staleness} with dynamic_sampling_rounds="
+                f"{(self.grpo or GRPOSpec()).dynamic_sampling_rounds}: further rounds sample while a step is made, and nothing "
+                "can run ahead of them; leave one of the two out"
+            )
         if self.rollout is not None and self.rollout.engine == "vllm":
             grpo = self.grpo or GRPOSpec()
             if (grpo.top_k is not None or grpo.top_p < 1) and grpo.temperature != 1:

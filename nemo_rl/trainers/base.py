@@ -10,7 +10,7 @@ import os
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
@@ -143,6 +143,8 @@ class Trainer(Passes, ABC):
         self._model_folder: str | None = None
         """The copy on this machine of a model in an object store."""
         self.policy: Policy
+        self.batch_of: Callable[[int], tuple[int, list[Any]]]
+        """The epoch and the examples of a step that is not trained yet; set by the loop."""
         self.optimizer: Optimizer | None = None
 
     @classmethod

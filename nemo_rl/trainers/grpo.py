@@ -6,6 +6,7 @@ import copy
 import random
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from nemo_rl.api.keywords import LIVE_REWARD
 from nemo_rl.data.prepare import Prepared, PromptExample
+from nemo_rl.display.phases import Phase
 from nemo_rl.environments.arguments import RAW
 from nemo_rl.environments.runner import RewardCall, RewardOutcome, RewardRunner, preflight
 from nemo_rl.environments.signature import bind_rewards
@@ -28,8 +30,10 @@ from nemo_rl.rollout.in_process.engine import InProcess, end_tokens
 from nemo_rl.rollout.in_process.proof import prove_rollouts
 from nemo_rl.rollout.protocol import Completion, Request, RolloutEngine, Sampling
 from nemo_rl.rollout.responses import decoded
+from nemo_rl.rollout.schedule import Schedule
 from nemo_rl.rollout.stops import Stops
 from nemo_rl.run.ranks import Ranks
+from nemo_rl.trainers.ahead import Group, RolloutsAhead
 from nemo_rl.trainers.base import Trainer
 
 PREFLIGHT_ROWS = 4
@@ -91,13 +95,16 @@ class GRPOTrainer(Trainer):
 
     algorithm = "grpo"
     rollout_engine: RolloutEngine
+    ahead: RolloutsAhead | None = None
+    """What samples before it is needed, where `max_staleness` allows that."""
+    _saved_ahead: list[dict[str, Any]]
     reward_sum = 0.0
     _phases: Phases | None = None
     _phase_steps = 0
     reward_steps = 0
 
     def train_step(self, examples: list[PromptExample], step: int) -> dict[str, Any]:
-        rollouts, drawn = self._roll_out_varied(examples, step)
+        rollouts, drawn = self._rollouts_for(examples, step)
         rewards, valid = self.rewards_of(rollouts)
         started = time.perf_counter()
         found: dict[str, Any] = {}
@@ -114,6 +121,8 @@ class GRPOTrainer(Trainer):
         self.samples = self._samples(drawn, step)
         if self.settings.dynamic_sampling_rounds:
             found["resampled_groups"] = len(drawn.prompts) - len(rollouts.prompts)
+        if self.ahead is not None:
+            found["rollout_staleness"] = self._mean_staleness(rollouts, step)
         return {**found, **self._reward_metrics(drawn), **seconds}
 
     def advantages_of(self, rewards: Tensor, valid: Tensor) -> Tensor:
@@ -130,19 +139,21 @@ class GRPOTrainer(Trainer):
         those of rewards last until all ranks are done.
         """
         self.begin_phase("giving weights to what samples")
-        self._sync_weights()
+        self.sync_weights()
         started = time.perf_counter()
         generated = started
 
         def draw(share: list[PromptExample]) -> list[tuple[list[Completion], list[str], list[RewardOutcome]]]:
             nonlocal generated
-            self.begin_phase("rollout", len(share), "prompts")
-            groups, responses, futures = self._generate(share, step)
+            groups: dict[int, Group] = {}
+            phase = self.begin_phase("rollout", len(share), "prompts")
+            self.sample(share, step, self.making_epoch, groups.__setitem__, self.poll, phase)
             generated = time.perf_counter()
             self.begin_phase("waiting for rewards")
-            return list(zip(groups, responses, map(self.runner.wait, futures), strict=True))
+            found = [groups[i] for i in range(len(share))]
+            return [(group.completions, group.responses, self.runner.wait(group.outcomes)) for group in found]
 
-        with self._weights_to_sample():
+        with self.weights_to_sample():
             drawn = self.ranks.map(examples, [len(example.ids) for example in examples], draw)
         seconds = {"generate_seconds": generated - started, "reward_seconds": time.perf_counter() - generated}
         return Rollouts(
@@ -153,7 +164,20 @@ class GRPOTrainer(Trainer):
             seconds,
         )
 
-    def _sync_weights(self) -> None:
+    def _rollouts_for(self, examples: list[PromptExample], step: int) -> tuple[Rollouts, Rollouts]:
+        """Returns the rollouts to train on, and all that were drawn for them: sampled now, or some steps ago."""
+        if self.ahead is None:
+            return self._roll_out_varied(examples, step)
+        rollouts = Rollouts(examples, *self.ahead.take(step))
+        return rollouts, rollouts
+
+    def _mean_staleness(self, rollouts: Rollouts, step: int) -> float:
+        """Optimizer steps between the weights that sampled and those that are trained, on average over the completions."""
+        assert self.ahead is not None
+        found = [self.ahead.schedule.staleness(step, completion.version) for completion in rollouts.completions]
+        return sum(found) / len(found)
+
+    def sync_weights(self) -> None:
         """Gives what samples the weights of now, on all ranks; what that took is told with the next step."""
         self._synced |= self.rollout_engine.update(self.policy, self.current_step)
 
@@ -183,37 +207,53 @@ class GRPOTrainer(Trainer):
         return [self.data.examples[i] for i in [i for i in drawn if i not in known][:count]]
 
     @contextmanager
-    def _weights_to_sample(self) -> Iterator[None]:
+    def weights_to_sample(self) -> Iterator[None]:
         """Within it the weights are whole on each rank, where its own process samples."""
         with self.policy.gathered() if isinstance(self.rollout_engine, InProcess) else nullcontext():
             yield
 
-    def _generate(
-        self, examples: list[PromptExample], step: int
-    ) -> tuple[list[list[Completion]], list[list[str]], list[Any]]:
-        """Returns completions, their texts and the futures of their rewards, one of each for each prompt."""
-        futures: list[Any] = [None] * len(examples)
-        responses: list[list[str]] = [[] for _ in examples]
+    def sample(
+        self,
+        examples: list[PromptExample],
+        step: int,
+        epoch: int,
+        on_group: Callable[[int, Group], None],
+        poll: Callable[[], None],
+        phase: Phase,
+    ) -> None:
+        """Samples completions of each prompt for a step, on this rank; `on_group(i, group)` gets those of prompt i, which
+        begin to be scored, as soon as all of them are done. `phase` counts them."""
 
-        def score(i: int, completions: list[Completion]) -> None:
-            responses[i], raw = self._decoded(examples[i], completions)
-            futures[i] = self.runner.submit(self._calls(examples[i], responses[i], step, raw))
-            self._count(done=1)
+        def take(i: int, completions: list[Completion]) -> None:
+            on_group(i, self.scored(examples[i], completions, step, epoch))
+            phase.add(done=1)
 
-        groups = self.rollout_engine.generate(
+        self.rollout_engine.generate(
             [Request(example.ids, example.index) for example in examples],
             self.sampling,
             seed=self.training.seed,
             step=step,
-            poll=self.poll,
-            on_group=score,
-            on_tokens=lambda count: self._count(tokens=count),
+            poll=poll,
+            on_group=take,
+            on_tokens=lambda count: phase.add(tokens=count),
         )
-        return groups, responses, futures
 
-    def _count(self, done: int = 0, tokens: int = 0) -> None:
-        if self.current_phase is not None:
-            self.current_phase.add(done, tokens)
+    def scored(
+        self,
+        example: PromptExample,
+        completions: list[Completion],
+        step: int,
+        epoch: int,
+        outcomes: list[RewardOutcome] | None = None,
+    ) -> Group:
+        """Begins to score the completions of a prompt, where their outcomes are not known already."""
+        responses, raw = self._decoded(example, completions)
+        if outcomes is None:
+            calls = self._calls(example, responses, step, raw, made_in=(step, epoch))
+            return Group(completions, responses, self.runner.submit(calls))
+        known: Future[list[RewardOutcome]] = Future()
+        known.set_result(outcomes)
+        return Group(completions, responses, known)
 
     def _decoded(self, example: PromptExample, completions: list[Completion]) -> tuple[list[str], list[str]]:
         """The texts of completions of one prompt, without special tokens and with them."""
@@ -231,10 +271,17 @@ class GRPOTrainer(Trainer):
         return [*super()._further_ends(), *self._stop_tokens()]
 
     def _calls(
-        self, example: PromptExample, responses: list[str], step: int, raw: list[str] | None = None
+        self,
+        example: PromptExample,
+        responses: list[str],
+        step: int,
+        raw: list[str] | None = None,
+        made_in: tuple[int, int] | None = None,
     ) -> list[RewardCall]:
-        """`step` seeds the calls; 0 in an evaluation, which draws the same whenever it is."""
+        """`step` seeds the calls; 0 in an evaluation, which draws the same whenever it is. `made_in`: the step and the epoch
+        that rewards are told; default those that are made now."""
         row = example.row
+        made_in = made_in or (self.making_step, self.making_epoch)
         return [
             RewardCall(
                 row.prompt,
@@ -243,15 +290,14 @@ class GRPOTrainer(Trainer):
                 row.columns,
                 (self.training.seed, step, example.index, sample),
                 raw[sample] if raw is not None else None,
-                self.making_step,
-                self.making_epoch,
+                *made_in,
             )
             for sample, response in enumerate(responses)
         ]
 
     def _say_hidden_tokens(self) -> None:
         """Once, where the model writes special tokens that no reward sees: a reward of the format would stay 0."""
-        hidden = set().union(*self.ranks.gather(lambda: self._hidden_tokens))
+        hidden = set().union(*self.ranks.gather(lambda: set(self._hidden_tokens)))
         if not hidden or self._said_hidden or any(r.signature.takes.has(RAW) for r in self.runner.rewards.rewards):
             return
         self._said_hidden = True
@@ -367,7 +413,8 @@ class GRPOTrainer(Trainer):
     @property
     def samples_elsewhere(self) -> bool:
         """Whether completions come from another engine or from older weights than those that are trained."""
-        return self.config.rollout is not None and self.config.rollout.engine != "in_process"
+        rollout = self.config.rollout
+        return rollout is not None and (rollout.engine != "in_process" or rollout.max_staleness > 0)
 
     @property
     def _kl_in_loss(self) -> bool:
@@ -457,6 +504,8 @@ class GRPOTrainer(Trainer):
         found = {**super()._identity(data, validation), "reward": self.rewards_identity, "on_reward_error": on_error}
         if self.config.rollout is not None and self.config.rollout.engine != "in_process":
             found["rollout_engine"] = self.config.rollout.engine
+        if self.config.rollout is not None and self.config.rollout.max_staleness:
+            found["max_staleness"] = self.config.rollout.max_staleness
         return found
 
     def _start(self, data: Prepared, validation: Prepared | None) -> None:
@@ -475,6 +524,10 @@ class GRPOTrainer(Trainer):
             stops=self.stops,
         )
         self.rollout_engine = self._new_engine(data, validation)
+        if self.config.rollout is not None and self.config.rollout.max_staleness:
+            schedule = Schedule(self.config.rollout.max_staleness, self.total_steps)
+            abort = getattr(self.rollout_engine, "abort", None)
+            self.ahead = RolloutsAhead(self, schedule, self._saved_ahead, abort)
         self.reference = self.initial_policy() if self.needs_reference else None
         self.runner.should_stop = self.poll
         calls = [self._calls(row, [""], 0)[0] for row in data.examples[:PREFLIGHT_ROWS]]
@@ -526,6 +579,9 @@ class GRPOTrainer(Trainer):
         )
 
     def _release(self) -> None:
+        if self.ahead is not None:
+            self.ahead.close()
+            self.ahead = None
         if hasattr(self, "rollout_engine"):
             self.rollout_engine.close()
         if hasattr(self, "runner"):
@@ -550,9 +606,11 @@ class GRPOTrainer(Trainer):
             ]
             return self.runner.score(calls)
 
-        self._sync_weights()
+        if self.ahead is not None:
+            self.ahead.wait_until_idle()
+        self.sync_weights()
         examples = validation.examples
-        with self._weights_to_sample():
+        with self.weights_to_sample():
             scored = self.ranks.map(examples, [len(example.ids) for example in examples], score)
         values = [outcome.value for outcome in scored if outcome.value is not None]
         metrics: dict[str, float] = {"validation_reward_errors": sum(outcome.error is not None for outcome in scored)}
@@ -589,11 +647,13 @@ class GRPOTrainer(Trainer):
         return mean
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "reward_sum": self.reward_sum, "reward_steps": self.reward_steps}
+        found = {**super().state(), "reward_sum": self.reward_sum, "reward_steps": self.reward_steps}
+        return found if self.ahead is None else {**found, "rollouts_ahead": self.ahead.state()}
 
     def _load_state(self, state: dict[str, Any]) -> None:
         super()._load_state(state)
         self.reward_sum, self.reward_steps = state.get("reward_sum", 0.0), state.get("reward_steps", 0)
+        self._saved_ahead = state.get("rollouts_ahead", [])
 
     def _reward_metrics(self, rollouts: Rollouts) -> dict[str, Any]:
         rewards, valid = self.rewards_of(rollouts)

@@ -69,7 +69,9 @@ class Loop:
         self._has_start = bool(self.metrics_log and self.metrics_log.has_start)
         if trainer.ranks.size > 1:
             self._has_start = trainer.ranks.first(lambda: self._has_start)
-        self._order: list[list[int]] = []
+        self._orders: dict[int, list[list[int]]] = {}
+        """The batches of epochs, as row numbers: of the one that is trained, and of those that rollouts have run ahead to."""
+        trainer.batch_of = self.batch_of
         self._unsaved = False
         self._settled_callbacks: Any = None
 
@@ -93,16 +95,25 @@ class Loop:
 
     # ------------------------------------------------------------------ one step
 
+    def batch_of(self, step: int) -> tuple[int, list[Any]]:
+        """Returns the epoch and the examples of any step from the current one on."""
+        epoch, position = divmod(step - 1, self.steps_per_epoch)
+        if epoch not in self._orders:
+            training, now = self.trainer.training, max(0, self.trainer.current_step - 1) // self.steps_per_epoch
+            self._orders = {known: order for known, order in self._orders.items() if known >= now}
+            self._orders[epoch] = batches(
+                len(self.data.examples), training.batch_size, training.seed, training.shuffle, epoch
+            )
+        return epoch, [self.data.examples[i] for i in self._orders[epoch][position]]
+
     def _train(self, step: int) -> OpenStep:
-        trainer, training = self.trainer, self.trainer.training
+        trainer = self.trainer
         epoch, position = divmod(step - 1, self.steps_per_epoch)
         if position == 0:
             trainer.callbacks.on_epoch_begin(trainer, epoch)
-        if position == 0 or not self._order:
-            self._order = batches(len(self.data.examples), training.batch_size, training.seed, training.shuffle, epoch)
         trainer.callbacks.on_step_begin(trainer, step)
         trainer.ranks.together(trainer.check_may_go_on)
-        metrics = trainer.make_step(step, epoch, [self.data.examples[i] for i in self._order[position]])
+        metrics = trainer.make_step(step, *self.batch_of(step))
         trainer.current_step = step
         self._unsaved = True
         return OpenStep(metrics, trainer.samples)

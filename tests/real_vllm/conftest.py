@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,9 +47,8 @@ class Plain:
 Start = Callable[..., tuple[VLLMRollouts, Policy]]
 
 
-@pytest.fixture(scope="session")
-def start(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Starts a server for a model; ends all of them after the last test."""
+@contextmanager
+def _starting(vllm_python: str, folder: Path) -> Iterator[Start]:
     engines: list[VLLMRollouts] = []
 
     def started(model: Any, *, lora_rank: int | None = None, probe: Sampling | None = None, **spec: Any) -> Any:
@@ -62,19 +63,29 @@ def start(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             end_ids=ENDS,
             longest=LONGEST,
             probe=probe or Sampling(1, 1),
-            log_file=tmp_path_factory.mktemp("server") / "vllm.log",
+            log_file=folder / "vllm.log",
             poll=lambda: None,
             note=print,
         )
         engines.append(engine)
         return engine, policy
 
-    yield started
-    for engine in engines:
-        engine.close()
+    try:
+        yield started
+    finally:
+        for engine in engines:
+            engine.close()
 
 
-@pytest.fixture(scope="session")
-def tied(start: Start) -> tuple[VLLMRollouts, Policy]:
-    """A server of a Qwen2 model with tied embeddings, which vLLM's own reload gets wrong."""
-    return start(make_model("qwen2", hidden_size=WIDE))
+@pytest.fixture
+def start(vllm_python: str, tmp_path: Path) -> Iterator[Start]:
+    """Starts a server for a model, and ends it with the test."""
+    with _starting(vllm_python, tmp_path) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def tied(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[VLLMRollouts, Policy]]:
+    """A server of a Qwen2 model with tied embeddings, which vLLM's own reload gets wrong; tests of a module share it."""
+    with _starting(vllm_python, tmp_path_factory.mktemp("server")) as start:
+        yield start(make_model("qwen2", hidden_size=WIDE))

@@ -2,45 +2,200 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 import nemo_rl
+from nemo_rl.errors import WeightSyncMismatch
+from nemo_rl.rollout.vllm.fetch import TOKEN_VARIABLE
+from nemo_rl.rollout.vllm.server import ServerProcess
+from nemo_rl.rollout.vllm.weights import Published, Publisher
+from real_vllm.conftest import STARTUP_SECONDS, WIDE
+from real_vllm.test_agreement import move
 from unit.trainers.conftest import write_model
+
+pytestmark = pytest.mark.timeout(3600)
+ROWS = [{"prompt": f"{i % 10}={i // 10}"} for i in range(16)]
+STEPS = 12
 
 
 def many_a(prompt: str, response: str) -> float:
     return response.count("a") / 8
 
 
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("transfer", ["files", "http"])
-def test_a_run_learns_and_every_step_has_passed_the_gate(vllm_python: str, tmp_path: Path, transfer: str) -> None:
-    result = nemo_rl.train(
-        write_model(tmp_path / "model", hidden_size=128),
-        [{"prompt": f"{i % 10}={i // 10}"} for i in range(16)],
+def train(model: str, output: Path, rollout: dict[str, Any], **keywords: Any) -> Any:
+    return nemo_rl.train(
+        model,
+        ROWS,
         many_a,
-        output_dir=tmp_path / "out",
-        max_steps=12,
-        max_epochs=12,
-        batch_size=4,
-        num_generations_per_prompt=8,
-        max_new_tokens=8,
-        learning_rate=1e-2,
-        rollout={"engine": "vllm", "rollout_python": vllm_python, "weight_transfer": transfer, "timeout_seconds": 1800},
+        algorithm="grpo",
+        output_dir=output,
+        backend="local",
+        **{
+            "max_steps": STEPS,
+            "max_epochs": STEPS,
+            "batch_size": 4,
+            "num_generations_per_prompt": 8,
+            "max_new_tokens": 8,
+            "learning_rate": 1e-2,
+            "rollout": {"engine": "vllm", "timeout_seconds": STARTUP_SECONDS, **rollout},
+            **keywords,
+        },
     )
+
+
+def check(result: Any) -> None:
+    """A run that learned, and of which every step has passed the gate."""
     history = result.history
-    assert [record["step"] for record in history] == list(range(1, 13))
-    assert all(record["rollout_probe"] <= 1e-4 for record in history)
-    assert all(record["weight_sync_seconds"] > 0 for record in history)
+    assert [record["step"] for record in history] == list(range(1, STEPS + 1))
+    assert all(record["rollout_probe"] <= 1e-4 for record in history if "rollout_probe" in record)
     assert history[-1]["reward"] > history[0]["reward"] + 0.3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Its embeddings are tied."""
+    return write_model(tmp_path_factory.mktemp("model"), hidden_size=WIDE)
+
+
+def decided(folder: Path, seed: int = 0) -> str:
+    """A model whose tokens are not all as likely, so that weights of another one show as they do in practice."""
+    return write_model(folder, hidden_size=WIDE, seed=seed, initializer_range=0.2)
+
+
+@pytest.fixture(scope="module")
+def serve(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ServerProcess]]:
+    """Starts a server as somebody else would, for `urls`; ends it with the tests of this module."""
+    started: list[ServerProcess] = []
+
+    def start(model: str, *options: str) -> ServerProcess:
+        common = ["--dtype", "float32", "--max-model-len", "96", "--enforce-eager", "--max-num-seqs", "64"]
+        common += ["--kv-cache-memory-bytes", str(2**29)]
+        log = tmp_path_factory.mktemp("server") / "vllm.log"
+        server = ServerProcess(vllm_python, Path(model), [*common, *options], log)
+        started.append(server)
+        server.start(lambda: None, STARTUP_SECONDS)
+        return server
+
+    yield start
+    for server in started:
+        server.close()
+
+
+@pytest.fixture(scope="module")
+def served(serve: Callable[..., ServerProcess], model: str) -> ServerProcess:
+    return serve(model, "--load-format", "dummy")
+
+
+@pytest.fixture
+def urls(served: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setenv(TOKEN_VARIABLE, served.token)
+    return {"urls": [served.client.url]}
+
+
+def test_an_interpreter_with_vllm_is_all_that_a_run_needs(vllm_python: str, model: str, tmp_path: Path) -> None:
+    result = train(model, tmp_path / "out", {"rollout_python": vllm_python})
+    check(result)
+    assert all(record["weight_sync_seconds"] > 0 for record in result.history)
     assert "Traceback" not in (tmp_path / "out" / "rollout" / "vllm.log").read_text()
 
 
-def test_an_interpreter_without_vllm_is_said_with_the_cure(tmp_path: Path) -> None:
-    import sys
+@pytest.mark.parametrize("staleness", [0, 1, 4])
+def test_a_server_of_somebody_else_gets_weights_by_http_and_may_run_ahead(
+    staleness: int, urls: dict[str, Any], model: str, tmp_path: Path
+) -> None:
+    result = train(model, tmp_path / "out", {**urls, "max_staleness": staleness})
+    check(result)
+    found = [record.get("rollout_staleness") for record in result.history]
+    if staleness == 0:
+        assert found == [None] * STEPS
+        assert all(record["rollout_logprob_error"] <= 1e-4 for record in result.history)
+    else:
+        assert all(0 <= value <= staleness for value in found)
+        assert max(found) > 0
+        assert max(record["rollout_logprob_error"] for record in result.history) > 1e-3, "it is measured"
 
+
+# --- faults of an update: each is caught at the first one, before anything is trained
+
+
+def without_ties(published: Published, model: Any) -> Published:
+    """As vLLM reloads a checkpoint of tied embeddings: lm_head.weight is not among its names."""
+    return dataclasses.replace(published, tied={})
+
+
+def of_another_version(published: Published, model: Any) -> Published:
+    later = copy.deepcopy(model)
+    move(later, 3)
+    return _other(published, later)
+
+
+def truncated(published: Published, model: Any) -> Published:
+    file = published.folder / published.files[0]["name"]
+    file.write_bytes(file.read_bytes()[:-64])
+    return published
+
+
+def of_another_model(published: Published, model: Any) -> Published:
+    folder = decided(published.folder.parent / "another", seed=5)
+    return _other(published, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+
+
+def _other(published: Published, model: Any) -> Published:
+    other = Publisher(published.folder.parent, torch.float32).publish(model, published.version)
+    assert other is not None
+    return dataclasses.replace(other, name=published.name)
+
+
+FAULTS = {
+    without_ties: "tied embeddings",
+    of_another_version: "the weights of another version",
+    truncated: "it is not complete|has .* bytes, expected",
+    of_another_model: "the server holds another model",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_of_the_first_update_stops_the_run_before_anything_is_trained(
+    fault: Any, urls: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = Publisher.publish
+
+    def faulty(self: Publisher, trained: Any, version: int, **options: Any) -> Any:
+        published = publish(self, trained, version, **options)
+        with monkeypatch.context() as undisturbed:
+            undisturbed.setattr(Publisher, "publish", publish)
+            return fault(published, trained)
+
+    monkeypatch.setattr(Publisher, "publish", faulty)
+    with pytest.raises(WeightSyncMismatch, match="no rollout server samples with version 0 of the weights") as raised:
+        train(decided(tmp_path / "model"), tmp_path / "out", urls)
+    monkeypatch.undo()
+    assert raised.match(FAULTS[fault])
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    assert not metrics.exists() or not metrics.read_text()
+
+
+def test_an_adapter_on_a_server_of_another_base_stops_the_run(
+    serve: Callable[..., ServerProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here nothing but the gate can see it: the server's own weights never travel."""
+    options = ("--enable-lora", "--max-lora-rank", "8", "--max-loras", "1")
+    other = serve(decided(tmp_path / "other", seed=5), *options)
+    monkeypatch.setenv(TOKEN_VARIABLE, other.token)
+    with pytest.raises(WeightSyncMismatch, match=r"differ by .* nats a token .* another model"):
+        train(decided(tmp_path / "model"), tmp_path / "out", {"urls": [other.client.url]}, lora_rank=8)
+
+
+def test_an_interpreter_without_vllm_is_said_with_the_cure(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"has no vLLM; install it there, for example: .* -m pip install 'vllm>=0.30,<0.34'"
     ):

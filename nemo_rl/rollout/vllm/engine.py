@@ -244,16 +244,16 @@ class VLLMRollouts:
                     continue
                 self.note(f"{error}; starting a new one")
                 try:
-                    found.append((member.client.url, self._restart(member), "", False))
+                    found.append((member.client.url, self._restart(member, self.poll), "", False))
                 except (ServerGone, RequestRefused) as again:
                     text = f"{again}; its log ends with: {self.process.tail()}"
                     found.append((member.client.url, [], text, isinstance(again, ServerGone)))
         return found
 
-    def _restart(self, member: Member) -> list[Completion]:
+    def _restart(self, member: Member, poll: Callable[[], None]) -> list[Completion]:
         """Starts the child process anew, loads the weights of now, and returns what it makes of the probe."""
         assert self.process is not None
-        self.process.start(self.poll, self.spec.timeout_seconds)
+        self.process.start(poll, self.spec.timeout_seconds)
         return self._load_and_probe(member)
 
     def _load_and_probe(self, member: Member) -> list[Completion]:
@@ -339,14 +339,14 @@ class VLLMRollouts:
                 return told.instance
         return ""
 
-    def bring_back(self, member: Member) -> bool:
+    def bring_back(self, member: Member, poll: Callable[[], None]) -> bool:
         """Brings a server that was lost to the weights of now, and whether it may be used. Only the first rank can."""
         if not self.ranks.is_first:
             return False
         try:
             if self.process is not None and not self.process.alive:
                 self.note("the vLLM server is gone; starting a new one")
-                completions = self._restart(member)
+                completions = self._restart(member, poll)
             else:
                 completions = self._load_and_probe(member)
         except (ServerGone, RequestRefused) as error:
@@ -366,9 +366,13 @@ class VLLMRollouts:
         member.client.post("/update_weight_version", {"new_version": self.published.name + PROVED})
         return True
 
-    def close(self) -> None:
+    def abort(self) -> None:
+        """Ends what is asked of the servers, for another thread than that which waits for it."""
         for member in self.members:
             member.client.abort()
+
+    def close(self) -> None:
+        self.abort()
         if self.pool is not None:
             self.pool.shutdown(wait=False, cancel_futures=True)
         if self.process is not None:
@@ -477,7 +481,7 @@ class _Generation:
             if member.instance or member.refused or member.pending:
                 continue
             member.instance = engine.proved(member)
-            if not member.instance and engine.bring_back(member):
+            if not member.instance and engine.bring_back(member, self.poll):
                 member.instance = engine.proved(member)
         if any(member.instance or member.pending for member in engine.members):
             self.lost_since = None

@@ -144,14 +144,12 @@ class ServerProcess:
         if process is None:
             return
         self.process = None
-        for sign in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, sign)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_SECONDS)
-                break
+        process.terminate()  # it ends its workers itself; were they asked, too, it would report them as failed
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)  # workers that outlive the process that is asked to end them
+            os.killpg(process.pid, signal.SIGKILL)  # and workers that outlive the process that is asked to end them
+        process.wait()
         if process.stdin is not None:
             process.stdin.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,37 +31,37 @@ def config_of(family: str, **changes: object) -> object:
     """Returns a small configuration of a model family."""
     import transformers as t
 
-    small = {**_SMALL, **changes}
+    def small(kind: Any, **own: object) -> Any:
+        return kind(**{**_SMALL, **own, **changes})
+
     if family == "qwen2":
-        return t.Qwen2Config(**small, tie_word_embeddings=True)
+        return small(t.Qwen2Config, tie_word_embeddings=True)
     if family == "qwen3":
-        return t.Qwen3Config(**small, head_dim=16, tie_word_embeddings=True)
+        return small(t.Qwen3Config, head_dim=16, tie_word_embeddings=True)
     if family == "llama":
-        return t.LlamaConfig(**small, attention_bias=True, mlp_bias=True, tie_word_embeddings=False)
+        return small(t.LlamaConfig, attention_bias=True, mlp_bias=True, tie_word_embeddings=False)
     if family == "llama3_rope":
         rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
         rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-        return t.LlamaConfig(**small, rope_parameters=rope, tie_word_embeddings=False)
+        return small(t.LlamaConfig, rope_parameters=rope, tie_word_embeddings=False)
     if family == "yarn_rope":
         rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
-        return t.LlamaConfig(**small, rope_parameters=rope, tie_word_embeddings=False)
+        return small(t.LlamaConfig, rope_parameters=rope, tie_word_embeddings=False)
     if family == "dynamic_rope":
         rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
-        return t.LlamaConfig(**{**small, "max_position_embeddings": 16}, rope_parameters=rope)
+        return small(t.LlamaConfig, max_position_embeddings=16, rope_parameters=rope)
     if family == "mistral":
-        return t.MistralConfig(**small, sliding_window=None, head_dim=8)
+        return small(t.MistralConfig, sliding_window=None, head_dim=8)
     if family == "mistral_window":
-        return t.MistralConfig(**small, sliding_window=5, head_dim=8)
+        return small(t.MistralConfig, sliding_window=5, head_dim=8)
     if family == "gemma2":
-        return t.Gemma2Config(
-            **small, head_dim=8, query_pre_attn_scalar=8, sliding_window=5, final_logit_softcapping=4.0
-        )
+        return small(t.Gemma2Config, head_dim=8, query_pre_attn_scalar=8, sliding_window=5, final_logit_softcapping=4.0)
     if family == "granite":
-        return t.GraniteConfig(**small, logits_scaling=3.0, embedding_multiplier=2.0, residual_multiplier=0.7)
+        return small(t.GraniteConfig, logits_scaling=3.0, embedding_multiplier=2.0, residual_multiplier=0.7)
     if family == "cohere":
-        return t.CohereConfig(**small, logit_scale=0.25)
+        return small(t.CohereConfig, logit_scale=0.25)
     if family == "phi":  # its output layer has a bias
-        return t.PhiConfig(**small)
+        return small(t.PhiConfig)
     if family == "gpt2":
         ids = {"bos_token_id": None, "eos_token_id": END}
         return t.GPT2Config(

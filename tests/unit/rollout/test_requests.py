@@ -34,7 +34,7 @@ class Servers(VLLMRollouts):
         for server in servers:
             server.version = VERSION + PROVED
 
-    def bring_back(self, member: Member) -> bool:
+    def bring_back(self, member: Member, poll: Any) -> bool:
         self.brought_back += 1
         server = next(server for server in self.servers if server.url == member.client.url)
         if not server.healthy:
@@ -103,7 +103,7 @@ def test_without_a_server_the_run_ends_in_words() -> None:
     server = FakeServer()
     engine = Servers(server, timeout=1.0)
     server.close()
-    engine.bring_back = lambda member: False  # type: ignore[method-assign]
+    engine.bring_back = lambda member, poll: False  # type: ignore[method-assign]
     with pytest.raises(RolloutLost, match="no rollout server has been ready for 1 s"):
         roll_out(engine)
 

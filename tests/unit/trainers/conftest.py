@@ -9,7 +9,9 @@ import pytest
 CHARACTERS = "0123456789=abcĠ"
 
 
-def write_model(folder: Path, *, hidden_size: int = 32, layers: int = 2, seed: int = 0) -> str:
+def write_model(
+    folder: Path, *, hidden_size: int = 32, layers: int = 2, seed: int = 0, initializer_range: float = 0.02
+) -> str:
     """Writes a randomly initialised Qwen2 model and a tokenizer of single characters; returns the folder."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -33,6 +35,7 @@ def write_model(folder: Path, *, hidden_size: int = 32, layers: int = 2, seed: i
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 max_position_embeddings=128,
+                initializer_range=initializer_range,
                 tie_word_embeddings=True,
                 pad_token_id=0,
                 eos_token_id=1,
