@@ -59,11 +59,13 @@ class Change:
     seconds: float
 
 
-def changes(phases: Phases, *, servers: int, reward_workers: int, ranks: int) -> list[Change]:
+def changes(phases: Phases, *, servers: int, reward_workers: int, ranks: int, on_policy: bool = False) -> list[Change]:
     """What can be done about a step's time, by the model that phases follow each other and shared work is divided evenly.
 
     `servers`: rollout servers, 0 where the processes that train sample. Rewards that were hidden behind rollouts are not
-    seen, so that faster rollouts may save less than this says where `reward` is not 0.
+    seen, so that faster rollouts may save less than this says where `reward` is not 0. `on_policy`: rollouts do not run
+    ahead, but might. One step ahead, training overlaps with rewards, and with sampling where that is the work of servers;
+    rewards that have enough workers may overlap more than this says.
     """
     whole = phases.whole
     found = []
@@ -79,15 +81,23 @@ def changes(phases: Phases, *, servers: int, reward_workers: int, ranks: int) ->
         found.append(
             Change("LoRA, of which only the adapter travels, or a faster network or disk", whole - 0.9 * phases.sync)
         )
+    if on_policy:
+        rest = phases.sync + phases.other
+        if servers:
+            seconds = max(phases.rollout + phases.reward, phases.training) + rest
+        else:
+            seconds = phases.rollout + max(phases.reward, phases.training) + rest
+        found.append(Change("max_staleness=1, by which rollouts run a step ahead,", seconds))
     return found
 
 
-def advice(phases: Phases, *, servers: int, reward_workers: int, ranks: int) -> str:
+def advice(phases: Phases, *, servers: int, reward_workers: int, ranks: int, on_policy: bool = False) -> str:
     """One sentence: the phase that takes most, and what would save how much of a step, where that is worth it."""
     shares = phases.shares()
     longest = max(PHASES, key=lambda phase: shares[phase])
     sentence = f"{_NAMES[longest]} {shares[longest]:.0%} of a step"
-    best = min(changes(phases, servers=servers, reward_workers=reward_workers, ranks=ranks), key=lambda c: c.seconds)
+    setup = {"servers": servers, "reward_workers": reward_workers, "ranks": ranks}
+    best = min(changes(phases, **setup, on_policy=on_policy), key=lambda c: c.seconds)
     saved = 1 - best.seconds / phases.whole if phases.whole > 0 else 0.0
     if longest == "other" or saved < WORTH_SAYING:
         return sentence

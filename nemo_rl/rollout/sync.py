@@ -64,6 +64,8 @@ def mismatch(version: int, verdicts: Sequence[Verdict], *, tied: bool, dtype: st
         causes.append(f"the server computes in {dtype}, the trainer in {trained}")
     if worst > 0.5:
         causes.append("the server holds another model, or the weights of another version")
+    elif worst > 0:
+        causes.append("the weights of another version")
     causes.append("a quantised server")
     return (
         f"no rollout server samples with version {version} of the weights: {'; '.join(lines)}. Nothing was trained on their "

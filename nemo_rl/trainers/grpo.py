@@ -255,6 +255,10 @@ class GRPOTrainer(Trainer):
         known.set_result(outcomes)
         return Group(completions, responses, known)
 
+    def _count(self, done: int = 0, tokens: int = 0) -> None:
+        if self.current_phase is not None:
+            self.current_phase.add(done, tokens)
+
     def _decoded(self, example: PromptExample, completions: list[Completion]) -> tuple[list[str], list[str]]:
         """The texts of completions of one prompt, without special tokens and with them."""
         # what the user asked to stop at is part of the answer
@@ -638,7 +642,9 @@ class GRPOTrainer(Trainer):
             rollout = self.config.rollout
             servers = max(1, len(rollout.urls)) if rollout is not None and rollout.engine == "vllm" else 0
             workers = self.config.reward.workers if self.config.reward is not None else 1
-            self.display.note(advice(self._phases, servers=servers, reward_workers=workers, ranks=self.ranks.size))
+            on_policy = self.ahead is None and not self.settings.dynamic_sampling_rounds
+            setup = {"servers": servers, "reward_workers": workers, "ranks": self.ranks.size}
+            self.display.note(advice(self._phases, **setup, on_policy=on_policy))
 
     def take_checkpoint_metric(self) -> float | None:
         """Returns the mean reward since the checkpoint before."""

@@ -115,13 +115,15 @@ def test_a_server_of_somebody_else_gets_weights_by_http_and_may_run_ahead(
     result = train(model, tmp_path / "out", {**urls, "max_staleness": staleness})
     check(result)
     found = [record.get("rollout_staleness") for record in result.history]
+    # of a step whose rewards are all equal nothing is trained, and nothing measured
+    errors = [record["rollout_logprob_error"] for record in result.history if "rollout_logprob_error" in record]
     if staleness == 0:
         assert found == [None] * STEPS
-        assert all(record["rollout_logprob_error"] <= 1e-4 for record in result.history)
+        assert max(errors) <= 1e-4
     else:
         assert all(0 <= value <= staleness for value in found)
         assert max(found) > 0
-        assert max(record["rollout_logprob_error"] for record in result.history) > 1e-3, "it is measured"
+        assert max(errors) > 1e-3, "it is measured"
 
 
 # --- faults of an update: each is caught at the first one, before anything is trained
@@ -158,7 +160,7 @@ def _other(published: Published, model: Any) -> Published:
 FAULTS = {
     without_ties: "tied embeddings",
     of_another_version: "the weights of another version",
-    truncated: "it is not complete|has .* bytes, expected",
+    truncated: r"ended after \d+ of \d+ bytes",
     of_another_model: "the server holds another model",
 }
 

@@ -59,26 +59,41 @@ def test_each_step_trains_its_own_prompts_of_weights_that_are_as_old_as_allowed(
     assert all("importance_bounded_fraction" in line for line in history), "importance correction is on"
 
 
-@pytest.mark.parametrize("terminate", [Terminate(in_evaluation_of=3), Terminate(before=4)])
-def test_a_run_that_was_stopped_trains_what_it_had_sampled(
-    terminate: Terminate, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class Crash(nemo_rl.Callback):
+    """As a process that is killed before a step: nothing is saved then."""
+
+    def on_step_begin(self, trainer: Any, step: int) -> None:
+        if step == 5:
+            raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("how", ["stopped in its evaluation", "stopped before a step", "killed"])
+def test_a_run_that_ended_trains_what_it_had_sampled(
+    how: str, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = Runs("grpo", tiny_model, **ahead(2))
     expected = runs.outcome(runs.run(tmp_path / "unbroken"), tmp_path / "unbroken")
     output = tmp_path / "broken"
-    assert runs.stopped(output, terminate).step == 3
+    if how == "killed":
+        runs.more_callbacks = lambda: [Crash()]
+        with pytest.raises(ZeroDivisionError):
+            runs.run(output)
+        runs.more_callbacks = list
+    else:
+        terminate = Terminate(in_evaluation_of=3) if "evaluation" in how else Terminate(before=4)
+        assert runs.stopped(output, terminate).step == 3
     state = json.loads((output / "checkpoints" / "step-00000003" / "state.json").read_text())["state"]
     assert [batch["step"] for batch in state["rollouts_ahead"]] == [4, 5]
     sampled: list[int] = []
     generate = InProcess.generate
 
-    def seen(self: InProcess, *arguments: Any, step: int, **options: Any) -> Any:
-        sampled.append(step)
-        return generate(self, *arguments, step=step, **options)
+    def seen(self: InProcess, requests: Any, *arguments: Any, step: int, **options: Any) -> Any:
+        sampled.extend(step for _ in requests)
+        return generate(self, requests, *arguments, step=step, **options)
 
     monkeypatch.setattr(InProcess, "generate", seen)
     assert runs.outcome(runs.run(output), output) == expected
-    assert [step for step in sampled if step] == [4, 5] or not any(sampled)
+    assert not any(sampled), "all that was to train was sampled before"
 
 
 def wait_for_a_while(prompt: str, response: str) -> float:
@@ -140,7 +155,8 @@ def test_a_server_samples_while_the_trainer_trains(tiny_model: str, tmp_path: Pa
     complete = server.complete
 
     def seen(handler: Any, content: Any) -> Any:
-        overlapped.append(training.wait(0.05))
+        if content["n"] > 1:  # else it is of the gate or of an evaluation
+            overlapped.append(len(overlapped) >= 4 and training.wait(2))  # the first step has nothing to overlap with
         return complete(handler, content)
 
     server.complete = seen  # type: ignore[method-assign]
@@ -175,20 +191,26 @@ def test_a_run_by_a_server_that_is_stopped_while_it_samples_trains_each_group_on
     """The fake's tokens depend on prompt, seed and step alone: what was trained shows in the completions."""
     runs = Runs("grpo", tiny_model, **by_server(server, 2))
     expected = runs.outcome(runs.run(tmp_path / "unbroken"), tmp_path / "unbroken")
-    output, complete, slow = tmp_path / "broken", server.complete, {"from": 10**6}
+    output, complete = tmp_path / "broken", server.complete
     counted: list[int] = []
 
-    def count(handler: Any, content: Any) -> Any:
-        counted.append(1)
-        if len(counted) == slow["from"]:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.3)
+    def seen(handler: Any, content: Any) -> Any:
+        if content["n"] > 1:  # else it is of the gate or of an evaluation
+            counted.append(1)
+            if len(counted) == 14:  # of the fourth batch, while the second is trained
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.5)
         return complete(handler, content)
 
-    server.complete = count  # type: ignore[method-assign]
-    slow["from"] = 26  # in the middle of a batch that runs ahead
-    runs.stopped(output, Terminate())
+    server.complete = seen  # type: ignore[method-assign]
+    stopped = runs.stopped(output, Terminate())
+    assert stopped.step > 0
+    state = json.loads((Path(str(stopped.checkpoint_path)) / "state.json").read_text())["state"]
+    groups = sum(len(batch["groups"]) for batch in state["rollouts_ahead"])
+    assert groups >= 4
+    before = len(counted)
     found = runs.outcome(runs.run(output), output)
+    assert len(counted) - before == 4 * (STEPS - stopped.step) - groups, "no group is sampled twice"
     assert [line["completion"] for line in found["completions"]] == [
         line["completion"] for line in expected["completions"]
     ]
