@@ -212,7 +212,7 @@ def test_unusable_file_is_explained(tmp_path: Path, name: str, content: str, wor
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
 def test_file_of_another_encoding_is_explained(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b'{"prompt": "\xff"}')
+    (tmp_path / name).write_bytes(b"prompt\n\xff\n" if name == "a.csv" else b'{"prompt": "\xff"}')
     with pytest.raises(DatasetError, match=r"are no UTF-8 .*; convert the file"):
         load_rows(tmp_path / name)
 
