@@ -59,6 +59,9 @@ class Facts:
     """The largest layer, which is made whole by itself."""
     outside: int
     """Parameters outside of them (the output layer, norms), which are whole within a pass."""
+    outside_trained: int
+    largest_part: int
+    """The largest part that is made whole by itself, embedding included."""
     largest: int
     """The largest tensor."""
     cache_numbers: int
@@ -291,10 +294,23 @@ class Planner:
             passes["gradients on their way"] = reducing * trained_block  # those outside of blocks are in the pass
         elif compute < 4:
             passes["weights cast"] = compute * facts.parameters
-        phases["training"] = {**standing, **passes}
+        ends = {"gradients": gradients, "embedding made whole": self._embedding(where, compute) if sharded else 0}
+        # a pass holds most in its middle, or, with few tokens, where it begins and ends
+        phases["training"] = {**standing, **max(passes, ends, key=lambda parts: sum(parts.values()))}
         phases["optimizer"] = {**standing, "gradients": gradients}
         phases["save"] = {**standing, "tensor being written": 4 * facts.largest if sharded else 0}
         return Estimate(where, facts, tokens, activation_checkpointing, phases, rows)
+
+    def _embedding(self, where: Where, compute: int) -> int:
+        """What a sharded pass holds where it begins, or ends, with the embedding or what else is larger than a layer: the shards
+        of others as they arrive and the weight, or its gradient, the copy that is sent and the sum of this rank's part."""
+        facts = self.facts
+        begin = compute * (facts.outside + 2 * facts.largest_part)
+        if not facts.outside_trained:
+            return begin
+        sent = 4 if compute < 4 else compute
+        sums = facts.largest_part * (compute + sent) + 4 * facts.largest_part // where.ranks
+        return max(begin, compute * (facts.outside + facts.outside_trained) + sums)
 
     def is_sharded(self, where: Where) -> bool:
         """Whether the ranks share the weights."""
@@ -318,6 +334,8 @@ class Planner:
             trained=sum(p.numel() for p in parameters if p.requires_grad),
             largest_block=max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0),
             outside=sum(p.numel() for p in outside),
+            outside_trained=sum(p.numel() for p in outside if p.requires_grad),
+            largest_part=max((sum(p.numel() for p in part.parameters()) for part in (*apart, *blocks)), default=0),
             largest=max(p.numel() for p in parameters),
             cache_numbers=_cache_numbers(self.config),
         )

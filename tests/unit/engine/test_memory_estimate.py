@@ -68,6 +68,7 @@ def measured(
     model = AutoModelForCausalLM.from_config(config)
     kinds = {"sft": SFTTrainer, "dpo": DPOTrainer, "grpo": GRPOTrainer}
     trainer = ready(kinds[algorithm], model, tokens_per_microbatch=budget, max_sequence_length=LENGTH, **keywords)
+    trainer._start_model = None  # the copy of a model that was given; of one that is loaded by name there is none
     ranks = trainer.ranks.size
     standing = list(trainer.model.parameters())
     if algorithm == "sft":
