@@ -34,7 +34,6 @@ MODELS = {
     "qwen2, untied": lambda: make_model("qwen2", hidden_size=WIDE, tie_word_embeddings=False),
     "llama": lambda: make_model("llama", hidden_size=WIDE),
     "gemma2": lambda: make_model("gemma2", hidden_size=WIDE, head_dim=32),
-    "mixtral": mixtral,
     "qwen2 with LoRA": lambda: make_model("qwen2", hidden_size=WIDE),
 }
 

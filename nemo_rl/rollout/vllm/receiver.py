@@ -55,7 +55,8 @@ class SafetensorsEngine(WeightTransferEngine[Init, Update]):
         with on_disk(update_info.source, update_info.shards) as files:
             self.loading = True
             initialize_layerwise_reload(self.model)
-            self.model.load_weights(_tensors(files, update_info.tied))
+            tied = {copy: own for copy, own in update_info.tied.items() if _has(self.model, copy)}
+            self.model.load_weights(_tensors(files, tied))
 
     def finish_weight_update(self) -> None:
         if self.loading:
@@ -64,6 +65,18 @@ class SafetensorsEngine(WeightTransferEngine[Init, Update]):
 
     def shutdown(self) -> None:
         pass
+
+
+def _has(model: Any, name: str) -> bool:
+    """Whether the model has a module of its own for a weight as checkpoints name it: some families use the embedding itself
+    as their output layer, and refuse the name."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    mapped = name if mapper is None else mapper._map_name(name)
+    try:
+        model.get_submodule((mapped or "").rpartition(".")[0])
+    except AttributeError:
+        return False
+    return mapped is not None
 
 
 def _tensors(files: list[Path], tied: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
