@@ -73,7 +73,7 @@ class MetricsLog:
             raise ValueError(
                 f"step {step} was logged already (the last one is {self._last_step}); each step is logged once"
             )
-        values = {name: _plain(value) for name, value in metrics.items()}
+        values = {name: plain(value) for name, value in metrics.items()}
         _append(self._metrics, [values])
         self._last_step = step
         self.has_start = self.has_start or step == 0
@@ -96,7 +96,7 @@ class MetricsLog:
         """Append sample completions of a step, one line each, with the step as first field."""
         _append(
             self._completions,
-            [{"step": step, **{name: _plain(value) for name, value in c.items()}} for c in completions],
+            [{"step": step, **{name: plain(value) for name, value in c.items()}} for c in completions],
         )
 
     def sync(self) -> None:
@@ -226,16 +226,16 @@ def _append(stream: IO[str], records: list[dict[str, Any]]) -> None:
     stream.flush()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON for a metric: the number in a tensor or array of one element, null for what is not finite."""
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 
@@ -249,7 +249,7 @@ def step_line(metrics: dict[str, Any], total_steps: int | None = None) -> str:
     others = sorted(
         name for name in metrics if name not in LINE_ORDER and name != "step" and not name.endswith("_seconds")
     )
-    return " ".join([first, *(f"{_line_name(name)}={_line_value(_plain(metrics[name]))}" for name in known + others)])
+    return " ".join([first, *(f"{_line_name(name)}={_line_value(plain(metrics[name]))}" for name in known + others)])
 
 
 _STEP = re.compile(r"step=(\d+)(?:/(\d+))?(?= |$)")
@@ -330,7 +330,7 @@ def sample_line(step: int, sample: dict[str, Any]) -> str:
     """`sample step=12 reward=0.61 prompt="…" completion="…"`: a completion for people and for `parse_sample_line`."""
     fields = {"step": step, "reward": sample.get("reward")}
     fields |= {name: _excerpt(str(sample[name])) for name in ("prompt", "completion")}
-    return " ".join(["sample", *(f"{name}={_line_value(_plain(value))}" for name, value in fields.items())])
+    return " ".join(["sample", *(f"{name}={_line_value(plain(value))}" for name, value in fields.items())])
 
 
 def parse_sample_line(line: str) -> dict[str, Any] | None:

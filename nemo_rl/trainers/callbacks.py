@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nemo_rl.run.metrics import step_line
+from nemo_rl.run.metrics import plain, step_line
 
 if TYPE_CHECKING:
     from nemo_rl.api.result import TrainResult
@@ -206,11 +206,11 @@ class CallbackList(Callback):
         self._call("on_step_end", trainer, step, metrics)
         for name, value in metrics.items():
             try:
-                json.dumps(value)
-            except (TypeError, ValueError):
+                json.dumps(plain(value))
+            except (TypeError, ValueError, RuntimeError):
                 raise TypeError(
                     f"found {type(value).__name__} as the metric {name!r} of step {step}, which a callback has put there; "
-                    "expected a number, text or None; convert it, for example with float()"
+                    "expected a number (a tensor of one element, too), text or None; convert it, for example with float()"
                 ) from None
 
     def on_epoch_end(self, trainer: Trainer, epoch: int, metrics: dict[str, float]) -> None:

@@ -8,7 +8,9 @@ import math
 import warnings
 from types import SimpleNamespace
 
+import numpy
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -246,3 +248,24 @@ def test_state_goes_to_the_callback_that_it_came_from(caplog):
         CallbackList(others).load_state_dict(states)
         assert "callback 1 was EarlyStoppingCallback" in caplog.text
         caplog.clear()
+
+
+class Puts(Callback):
+    def __init__(self, value) -> None:
+        self.value = value
+
+    def on_step_end(self, trainer, step, metrics) -> None:
+        metrics["mine"] = self.value
+
+
+@pytest.mark.parametrize("value", [1, 0.5, float("nan"), "text", None, torch.tensor(2.0), numpy.float32(3), [1, 2]])
+def test_what_a_callback_puts_into_the_metrics_may_be_what_a_log_can_hold(value):
+    CallbackList([Puts(value)]).on_step_end(None, 1, {"step": 1})
+
+
+@pytest.mark.parametrize(
+    "value", [object(), {1}, b"bytes", torch.zeros(2), numpy.zeros(2)], ids=lambda v: type(v).__name__
+)
+def test_what_a_log_cannot_hold_is_refused_with_its_name(value):
+    with pytest.raises(TypeError, match=f"found {type(value).__name__} as the metric 'mine' of step 3, .* convert it"):
+        CallbackList([Puts(value)]).on_step_end(None, 3, {"step": 3})
