@@ -137,6 +137,9 @@ class CheckpointStore:
         self.always = frozenset(always)
         if is_rank_zero():
             self._clear_leftovers()
+            self._point_out()
+            if self.stored is not None:
+                self.stored.finish_save(self.keep, self.always)
 
     def save(
         self,
@@ -227,15 +230,19 @@ class CheckpointStore:
         load_optimizer(checkpoint.path / TRAINER_STATE, checkpoint.optimizer_groups, optimizer)
 
     def _prune(self) -> None:
+        best = self._point_out()
+        for checkpoint in self.checkpoints()[: -self.keep]:
+            if best and checkpoint.path != best.path and checkpoint.path.name not in self.always:
+                _remove(checkpoint.path, self.lease)
+
+    def _point_out(self) -> Checkpoint | None:
+        """Moves `latest` and `best` to what they are; returns the best one."""
         complete = self.checkpoints()
         best = best_of(complete)
-        if best is None:
-            return
-        _point(self.root / LATEST, complete[-1].path.name, self.lease)
-        _point(self.root / BEST, best.path.name, self.lease)
-        for checkpoint in complete[: -self.keep]:
-            if checkpoint.path != best.path and checkpoint.path.name not in self.always:
-                _remove(checkpoint.path, self.lease)
+        if best is not None:
+            _point(self.root / LATEST, complete[-1].path.name, self.lease)
+            _point(self.root / BEST, best.path.name, self.lease)
+        return best
 
     def _clear_leftovers(self) -> None:
         """What a killed save left: half-written directories go, a checkpoint that was about to be replaced returns."""

@@ -370,6 +370,18 @@ class StoredRuns:
         self._saving = threading.Thread(target=self._publish_safely, args=arguments, name="nemo-rl-save", daemon=True)
         self._saving.start()
 
+    def finish_save(self, keep: int, always: Collection[str]) -> None:
+        """What a save of a killed process left to do, once its checkpoint was named: the pointers, and what is over the limit.
+
+        Nothing is removed while the newest one has not been seen to be whole.
+        """
+        entries = self.entries()
+        if self.rank != 0 or not entries:
+            return
+        self._point()
+        if entries[-1]["name"] in self._whole:
+            self._prune(keep, frozenset(always), [])
+
     def wait(self) -> None:
         """Until the checkpoint that is being published is. Raises what went wrong: StorageError, LeaseLost."""
         if self._saving is not None:

@@ -236,6 +236,20 @@ def test_kills_in_the_midst_of_saves_leave_whole_checkpoints(
     assert loaded > 0
 
 
+def test_what_a_kill_left_of_the_last_save_is_finished_by_the_next_call(
+    runs, undisturbed, tmp_path, store_environment, faults: Faults
+):
+    """Killed when the last checkpoint is named, and neither pointed to nor one of as many as are kept: no save follows it."""
+    uri = "s3://bucket/last-save/run"
+    last = f"/{uri.removeprefix('s3://')}/checkpoints/step-{STEPS:08d}-g1/manifest.json"
+    faults.choose = lambda method, path: "kill" if method in ("PUT", "POST") and path == last else None
+    faults.kill = lambda: os.kill(runs.server.pid, signal.SIGKILL)
+    assert runs.run(uri, tmp_path / "first", endpoint=faults.url) == -signal.SIGKILL
+    faults.choose = lambda method, path: None
+    assert runs.run(uri, tmp_path / "second", endpoint=faults.url) == 0
+    assert in_store(uri) == on_disk(undisturbed[0])
+
+
 def whole(uri: str, weights: dict[str, str]) -> int:
     """Checks what a killed run left: each checkpoint that is named has the weights of that step; how many there are."""
     store = Store(uri)

@@ -329,6 +329,19 @@ def test_newest_and_best_are_kept(tmp_path_factory, metrics, keep):
         assert (store.root / "latest").resolve() == store.latest_path().resolve()
 
 
+def test_pointers_that_a_killed_save_left_behind_are_moved_by_the_next_call(tmp_path):
+    """Killed between the checkpoint and its pointers; a run that was at its end saves no more."""
+    store = CheckpointStore(tmp_path, keep=3)
+    for step in (1, 2):
+        store.save(step, model=tiny_model(step), tokenizer=None, state={}, metric=float(step))
+    for name in ("latest", "best"):
+        (store.root / name).unlink()
+        (store.root / name).symlink_to("step-00000001")
+    again = CheckpointStore(tmp_path, keep=3)
+    for name in ("latest", "best"):
+        assert (again.root / name).resolve().name == "step-00000002"
+
+
 def test_empty_store_has_neither_latest_nor_best(tmp_path):
     store = CheckpointStore(tmp_path / "absent", keep=1)
     assert store.latest() is store.best() is store.latest_path() is store.best_path() is None
