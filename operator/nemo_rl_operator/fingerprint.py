@@ -40,7 +40,6 @@ def runs(spec: Object) -> dict[str, Any]:
 
 def _given(value: Any) -> Any:
     """Without empty values and the modes of files, which the API server leaves out or fills in."""
-    if isinstance(value, Mapping):
-        below = {name: _given(each) for name, each in value.items() if name != "defaultMode"}
-        return {name: each for name, each in below.items() if each not in (None, False, "", [], {})}
+    if isinstance(value, dict):
+        return {name: given for name, each in value.items() if name != "defaultMode" and (given := _given(each))}
     return [_given(each) for each in value] if isinstance(value, list) else value
