@@ -32,7 +32,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, 
 import nemo_rl.trainers.sft, nemo_rl.api.training
 
 def run(model, output, cache, steps, port, endpoint, keep):
-    torch.set_num_threads(1)
     os.environ |= {"NEMO_RL_CACHE": cache, "AWS_ENDPOINT_URL": endpoint}
     other = None
     if port:  # two nodes: processes with nothing in common but the store
@@ -40,6 +39,7 @@ def run(model, output, cache, steps, port, endpoint, keep):
         rank = "0" if other else "1"
         os.environ |= {"RANK": rank, "GROUP_RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NEMO_RL_CACHE": f"{cache}/node-{rank}"}
+    torch.set_num_threads(1)  # after every fork: it makes torch's pool of threads anew, where two threads at once would fail
     import nemo_rl, nemo_rl.errors
     rows = [{"prompt": f"{i}=", "completion": f"{i % 10}a"} for i in range(10, 30)]
     try:
