@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -133,9 +134,7 @@ def _summary(
     every = [outcome for group in outcomes for outcome in group]
     values = [outcome.value for outcome in every if outcome.value is not None]
     mean = sum(values) / len(values) if values else None
-    spread = None
-    if mean is not None and len(values) > 1:
-        spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    spread = statistics.stdev(values) if len(values) > 1 else None
     right = [sum(o.value is not None and o.value >= threshold for o in group) for group in outcomes]
     completions = [completion for group in groups for completion in group]
     names = sorted({name for outcome in every for name in outcome.parts})

@@ -10,6 +10,7 @@ from typing import Any
 from nemo_rl.api.models import find_model
 from nemo_rl.cli.jobs import INTERRUPTED, OTHER_ERROR
 from nemo_rl.extras import explained, require
+from nemo_rl.job.text import dotted
 from nemo_rl.run.directory import nearby
 
 HELP = "a line is a question; /new forgets the conversation, /quit or Ctrl-D ends"
@@ -91,7 +92,7 @@ def _lines(interactive: bool) -> Iterator[str]:
 def _write(text: str) -> None:
     """A part of an answer. On a terminal what is not printable becomes a dot, so that a model never drives it."""
     if sys.stdout.isatty():
-        text = "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text)
+        text = dotted(text, keep="\n\t")
     print(text, end="", flush=True)
 
 

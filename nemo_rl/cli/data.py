@@ -15,6 +15,7 @@ from nemo_rl.cli.jobs import print_json
 from nemo_rl.extras import explained
 from nemo_rl.job.manifest import ManifestError, load_manifest, parse_manifest
 from nemo_rl.job.spec import ALGORITHMS, RLTrainingJobSpec
+from nemo_rl.job.text import dotted
 
 if TYPE_CHECKING:
     from nemo_rl.data.prepare import Part, Prepared
@@ -151,6 +152,6 @@ def _print_example(number: int, parts: list[Part], colour: bool) -> None:
 
 def _printable(text: str) -> str:
     """A text whose lines stay lines; what else is not printable becomes a dot, so that data never drives the terminal."""
-    shown = "".join(c if c.isprintable() or c == "\n" else "·" for c in text)
+    shown = dotted(text, keep="\n")
     half = _CHARACTERS // 2
     return shown if len(shown) <= _CHARACTERS else f"{shown[:half]} … {shown[-half:]}"

@@ -12,6 +12,7 @@ from nemo_rl.api.evaluation import Evaluation, data_source, evaluate, reward_of
 from nemo_rl.api.models import find_model
 from nemo_rl.cli.jobs import print_json
 from nemo_rl.extras import require
+from nemo_rl.job.text import dotted
 
 SAY_EVERY = 5.0
 """Seconds between two lines about the progress."""
@@ -71,6 +72,6 @@ def _lines(found: Evaluation) -> list[str]:
 
 
 def _excerpt(text: str) -> str:
-    """A text on one line; what is not printable becomes a dot, so that a model never drives the terminal."""
-    shown = "".join(c if c.isprintable() else "·" for c in " ".join(text.split()))
+    """A text on one line, not too long."""
+    shown = dotted(" ".join(text.split()))
     return shown if len(shown) <= _WIDTH else f"{shown[: _WIDTH - 1]}…"

@@ -11,7 +11,8 @@ from nemo_rl.api.training import start
 from nemo_rl.backends import Run, choose
 from nemo_rl.backends.kubernetes.errors import JobCancelled
 from nemo_rl.backends.local import check_places
-from nemo_rl.cli.jobs import JobExit
+from nemo_rl.cli import jobs
+from nemo_rl.cli.jobs import INTERRUPTED, OTHER_ERROR, JobExit
 from nemo_rl.cli.plan import say_memory
 from nemo_rl.errors import DatasetError, NonFiniteTraining, RewardError, TrainingFailed, TrainingInterrupted
 from nemo_rl.job.manifest import Manifest, ManifestError, load_manifest
@@ -20,9 +21,6 @@ from nemo_rl.job.spec import RLTrainingJobSpec
 from nemo_rl.run.directory import nearby
 
 USAGE = 2
-OTHER_ERROR = 1
-INTERRUPTED = 130
-"""128 + SIGINT, as shells report it."""
 
 
 def train_job(
@@ -147,24 +145,22 @@ _EXPECTED = (ValueError, TypeError, RewardError, NonFiniteTraining, RuntimeError
 
 def guarded(command: Callable[[], int]) -> int:
     """Runs a command that calls a model, a reward or data; every error becomes a sentence and the code of its kind."""
-    try:
-        return command()
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        sys.stderr.close()
-        return OTHER_ERROR
-    except ManifestError as error:
-        complain(str(error))
-        return USAGE
-    except LookupError as error:
-        complain(str(error.args[0] if error.args else error))
-        return JobExit.ABSENT
-    except (*_EXPECTED, ImportError) as error:
-        if isinstance(error, RewardError) and error.traceback:
-            print(error.traceback.rstrip(), file=sys.stderr)
-        complain(str(error) or type(error).__name__)
-        return exit_code(error)
+
+    def judged() -> int:
+        try:
+            return command()
+        except (BrokenPipeError, LookupError):
+            raise
+        except ManifestError as error:
+            complain(str(error))
+            return USAGE
+        except (*_EXPECTED, ImportError) as error:
+            if isinstance(error, RewardError) and error.traceback:
+                print(error.traceback.rstrip(), file=sys.stderr)
+            complain(str(error) or type(error).__name__)
+            return exit_code(error)
+
+    return jobs.guarded(judged)
 
 
 def exit_code(error: BaseException) -> int:

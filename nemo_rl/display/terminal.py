@@ -21,6 +21,7 @@ from rich.text import Text
 
 from nemo_rl.display.notebook import NotebookDisplay, in_notebook
 from nemo_rl.display.phases import MARK, Best, Pace, Phase, duration
+from nemo_rl.job.text import dotted
 from nemo_rl.run.metrics import SHOWN_SAMPLES, main_metrics, step_line
 
 SAMPLE_LINES = 3
@@ -283,7 +284,7 @@ def _sample_panel(sample: dict[str, Any]) -> Panel:
 def _excerpt(value: Any, width: int = 240) -> str:
     """A few lines of a text; what is not printable becomes a dot, so that a model never drives the terminal."""
     text = value if isinstance(value, str) else str(value)
-    lines = ["".join(c if c.isprintable() else "·" for c in line) for line in text.strip().splitlines()]
+    lines = [dotted(line) for line in text.strip().splitlines()]
     excerpt = "\n".join(lines[:SAMPLE_LINES])
     return excerpt if len(lines) <= SAMPLE_LINES and len(excerpt) <= width else f"{excerpt[:width]}…"
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any, Literal, Protocol
 
 from nemo_rl.extras import require
 from nemo_rl.run.directory import RUN_FILE
+from nemo_rl.run.metrics import plain
 
 PROJECT = "nemo-rl"
 """Name of the project or experiment, where the tracker's own variable names none."""
@@ -194,8 +194,5 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
+    found = plain(value)
+    return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None

@@ -37,6 +37,11 @@ def problem_of(error: Mapping[str, Any]) -> str:
     return str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
 
 
+def dotted(text: str, keep: str = "") -> str:
+    """The text with a dot for what is not printable, but for the characters to keep: so a model never drives a terminal."""
+    return "".join(c if c.isprintable() or c in keep else "·" for c in text)
+
+
 def clean(text: str) -> str:
     """The text without terminal sequences, control characters but newline and tab, and marks of direction."""
     if text.isprintable() and text.isascii():

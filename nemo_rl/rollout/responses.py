@@ -21,25 +21,28 @@ class Decoded:
     hidden: set[int]
 
 
-def decoded(
-    tokenizer: Any, prompt: Sequence[int], completions: Sequence[Sequence[int]], ends: Collection[int | None]
-) -> Decoded:
-    """The texts of completions (token ids) of one prompt. Each begins with the tag by which the prompt has opened the thinking.
+class Decoder:
+    """Makes texts of completions. `end_ids` end one, and are no part of it; what the user asked to stop at is."""
 
-    `ends`: tokens that are no part of the answer where they stand at its end.
-    """
-    texts = tokenizer.batch_decode([list(ids) for ids in completions], skip_special_tokens=True)
-    kept = []
-    for completion in completions:
-        ids = list(completion)
-        while ids and ids[-1] in ends:
-            ids.pop()
-        kept.append(ids)
-    raw = tokenizer.batch_decode(kept, skip_special_tokens=False)
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}.difference(ends)
-    hidden = {i for ids in kept for i in ids if i in special}
-    opened = opening_tag(tokenizer, prompt)
-    return Decoded([opened + text for text in texts], [opened + text for text in raw], hidden)
+    def __init__(self, tokenizer: Any, end_ids: Collection[int], asked_stops: Collection[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ends = {*end_ids, tokenizer.pad_token_id}.difference(asked_stops)
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special = special.difference(self._ends)
+
+    def __call__(self, prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> Decoded:
+        """The texts of completions (token ids) of one prompt. Each begins with the tag by which the prompt has opened the thinking."""
+        texts = self._tokenizer.batch_decode([list(ids) for ids in completions], skip_special_tokens=True)
+        kept = []
+        for completion in completions:
+            ids = list(completion)
+            while ids and ids[-1] in self._ends:
+                ids.pop()
+            kept.append(ids)
+        raw = self._tokenizer.batch_decode(kept, skip_special_tokens=False)
+        hidden = {i for ids in kept for i in ids if i in self._special}
+        opened = opening_tag(self._tokenizer, prompt)
+        return Decoded([opened + text for text in texts], [opened + text for text in raw], hidden)
 
 
 def opening_tag(tokenizer: Any, prompt: Sequence[int]) -> str:

@@ -20,7 +20,7 @@ from nemo_rl.model.load import choose_device, limit_threads, load_model, load_to
 from nemo_rl.model.policy import Policy
 from nemo_rl.rollout.in_process.engine import end_tokens, generate
 from nemo_rl.rollout.protocol import Completion, Sampling
-from nemo_rl.rollout.responses import Decoded, decoded
+from nemo_rl.rollout.responses import Decoder
 from nemo_rl.rollout.stops import Stops
 from nemo_rl.run.card import read_record
 from nemo_rl.run.identity import refuse_adapter
@@ -48,15 +48,17 @@ class TextGenerator:
         sampling = self.record.get("sampling") or {}
         self.defaults = GRPOSpec(**{name: value for name, value in sampling.items() if value is not None})
         self.stops = Stops(self.tokenizer, self.defaults.stop)
-        self._stop_ids = [*self.defaults.stop_token_ids, *self.stops.tokens]
+        stop_ids = [*self.defaults.stop_token_ids, *self.stops.tokens]
         loaded: Any = load_model(model, self.training, self.device)
         own = [] if self.tokenizer.eos_token_id is None else [int(self.tokenizer.eos_token_id)]
         turn = end_tokens_of(self.tokenizer, self.template_arguments)
-        teach_ends(loaded, [*own, *turn, *self._stop_ids])
+        teach_ends(loaded, [*own, *turn, *stop_ids])
         limit_threads(getattr(loaded.config.get_text_config(), "hidden_size", 1024))
         loaded.requires_grad_(False)
         self.policy = Policy(loaded)
         self.end_ids = end_tokens(self.policy.causal, self.tokenizer)
+        self.decoded = Decoder(self.tokenizer, self.end_ids, stop_ids)
+        """Completions of one prompt as text, as rewards saw them in training."""
 
     def _lengths(self) -> dict[str, int]:
         longest = self.record.get("settings", {}).get("max_sequence_length")
@@ -127,11 +129,6 @@ class TextGenerator:
             on_tokens=on_tokens,
             on_group=on_group,
         )
-
-    def decoded(self, prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> Decoded:
-        """Completions of one prompt as text, as rewards saw them in training."""
-        ends = {*self.end_ids, self.tokenizer.pad_token_id} - set(self._stop_ids)
-        return decoded(self.tokenizer, prompt, completions, ends)
 
     def texts(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int = 0) -> list[str]:
         """One answer to each prompt."""

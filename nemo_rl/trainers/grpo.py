@@ -29,7 +29,7 @@ from nemo_rl.rollout.bottleneck import Phases, advice
 from nemo_rl.rollout.in_process.engine import InProcess, end_tokens
 from nemo_rl.rollout.in_process.proof import prove_rollouts
 from nemo_rl.rollout.protocol import Completion, Request, RolloutEngine, Sampling
-from nemo_rl.rollout.responses import decoded
+from nemo_rl.rollout.responses import Decoder
 from nemo_rl.rollout.schedule import Schedule
 from nemo_rl.rollout.stops import Stops
 from nemo_rl.run.ranks import Ranks
@@ -261,9 +261,7 @@ class GRPOTrainer(Trainer):
 
     def _decoded(self, example: PromptExample, completions: list[Completion]) -> tuple[list[str], list[str]]:
         """The texts of completions of one prompt, without special tokens and with them."""
-        # what the user asked to stop at is part of the answer
-        ends = {*self.end_ids, self.tokenizer.pad_token_id} - set(self._stop_tokens())
-        found = decoded(self.tokenizer, example.ids, [completion.ids for completion in completions], ends)
+        found = self.decoder(example.ids, [completion.ids for completion in completions])
         self._hidden_tokens |= found.hidden
         return found.texts, found.raw
 
@@ -516,6 +514,7 @@ class GRPOTrainer(Trainer):
         settings = self.settings
         self.data = data
         self.end_ids = end_tokens(self.policy.causal, self.tokenizer)
+        self.decoder = Decoder(self.tokenizer, self.end_ids, self._stop_tokens())
         self._hidden_tokens: set[int] = set()
         self._said_hidden = False
         self._synced: dict[str, float] = {}

@@ -8,6 +8,7 @@ from typing import Any
 from nemo_rl.display.phases import phase_of_line
 from nemo_rl.display.terminal import Display, PlainDisplay, make_display
 from nemo_rl.job.status import JobStatus
+from nemo_rl.job.text import dotted
 from nemo_rl.run.metrics import SHOWN_SAMPLES, parse_sample_line, parse_step_line
 
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
@@ -83,7 +84,7 @@ def printable(text: str) -> str:
     """Text of a pod without what could drive a terminal; of a progress bar that overwrites itself its last state."""
     text = text.rstrip("\r\n").rsplit("\r", 1)[-1]
     text = _ESCAPES.sub("", text)
-    return "".join(c if c.isprintable() or c == "\t" else "·" for c in text)
+    return dotted(text, keep="\t")
 
 
 def _metrics(text: str) -> dict[str, Any] | None:

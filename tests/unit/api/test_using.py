@@ -296,7 +296,7 @@ def test_equal_runs_have_equal_cards_and_hub_names_are_linked(tmp_path: Path) ->
             "dataset": {"name": "org/rows", "split": "train[:10]"},
             "reward": {"builtin": "length"},
             "grpo": {"stop": ["|"], "temperature": 0.7},
-            "training": {"chat_template": "{{ messages }}", "lora_rank": 4, "lora_target_modules": ["/root/x"]},
+            "training": {"chat_template": "{{ messages }}", "lora_rank": 4, "lora_target_modules": ["/home/me/x"]},
         }
     )
     made = {"base_model": "org/base-7B", "rewards": ["length"], "step": 3}
@@ -306,7 +306,7 @@ def test_equal_runs_have_equal_cards_and_hub_names_are_linked(tmp_path: Path) ->
     assert (head["base_model"], head["datasets"]) == ("org/base-7B", ["org/rows"])
     assert record["metrics"] == {"reward": 0.5}
     assert record["sampling"]["temperature"] == 0.7
-    assert "/root" not in json.dumps(record)
+    assert "/home" not in json.dumps(record)
     assert "{{ messages }}" not in model_card(record)
 
 
