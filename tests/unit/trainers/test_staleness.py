@@ -197,7 +197,8 @@ def test_a_run_by_a_server_that_is_stopped_while_it_samples_trains_each_group_on
     def seen(handler: Any, content: Any) -> Any:
         if content["n"] > 1:  # else it is of the gate or of an evaluation
             counted.append(1)
-            if len(counted) == 14:  # of the fourth batch, while the second is trained
+            if len(counted) == 14:  # of the fourth batch, while the second or the third is trained
+                time.sleep(0.3)  # what was asked before is answered
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(0.5)
         return complete(handler, content)
@@ -207,7 +208,7 @@ def test_a_run_by_a_server_that_is_stopped_while_it_samples_trains_each_group_on
     assert stopped.step > 0
     state = json.loads((Path(str(stopped.checkpoint_path)) / "state.json").read_text())["state"]
     groups = sum(len(batch["groups"]) for batch in state["rollouts_ahead"])
-    assert groups >= 4
+    assert groups >= 13 - 4 * stopped.step > 0, "all that was answered is trained or kept"
     before = len(counted)
     found = runs.outcome(runs.run(output), output)
     assert len(counted) - before == 4 * (STEPS - stopped.step) - groups, "no group is sampled twice"
