@@ -39,7 +39,7 @@ def store_checks(uri: str) -> list[Check]:
     """Whether an object store can be listed, read, written on condition and deleted from, with this machine's credentials."""
     from nemo_rl.errors import StorageError
     from nemo_rl.job import uris
-    from nemo_rl.run.stored import read_head
+    from nemo_rl.run.stored.head import read_head
     from nemo_rl.storage.store import Store
 
     if (wrong := uris.problem(uri)) is not None:

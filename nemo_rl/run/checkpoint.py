@@ -29,7 +29,7 @@ from nemo_rl.run.lease import REPLACED, Lease, guarded
 from nemo_rl.run.processes import is_distributed, is_rank_zero
 
 if TYPE_CHECKING:
-    from nemo_rl.run.stored import StoredRuns
+    from nemo_rl.run.stored.runs import StoredRuns
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ class CheckpointStore:
             self._clear_leftovers()
             self._point_out()
             if self.stored is not None:
-                self.stored.finish_save(self.keep, self.always)
+                self.stored.checkpoints.finish_save(self.keep, self.always)
 
     def save(
         self,
@@ -160,13 +160,13 @@ class CheckpointStore:
         path = self.root / f"{_STEP_PREFIX}{step:08d}"
         parts = {"model": model, "tokenizer": tokenizer, "optimizer": optimizer}
         if self.stored is not None:
-            self.stored.wait()
+            self.stored.checkpoints.wait()
         write_checkpoint(
             path, step, **parts, state=state, metric=metric, texts=texts, lease=self.lease, here=self._writes_here()
         )
         if self.stored is not None:
             finite = metric if metric is not None and math.isfinite(metric) else None
-            self.stored.saved(path, step, finite, self.keep, self.always)
+            self.stored.checkpoints.saved(path, step, finite, self.keep, self.always)
         if is_rank_zero():
             self._prune()
         return path
@@ -196,20 +196,20 @@ class CheckpointStore:
     def best(self) -> Checkpoint | None:
         """The complete checkpoint with the highest metric; without metrics the newest; or None."""
         if self.stored is not None:
-            self.stored.wait()
-            name = self.stored.best()
-            brought = self.stored.bring([name, *self.stored.newest()]) if name else None
+            self.stored.checkpoints.wait()
+            name = self.stored.checkpoints.best()
+            brought = self.stored.checkpoints.bring([name, *self.stored.checkpoints.newest()]) if name else None
             return read_checkpoint(self.root / brought) if brought else None
         return best_of(self.checkpoints())
 
     def settle(self) -> None:
         """Until what was saved is where it is kept. Raises what went wrong there."""
         if self.stored is not None:
-            self.stored.wait()
+            self.stored.checkpoints.wait()
 
     def shown(self, path: Path) -> str:
         """A checkpoint as people find it: its address in the store, or its path."""
-        return (self.stored.checkpoint_uri(path.name) if self.stored is not None else None) or str(path)
+        return (self.stored.checkpoints.checkpoint_uri(path.name) if self.stored is not None else None) or str(path)
 
     def latest_path(self) -> Path | None:
         checkpoint = self.latest()

@@ -41,7 +41,7 @@ class RunBusyError(RuntimeError):
 
 
 class Kept(Protocol):
-    """Where runs are kept beside their folders (nemo_rl.run.stored.StoredRuns); what is there decides."""
+    """Where runs are kept beside their folders (nemo_rl.run.stored.runs.StoredRuns); what is there decides."""
 
     def uri_of(self, place: Path) -> str:
         """The address that a folder stands for."""

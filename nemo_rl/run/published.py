@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nemo_rl.errors import StorageError
-from nemo_rl.run.stored import CHECKPOINTS, MANIFEST, TEXTS, read_text
+from nemo_rl.run.stored.head import CHECKPOINTS, MANIFEST, TEXTS, read_text
 from nemo_rl.storage.store import Store
 from nemo_rl.storage.transfer import Progress, checked, download
 

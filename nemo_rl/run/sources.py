@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_rl.errors import StorageError
 from nemo_rl.job import uris
-from nemo_rl.run.stored import CHECKPOINTS, HEAD, MANIFEST, POINTERS, best_entry, read_head
+from nemo_rl.run.stored.head import CHECKPOINTS, HEAD, MANIFEST, POINTERS, best_entry, read_head
 from nemo_rl.storage.cache import cached
 from nemo_rl.storage.store import Object, Store
 from nemo_rl.storage.transfer import Progress, checked

@@ -64,7 +64,9 @@ from nemo_rl.run.metrics import read_history
 from nemo_rl.run.ranks import Ranks, join
 from nemo_rl.run.signals import Interrupted, StopSignals
 from nemo_rl.run.sources import local_model
-from nemo_rl.run.stored import LOG, RunHeldError, StoredRuns
+from nemo_rl.run.stored.head import LOG
+from nemo_rl.run.stored.runs import StoredRuns
+from nemo_rl.run.stored.writer import RunHeldError
 from nemo_rl.trainers.callbacks import CallbackList
 from nemo_rl.trainers.loop import Loop
 from nemo_rl.trainers.optimizer import Optimizer, learning_rate
@@ -332,7 +334,7 @@ class Trainer(Passes, ABC):
                 trainer=self,
                 metrics=loop.metrics,
                 checkpoint_path=str(best.path) if best else None,
-                checkpoint_uri=self.stored.checkpoint_uri(best.path.name) if best and self.stored else None,
+                checkpoint_uri=self.stored.checkpoints.checkpoint_uri(best.path.name) if best and self.stored else None,
                 total_steps=self.current_step,
                 output_dir=run.dir,
                 history=self.ranks.first(lambda: read_history(run.dir / METRICS_FILE)),

@@ -42,7 +42,7 @@ class Observer(Callback):
             self._first = False
             self._say(trainer, startup_line(self._report.seconds, metrics["step_seconds"]))
         self._say_samples(trainer, step)
-        if trainer.stored is not None and trainer.stored.take_news():
+        if trainer.stored is not None and trainer.stored.checkpoints.take_news():
             self.saved(trainer)
 
     def on_train_end(self, trainer: Any, result: Any) -> None:
@@ -53,7 +53,7 @@ class Observer(Callback):
     def saved(self, trainer: Any, seconds: float | None = None) -> None:
         """Reads the checkpoints anew. `seconds`: how long the save took that was just made."""
         if trainer.stored is not None:
-            checkpoint = published_checkpoints(trainer.stored, trainer.algorithm)
+            checkpoint = published_checkpoints(trainer.stored.checkpoints, trainer.algorithm)
         else:
             checkpoint = read_checkpoints(trainer.run_dir, self._claim, trainer.algorithm)
         self._report.saved(checkpoint)

@@ -18,7 +18,8 @@ from typing import Any
 from nemo_rl.job.status import Checkpoint, Progress
 from nemo_rl.run.checkpoint import best_of, find_checkpoints
 from nemo_rl.run.metrics import LINE_ORDER
-from nemo_rl.run.stored import StoredRuns, best_entry
+from nemo_rl.run.stored.checkpoints import PublishedCheckpoints
+from nemo_rl.run.stored.head import best_entry
 
 IMPORTING = "importing"
 PREPARING_DATA = "preparing data"
@@ -184,17 +185,17 @@ def read_checkpoints(run_dir: Path, claim: Path, algorithm: str) -> Checkpoint |
     )
 
 
-def published_checkpoints(stored: StoredRuns, algorithm: str) -> Checkpoint | None:
+def published_checkpoints(published: PublishedCheckpoints, algorithm: str) -> Checkpoint | None:
     """The complete checkpoints of a run in a store, by their addresses; None if there is none."""
-    entries = stored.entries()
+    entries = published.entries()
     best = best_entry(entries)
     if best is None:
         return None
     latest = entries[-1]
     return Checkpoint(
-        latest=stored.checkpoint_uri(latest["name"]),
+        latest=published.checkpoint_uri(latest["name"]),
         latest_step=latest["step"],
-        best=stored.checkpoint_uri(best["name"]),
+        best=published.checkpoint_uri(best["name"]),
         best_step=best["step"],
         best_metric=_best_metric(best.get("metrics") or {}, best["metric"], algorithm),
     )

@@ -23,7 +23,8 @@ from nemo_rl.job.status import TerminationMessage
 from nemo_rl.run.checkpoint import find_checkpoints
 from nemo_rl.run.directory import unfinished_runs
 from nemo_rl.run.lease import Claim, Lease, guarded
-from nemo_rl.run.stored import Writer, notes_of, read_head
+from nemo_rl.run.stored.head import notes_of, read_head
+from nemo_rl.run.stored.writer import Writer
 from nemo_rl.storage.store import Store
 from nemo_rl.worker import ending, inputs, probe
 from nemo_rl.worker.digest import digest_argument

@@ -17,7 +17,7 @@ from e2e.operator_pod import OperatorPod
 from e2e.scene import SECONDS, Scene
 from e2e.store import BUCKET, SECRET, ObjectStore, object_store
 from nemo_rl.job import names
-from nemo_rl.run.stored import read_head, read_text
+from nemo_rl.run.stored.head import read_head, read_text
 from nemo_rl.storage.store import Store
 
 STEPS = 16

@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 
 from nemo_rl.errors import LeaseLost, StorageError
-from nemo_rl.run import stored
-from nemo_rl.run.stored import RunHeldError, StoredRuns, Writer, read_head
+from nemo_rl.run.stored import lease, writer
+from nemo_rl.run.stored.head import read_head
+from nemo_rl.run.stored.runs import StoredRuns
+from nemo_rl.run.stored.writer import RunHeldError, Writer
 from nemo_rl.storage.store import Store
 from storage.server import S3, Faults
 
@@ -35,8 +37,8 @@ def save(runs: StoredRuns, step: int, content: bytes, keep: int = 2) -> None:
     (path / "state.json").write_text(json.dumps({"state": {}, "by": content.decode()}))
     with open(runs.place / "metrics.jsonl", "a") as metrics:
         metrics.write(json.dumps({"step": step, "by": content.decode()}) + "\n")
-    runs.saved(path, step, None, keep, ())
-    runs.wait()
+    runs.checkpoints.saved(path, step, None, keep, ())
+    runs.checkpoints.wait()
 
 
 def opened(uri: str, root: Path, number: int, begin: bool = False) -> StoredRuns:
@@ -68,9 +70,9 @@ def everything(s3: S3, prefix: str) -> dict[str, bytes]:
 
 def test_a_writer_that_lost_the_run_publishes_nothing_more(store_environment, s3: S3, tmp_path, monkeypatch):
     """The older one is asleep at every possible moment: before each of its requests to the store, in turn."""
-    monkeypatch.setattr(stored, "BEAT_SECONDS", 3600.0)
-    monkeypatch.setattr(stored, "FLUSH_SECONDS", 3600.0)
-    monkeypatch.setattr(stored.StoredRuns, "_keep_beating", lambda self: None)
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 3600.0)
+    monkeypatch.setattr(lease, "FLUSH_SECONDS", 3600.0)
+    monkeypatch.setattr(lease.HeadLease, "_keep_beating", lambda self: None)
     draw = random.Random(50)
     lost = 0
     for turn in range(TAKEOVERS):
@@ -124,7 +126,7 @@ def test_a_writer_that_lost_the_run_publishes_nothing_more(store_environment, s3
         with pytest.raises(LeaseLost) if asleep.is_set() else contextlib.nullcontext():
             old.check()
         save(new, 10, b"new")
-        assert [e["name"] for e in new.entries()][-1] == "step-00000010"
+        assert [e["name"] for e in new.checkpoints.entries()][-1] == "step-00000010"
         new.close()
         head = read_head(Store(f"s3://bucket/{prefix}"))
         for entry in head["checkpoints"]:
@@ -161,7 +163,7 @@ def test_a_living_call_of_this_machine_keeps_its_run(store_environment, tmp_path
 KILLED = """
 import json, os, sys
 from pathlib import Path
-from nemo_rl.run.stored import StoredRuns
+from nemo_rl.run.stored.runs import StoredRuns
 runs = StoredRuns(sys.argv[1], rank=0, carries=True)
 place = runs.open(Path(sys.argv[2]))
 assert runs.take(place, begin=True)
@@ -184,21 +186,21 @@ def test_a_killed_call_of_this_machine_gives_way_at_once(store_environment, tmp_
 
 def test_a_silent_machine_gives_way_and_a_living_one_does_not(store_environment, tmp_path, monkeypatch):
     uri = "s3://bucket/silent/run"
-    monkeypatch.setattr(stored, "SILENT_SECONDS", 4.0)
-    monkeypatch.setattr(stored, "BEAT_SECONDS", 1.0)
+    monkeypatch.setattr(lease, "SILENT_SECONDS", 4.0)
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 1.0)
     first = StoredRuns(uri, rank=0, carries=True)
     place = first.open(tmp_path / "one")
-    monkeypatch.setattr(stored, "_machine", lambda: "another machine")
+    monkeypatch.setattr(writer, "_machine", lambda: "another machine")
     assert first.take(place, begin=True)
     (place / "run.json").write_text(json.dumps(RECORD))
     first.publish(place)
-    monkeypatch.setattr(stored, "_machine", lambda: "this machine")
+    monkeypatch.setattr(writer, "_machine", lambda: "this machine")
     told: list[str] = []
     second = StoredRuns(uri, rank=0, carries=True, say=told.append)
     with pytest.raises(RunHeldError):
         second.take(second.open(tmp_path / "two"), begin=False)
-    first._stopping.set()  # from now on it is silent
-    first._beat.join()
+    first.lease._stopping.set()  # from now on it is silent
+    first.lease._beat.join()
     assert second.take(second.open(tmp_path / "two"), begin=False)
     assert "which did not say that it ended" in told[0]
     with pytest.raises(LeaseLost):
@@ -234,12 +236,19 @@ def test_a_fault_in_the_midst_of_saving_leaves_whole_checkpoints(faults: Faults,
         assert {"expired": "credentials have expired", "full": "no room left"}[fault] in told
     runs.close()
     again = opened(uri, tmp_path / "two", 2)
-    assert [e["step"] for e in again.entries()] if lasting else [e["step"] for e in again.entries()] == [4, 6]
-    for entry in again.entries():
-        assert again.bring([entry["name"]]) == entry["name"]
+    assert (
+        [e["step"] for e in again.checkpoints.entries()]
+        if lasting
+        else [e["step"] for e in again.checkpoints.entries()] == [4, 6]
+    )
+    for entry in again.checkpoints.entries():
+        assert again.checkpoints.bring([entry["name"]]) == entry["name"]
     assert again.place is not None
     steps = [json.loads(line)["step"] for line in (again.place / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(set(steps)) and steps[: len(again.entries())] == [2, 4, 6][: len(again.entries())]
+    assert (
+        steps == sorted(set(steps))
+        and steps[: len(again.checkpoints.entries())] == [2, 4, 6][: len(again.checkpoints.entries())]
+    )
     again.close()
 
 

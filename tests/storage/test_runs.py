@@ -15,7 +15,7 @@ import pytest
 
 from forked import ForkServer
 from nemo_rl.run.sources import local_model
-from nemo_rl.run.stored import read_head, read_text
+from nemo_rl.run.stored.head import read_head, read_text
 from nemo_rl.storage.store import Store
 from storage.server import S3, Faults, free_port
 
