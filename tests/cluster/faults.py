@@ -18,7 +18,7 @@ from yarl import URL
 
 from cluster.api import Api
 from lab import pki
-from lab.control_plane import free_ports
+from ports import free_ports
 
 MUTATING = ("POST", "PUT", "PATCH", "DELETE")
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "host", "authorization"}

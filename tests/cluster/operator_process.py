@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cluster.api import eventually
-from lab.control_plane import free_ports
 from nemo_rl.job import names
+from ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = "localhost/trainer:test"

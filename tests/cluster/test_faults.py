@@ -23,10 +23,10 @@ from cluster.manifests import bundle, result
 from cluster.operator_process import Operator, Operators
 from cluster.scene import Scene
 from cluster.server import Cluster
-from lab.control_plane import free_ports
 from nemo_rl.job import names
 from nemo_rl.job.names import ExitCode
 from nemo_rl.job.status import Cause
+from ports import free_ports
 
 MakeOperator = Callable[..., Operator]
 MOST_CALLS = 60

@@ -13,6 +13,7 @@ from e2e.release import shared_values
 from e2e.scene import RESTRICTED, SECONDS
 from lab import programs
 from nemo_rl.job import names
+from ports import free_port
 
 ACCESS = "nemo-rl-tests"
 BUCKET = "bucket"
@@ -91,9 +92,7 @@ class ObjectStore:
         return variables | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}", "AWS_EC2_METADATA_DISABLED": "true"}
 
     def _reach(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = int(free.getsockname()[1])
+        self.port = free_port()
         self._forward = Lines(self.kubectl, "port-forward", "pod/store", f"{self.port}:{PORT}", again=True)
 
         def answers() -> bool:

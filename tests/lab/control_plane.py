@@ -5,12 +5,10 @@ There is no scheduler and no kubelet, so pods stay as they are made until somebo
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import http.client
 import json
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -21,6 +19,7 @@ from typing import Any
 
 from lab import pki, programs
 from lab.settings import LabError
+from ports import free_ports
 
 START_SECONDS = 90
 # what a training job needs of the controller manager; the others would only cost memory and time
@@ -33,13 +32,6 @@ CONTROLLERS = (
     "resourcequota-controller",
     "persistentvolumeclaim-protection-controller",
 )
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens on now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [s.getsockname()[1] for s in sockets]
 
 
 class ControlPlane:

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from lab import images, pki, programs
-from lab.control_plane import ControlPlane, free_ports
+from lab.control_plane import ControlPlane
 from lab.settings import HOME, KUBECONFIG, SOURCE, LabError, fail, need_root, out, say
+from ports import free_ports
 
 VERSION = "v0.17.0"
 """As in build/kueue/go.mod."""

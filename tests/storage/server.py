@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from lab import programs
+from ports import free_port
 
 ACCESS, SECRET = "nemo-rl-tests", "not-a-secret-of-anybody"
 BUCKET = "bucket"
@@ -46,12 +47,6 @@ class S3:
         root = self.data / bucket
         found = [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()]
         return sorted(name for name in found if name.startswith(prefix) and not name.startswith(".sgwtmp"))
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -17,7 +17,8 @@ from forked import ForkServer
 from nemo_rl.run.sources import local_model
 from nemo_rl.run.stored.head import read_head, read_text
 from nemo_rl.storage.store import Store
-from storage.server import S3, Faults, free_port
+from ports import free_port
+from storage.server import S3, Faults
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 STEPS = 9

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,17 +12,12 @@ from typing import Any
 
 import pytest
 
+from ports import free_port
 from unit.trainers.conftest import write_model
 
 PROGRAM = Path(__file__).with_name("ranks.py")
 SECONDS = 200
 """Far beyond what any run takes, after which a run counts as hanging: its ranks are ended, and their codes are negative."""
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 class Launcher:

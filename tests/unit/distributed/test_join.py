@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from nemo_rl.run.ranks import join
-from unit.distributed.conftest import free_port
+from ports import free_port
 
 
 @pytest.fixture

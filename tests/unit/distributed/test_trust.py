@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nemo_rl.job import names
-from unit.distributed.conftest import free_port
+from ports import free_port
 
 SECONDS = 240
 """Until a process counts as hanging."""

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from nemo_rl.backends.kubernetes.ship.archive import Archive
 from nemo_rl.job import names
 from nemo_rl.job.spec import RLTrainingJobSpec
 from nemo_rl.job.status import TerminationMessage
+from ports import free_port
 
 HERE = Path(__file__).resolve().parent
 SECONDS = 240.0
@@ -183,9 +183,7 @@ class Job:
             pod.path(names.OUTPUT_DIR).symlink_to(self.pods[0].path(names.OUTPUT_DIR))
 
     def start(self, **environment: str) -> Job:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        port = str(free_port())
         for rank, pod in enumerate(self.pods):
             where = {"RANK": str(rank), "WORLD_SIZE": str(len(self.pods)), "LOCAL_RANK": "0"}
             pod.start(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **where, **environment)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import signal
@@ -22,25 +21,11 @@ from nemo_rl.job.names import ExitCode
 from nemo_rl.job.status import TerminationMessage
 from nemo_rl.worker import meeting
 from nemo_rl.worker.meeting import MeetingFailed, Party
+from ports import free_port
 from unit.worker.pods import Pod, surroundings, until
 from unit.worker.test_attempts import sft
 
 HERE = "127.0.0.1"
-
-
-PORTS = itertools.count(20000 + os.getpid() % 9000)
-"""Below those that the kernel gives to clients: whoever calls a port of its own machine again and again may get itself."""
-
-
-def free_port() -> int:
-    for port in PORTS:
-        with socket.socket() as free:
-            try:
-                free.bind((HERE, port))
-                return port
-            except OSError:
-                continue
-    raise AssertionError("no port is free")
 
 
 class Meeting:
