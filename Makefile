@@ -10,7 +10,7 @@ IN_CLUSTER := $(if $(KUBECONFIG),,$(LAB) run)
 ALONE := tests/e2e/test_startup.py tests/e2e/test_waiting.py
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
-.PHONY: help demo test test-vllm test-trackers architectures test-storage test-storage-kills test-cluster e2e e2e-integrations bench gpu lint docs generate images lab-up lab-deploy lab-down lab-status clean
+.PHONY: help demo test test-vllm test-vllm-short test-vllm-kills test-trackers architectures test-storage test-storage-kills test-cluster e2e e2e-integrations bench gpu lint docs generate images lab-up lab-deploy lab-down lab-status clean
 help:            ## list the commands
 	@grep -E '^[a-z0-9 -]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 16
 
@@ -48,6 +48,14 @@ e2e-integrations: $(VENV)/.dev            ## the operator with the real Kueue (c
 test-vllm: $(VENV)/.dev            ## rollouts by a real vLLM server on the CPU, in an environment of its own (made once, about 6 GB)
 	$(BIN)/python tests/real_vllm/environment.py
 	$(BIN)/python -m pytest tests/real_vllm
+
+test-vllm-short: $(VENV)/.dev            ## of these the faults that the gate must catch, agreement of all tokens, and a run
+	$(BIN)/python tests/real_vllm/environment.py
+	$(BIN)/python -m pytest -m vllm_short tests/real_vllm
+
+test-vllm-kills: $(VENV)/.dev            ## vLLM and the trainer, each killed 20 times at moments drawn by SEED=…: the run goes on
+	$(BIN)/python tests/real_vllm/environment.py
+	NEMO_RL_TEST_KILLS=20 NEMO_RL_TEST_SEED=$(or $(SEED),17) $(BIN)/python -m pytest tests/real_vllm/test_kills.py
 
 test-trackers: $(VENV)/.dev            ## W&B, MLflow and Trackio without a network, in an environment of their own (made once, 0.4 GB)
 	$(BIN)/python tests/trackers/environment.py -m pytest tests/trackers

@@ -6,12 +6,16 @@ apart is always measured; what is done about it is chosen by name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Correction = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
+QUANTILES = {"min": 0.0, "p05": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
 
 
 def importance_weights(
@@ -72,6 +76,19 @@ def mismatch(logprobs_N: Tensor, sampled_logprobs_N: Tensor) -> Mismatch:
     known = ~difference.isnan()
     difference = difference.nan_to_num(nan=0.0)
     return Mismatch(known.sum(), (torch.expm1(difference) - difference).sum(), difference.abs().sum())
+
+
+def importance_quantiles(log_weights: Sequence[Tensor]) -> dict[str, float]:
+    """Returns quantiles of the importance weights of tokens, as metrics, before anything bounds them.
+
+    `log_weights`: logp - logp_sampled of each token, in any parts, NaN where the second was not measured; {} where all are.
+    """
+    values = torch.cat([part.flatten() for part in log_weights]) if log_weights else torch.empty(0)
+    known = np.exp(values[~values.isnan()].double().clamp(-20.0, 20.0).numpy())
+    if not known.size:
+        return {}
+    found = np.quantile(known, list(QUANTILES.values()))
+    return {f"importance_weight_{name}": float(value) for name, value in zip(QUANTILES, found, strict=True)}
 
 
 def _difference(logprobs_N: Tensor, sampled_logprobs_N: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from nemo_rl.environments.signature import bind_rewards
 from nemo_rl.model.packing import PackedBatch, TokenSequence
 from nemo_rl.model.policy import Policy
 from nemo_rl.objectives.advantages import flat_groups, group_advantages
-from nemo_rl.objectives.correction import Correction, importance_weights, mismatch
+from nemo_rl.objectives.correction import Correction, importance_quantiles, importance_weights, mismatch
 from nemo_rl.objectives.losses import kl_estimate, kl_loss, policy_loss, token_weights
 from nemo_rl.rollout.bottleneck import Phases, advice
 from nemo_rl.rollout.in_process.engine import InProcess, end_tokens
@@ -377,6 +377,9 @@ class GRPOTrainer(Trainer):
             old = torch.cat([before[i] for i in order]).to(device) if before else logprobs.detach()
             drawn = [rollouts.completions[mini_batch.numbers[i]].logprobs for i in order]
             sampled = torch.tensor([value for values in drawn for value in values], device=device)
+            if self.samples_elsewhere or correction != "none":
+                sizes = [len(values) for values in drawn]
+                sums.keep([mini_batch.numbers[i] for i in order], old, sampled, sizes)
             loss, _, clipped = policy_loss(
                 settings.loss_type,
                 logprobs,
@@ -708,6 +711,13 @@ class _Sums:
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
+        self.log_weights: dict[int, Tensor] = {}
+        """Log importance weights of the tokens of each completion, by its number: made again they are the same."""
+
+    def keep(self, numbers: list[int], logprobs: Tensor, sampled: Tensor, sizes: list[int]) -> None:
+        """Remembers the importance weights of completions, whose tokens lie together, of each as many as `sizes` says."""
+        parts = (logprobs.detach().float() - sampled).cpu().split(sizes)
+        self.log_weights.update(zip(numbers, parts, strict=True))
 
     def add(self, **values: Tensor) -> None:
         numbers = torch.stack([value.double() for value in values.values()]).tolist()
@@ -722,7 +732,11 @@ class _Sums:
                 totals[name] = totals.get(name, 0.0) + value
         known = totals.pop("tokens", 0.0)
         measured = {name: known if name in ("kl", "error") else trained_tokens for name in totals}
-        return {_METRICS[name]: value / measured[name] for name, value in totals.items() if measured[name]}
+        found = {_METRICS[name]: value / measured[name] for name, value in totals.items() if measured[name]}
+        weights: dict[int, Tensor] = {}
+        for shares in ranks.gather(lambda: self.log_weights):
+            weights |= shares
+        return found | importance_quantiles(list(weights.values()))
 
 
 _METRICS = {

@@ -15,6 +15,7 @@ from nemo_rl.model.load import prepare_model
 from nemo_rl.model.policy import Policy
 from nemo_rl.rollout.protocol import Sampling
 from nemo_rl.rollout.vllm.engine import VLLMRollouts
+from nemo_rl.rollout.vllm.server import ServerProcess
 from nemo_rl.run.ranks import Ranks
 from real_vllm.environment import interpreter
 from unit.engine.tiny import make_model
@@ -75,6 +76,30 @@ def _starting(vllm_python: str, folder: Path) -> Iterator[Start]:
     finally:
         for engine in engines:
             engine.close()
+
+
+COMMON = ("--dtype", "float32", "--max-model-len", "96", "--enforce-eager", "--max-num-seqs", "64")
+
+
+def served_alone(vllm_python: str, model: str, log: Path, *options: str) -> ServerProcess:
+    """A server as somebody else would start it, for `urls`. It is to be closed."""
+    given = [*COMMON, "--kv-cache-memory-bytes", str(2**29), *options]
+    server = ServerProcess(vllm_python, Path(model), given, log)
+    try:
+        server.start(lambda: None, STARTUP_SECONDS)
+    except BaseException:
+        server.close()
+        raise
+    return server
+
+
+@contextmanager
+def serving(vllm_python: str, model: str, log: Path, *options: str) -> Iterator[ServerProcess]:
+    server = served_alone(vllm_python, model, log, *options)
+    try:
+        yield server
+    finally:
+        server.close()
 
 
 @pytest.fixture

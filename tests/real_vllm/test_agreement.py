@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_rl.model.policy import Policy
 from nemo_rl.rollout.in_process.engine import InProcess
 from nemo_rl.rollout.protocol import Completion, Request, Sampling
+from nemo_rl.rollout.vllm.engine import VLLMRollouts
 from real_vllm.conftest import ENDS, WIDE, Start
 from unit.engine.tiny import make_model
 
@@ -59,6 +61,28 @@ def move(model: Any, seed: int) -> None:
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
+def difference(engine: VLLMRollouts, own: InProcess, policy: Policy, version: int) -> float:
+    """How far log-probabilities of the server are from the truth at most, in nats; greedy completions are the same."""
+    worst = 0.0
+    engine.update(policy, version)
+    own.update(policy, version)
+    for sampling in (Sampling(3, 24), Sampling(3, 24, temperature=0.7)):
+        groups = engine.generate(REQUESTS, sampling, seed=5, step=version)
+        for request, group in zip(REQUESTS, groups, strict=True):
+            assert len(group) == 3
+            for completion in group:
+                truth = plain_logprobs(policy.model, request, completion, sampling.temperature)
+                worst = max(worst, (torch.tensor(completion.logprobs) - truth).abs().max().item())
+                assert completion.version == version
+                assert completion.finished == (completion.ids[-1] in ENDS)
+                assert not any(token in ENDS for token in completion.ids[:-1])
+                assert completion.finished or len(completion.ids) == 24
+    greedy = Sampling(1, 24, greedy=True)
+    theirs, ours = (e.generate(REQUESTS, greedy, seed=5, step=0) for e in (engine, own))
+    assert [c.ids for group in theirs for c in group] == [c.ids for group in ours for c in group]
+    return worst
+
+
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", MODELS)
 def test_log_probabilities_and_greedy_tokens_agree_after_each_update(start: Start, name: str) -> None:
@@ -68,22 +92,7 @@ def test_log_probabilities_and_greedy_tokens_agree_after_each_update(start: Star
     for version in range(UPDATES):
         if version:
             move(policy.model, version)
-        engine.update(policy, version)
-        own.update(policy, version)
-        for sampling in (Sampling(3, 24), Sampling(3, 24, temperature=0.7)):
-            groups = engine.generate(REQUESTS, sampling, seed=5, step=version)
-            for request, group in zip(REQUESTS, groups, strict=True):
-                assert len(group) == 3
-                for completion in group:
-                    truth = plain_logprobs(policy.model, request, completion, sampling.temperature)
-                    worst = max(worst, (torch.tensor(completion.logprobs) - truth).abs().max().item())
-                    assert completion.version == version
-                    assert completion.finished == (completion.ids[-1] in ENDS)
-                    assert not any(token in ENDS for token in completion.ids[:-1])
-                    assert completion.finished or len(completion.ids) == 24
-        greedy = Sampling(1, 24, greedy=True)
-        theirs, ours = (e.generate(REQUESTS, greedy, seed=5, step=0) for e in (engine, own))
-        assert [c.ids for group in theirs for c in group] == [c.ids for group in ours for c in group]
+        worst = max(worst, difference(engine, own, policy, version))
     print(f"{name}: at most {worst:.1e} nats a token over {UPDATES} updates")
     assert worst <= 1e-4
 

@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from nemo_rl.errors import WeightSyncMismatch
 from nemo_rl.model.policy import Policy
+from nemo_rl.rollout.in_process.engine import InProcess
 from nemo_rl.rollout.protocol import Sampling
 from nemo_rl.rollout.vllm.engine import VLLMRollouts
 from nemo_rl.rollout.vllm.weights import Publisher
-from real_vllm.conftest import WIDE, Start
-from real_vllm.test_agreement import REQUESTS, mixtral, move, plain_logprobs
+from real_vllm.conftest import ENDS, WIDE, Start
+from real_vllm.test_agreement import REQUESTS, difference, mixtral, move, plain_logprobs
 from unit.engine.tiny import make_model
 from unit.rollout.test_server import gone
 
@@ -45,6 +46,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     monkeypatch.setattr(Publisher, "publish", publish)
 
 
+@pytest.mark.vllm_short
 def test_reloading_tied_embeddings_as_vllm_does_it_is_caught(
     server: tuple[VLLMRollouts, Policy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,6 +63,7 @@ def test_reloading_tied_embeddings_as_vllm_does_it_is_caught(
             engine.update(policy, version)
 
 
+@pytest.mark.vllm_short
 def test_weights_of_another_version_are_caught(
     server: tuple[VLLMRollouts, Policy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +82,7 @@ def test_weights_of_another_version_are_caught(
             engine.update(policy, next(_versions))
 
 
+@pytest.mark.vllm_short
 def test_a_truncated_shard_is_caught(server: tuple[VLLMRollouts, Policy], monkeypatch: pytest.MonkeyPatch) -> None:
     engine, policy = server
 
@@ -94,6 +98,7 @@ def test_a_truncated_shard_is_caught(server: tuple[VLLMRollouts, Policy], monkey
             engine.update(policy, next(_versions))
 
 
+@pytest.mark.vllm_short
 def test_another_model_is_caught(server: tuple[VLLMRollouts, Policy], monkeypatch: pytest.MonkeyPatch) -> None:
     engine, policy = server
     other = Publisher(engine.folder / "other", torch.float32).publish(make_model("qwen2", seed=5, hidden_size=WIDE), 0)
@@ -104,6 +109,7 @@ def test_another_model_is_caught(server: tuple[VLLMRollouts, Policy], monkeypatc
             engine.update(policy, next(_versions))
 
 
+@pytest.mark.vllm_short
 def test_a_single_wrong_tensor_is_caught(server: tuple[VLLMRollouts, Policy], monkeypatch: pytest.MonkeyPatch) -> None:
     """One layer that did not arrive, as where a name is not mapped."""
     engine, policy = server
@@ -123,6 +129,14 @@ def test_a_single_wrong_tensor_is_caught(server: tuple[VLLMRollouts, Policy], mo
         plant(planted, damage)
         with pytest.raises(WeightSyncMismatch, match="differ by"):
             engine.update(policy, next(_versions))
+
+
+@pytest.mark.vllm_short
+def test_after_an_update_all_tokens_agree(server: tuple[VLLMRollouts, Policy]) -> None:
+    """Of the server that the other tests share; test_agreement asks the same of other models, each with its own."""
+    engine, policy = server
+    move(policy.model, 13)
+    assert difference(engine, InProcess(ENDS), policy, next(_versions)) <= 1e-4
 
 
 def test_right_updates_are_never_refused(server: tuple[VLLMRollouts, Policy]) -> None:

@@ -18,7 +18,7 @@ from nemo_rl.errors import WeightSyncMismatch
 from nemo_rl.rollout.vllm.fetch import TOKEN_VARIABLE
 from nemo_rl.rollout.vllm.server import ServerProcess
 from nemo_rl.rollout.vllm.weights import Published, Publisher
-from real_vllm.conftest import STARTUP_SECONDS, WIDE
+from real_vllm.conftest import STARTUP_SECONDS, WIDE, served_alone
 from real_vllm.test_agreement import move
 from unit.trainers.conftest import write_model
 
@@ -77,13 +77,8 @@ def serve(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     started: list[ServerProcess] = []
 
     def start(model: str, *options: str) -> ServerProcess:
-        common = ["--dtype", "float32", "--max-model-len", "96", "--enforce-eager", "--max-num-seqs", "64"]
-        common += ["--kv-cache-memory-bytes", str(2**29)]
-        log = tmp_path_factory.mktemp("server") / "vllm.log"
-        server = ServerProcess(vllm_python, Path(model), [*common, *options], log)
-        started.append(server)
-        server.start(lambda: None, STARTUP_SECONDS)
-        return server
+        started.append(served_alone(vllm_python, model, tmp_path_factory.mktemp("server") / "vllm.log", *options))
+        return started[-1]
 
     yield start
     for server in started:
@@ -101,6 +96,7 @@ def urls(served: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> dict[str, An
     return {"urls": [served.client.url]}
 
 
+@pytest.mark.vllm_short
 def test_an_interpreter_with_vllm_is_all_that_a_run_needs(vllm_python: str, model: str, tmp_path: Path) -> None:
     result = train(model, tmp_path / "out", {"rollout_python": vllm_python})
     check(result)

@@ -180,12 +180,19 @@ class Client:
             self.post("/init_weight_transfer_engine", {"init_info": {}}, timeout)
         self.post(f"/pause?{urlencode({'mode': 'keep'})}", timeout=timeout)
         try:
-            self.post("/start_weight_update", timeout=timeout)
+            self._start_update(timeout)
             self.post("/update_weights", {"update_info": update}, timeout)
             self.post("/finish_weight_update", {"weight_version": version}, timeout)
             self.post("/reset_prefix_cache", timeout=timeout)
         finally:
             self.post("/resume", timeout=timeout)
+
+    def _start_update(self, timeout: float) -> None:
+        try:
+            self.post("/start_weight_update", timeout=timeout)
+        except RequestRefused:  # of a trainer that was killed in an update, which has to be ended first
+            self.post("/finish_weight_update", timeout=timeout)
+            self.post("/start_weight_update", timeout=timeout)
 
     def load_adapter(
         self, source: str, files: list[dict[str, Any]], name: str, version: str, timeout: float = UPDATE_SECONDS

@@ -7,10 +7,8 @@ import copy
 import hashlib
 import logging
 import os
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +23,7 @@ from nemo_rl.model.packing import TokenSequence, pack
 from nemo_rl.model.policy import Policy
 from nemo_rl.rollout.protocol import Completion, Request, Sampling
 from nemo_rl.rollout.sync import LIMITS, NEW_TOKENS, Verdict, mean_difference, mismatch, probe_prompts
+from nemo_rl.rollout.vllm import scratch
 from nemo_rl.rollout.vllm.client import MODEL, Client, RequestRefused, ServerGone
 from nemo_rl.rollout.vllm.fetch import TOKEN_VARIABLE
 from nemo_rl.rollout.vllm.server import ServerProcess
@@ -38,6 +37,7 @@ ROWS_PER_SERVER = 256
 SECONDS_PER_TOKEN = 0.5
 """What a completion may take at most, beside the time that the run waits for a server."""
 HEALTH_EVERY = 10.0
+LOOK_EVERY = 1.0
 PROVED = "+proved"
 """What the first rank adds to the version of a server that has passed the gate; without it no rank takes its tokens."""
 PROBE_LENGTH = 80
@@ -47,7 +47,7 @@ ADAPTER = "policy-adapter"
 """Name under which servers serve the model with the LoRA adapter that is trained."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Member:
     """One server, as a rank sees it. `instance` is the process that is trusted; tokens of any other are not taken."""
 
@@ -57,6 +57,8 @@ class Member:
     instance: str = ""
     pending: int = 0
     refused: str = ""
+    next_look: float = 0.0
+    """When a lost one is looked for again, by the monotonic clock."""
     started: set[str] = field(default_factory=set)
     """Processes in which the transfer of weights was set up."""
 
@@ -98,11 +100,13 @@ class VLLMRollouts:
         self.shards: ShardServer | None = None
         self.folder: Path | None = None
         self.members: list[Member] = []
+        self.returning: dict[Member, Future[str]] = {}
+        """Servers of somebody else that were lost and are looked for, while the others sample."""
         self.pool: ThreadPoolExecutor | None = None
         self._expected: list[tuple[list[int], list[float]]] = []
         """What the probe gave under the weights of now, by the trainer's own log-probabilities."""
         if ranks.is_first:
-            self.folder = Path(tempfile.mkdtemp(prefix="nemo-rl-rollout-"))
+            self.folder = scratch.make("nemo-rl-rollout-")
         self.publisher = Publisher(self.folder, self.dtype)
         try:
             if self.adapter:  # the server's own weights are the base, which stays as it is
@@ -194,7 +198,7 @@ class VLLMRollouts:
         probes = self.ranks.first(lambda: self._load_everywhere())
         loaded_at = time.perf_counter()
         verdicts = []
-        for member, (name, completions, failure, _) in zip(self.members, probes, strict=True):
+        for member, (name, completions, failure, gone) in zip(self.members, probes, strict=True):
             difference, ours = None, []
             if not failure:
                 ours = self._score(policy, completions)
@@ -203,13 +207,15 @@ class VLLMRollouts:
             if verdict.good and not self._expected:
                 self._expected = [(c.ids, mine) for c, mine in zip(completions, ours, strict=True)]
             verdicts.append(verdict)
-            member.refused = "" if verdict.good else failure or f"differs by {difference:.3g} nats a token"
+            member.refused = "" if verdict.good or gone else failure or f"differs by {difference:.3g} nats a token"
         if not any(verdict.good for verdict in verdicts):
             if all(gone for _, _, _, gone in probes):
                 raise RolloutLost(f"no rollout server is left: {'; '.join(failure for _, _, failure, _ in probes)}")
             raise WeightSyncMismatch(self._words(policy, version, verdicts))
-        for member, verdict in zip(self.members, verdicts, strict=True):
-            if not verdict.good and self.ranks.is_first:
+        for member, (_, _, failure, gone) in zip(self.members, probes, strict=True):
+            if gone and self.ranks.is_first:
+                self.note(f"{failure}; the others go on, and it is given version {version} when it is back")
+            elif member.refused and self.ranks.is_first:
                 self.note(f"rollout server {member.client.url} is refused at version {version}: {member.refused}")
         self.proved_version = self.ranks.first(self._mark_proved)
         self.version = version
@@ -228,14 +234,28 @@ class VLLMRollouts:
         return mismatch(version, verdicts, tied=tied, dtype=dtype, trained=trained)
 
     def _load_everywhere(self) -> list[tuple[str, list[Completion], str, bool]]:
-        """Of each server its name, what it made of the probe, what failed, and whether it is gone; on the first rank."""
-        assert self.pool is not None
-        futures = [self.pool.submit(self._load_and_probe, member) for member in self.members]
-        while not all(future.done() for future in futures):
-            wait(futures, timeout=0.2)
+        """Of each server its name, what it made of the probe, what failed, and whether it is gone; on the first rank.
+
+        While all servers of somebody else are gone, it waits for one, for `timeout_seconds` at most.
+        """
+        deadline = time.monotonic() + self.spec.timeout_seconds
+        waits = False
+        while True:
+            found = self._load_each()
+            if self.process is not None or not all(gone for *_, gone in found) or time.monotonic() > deadline:
+                return found
+            if not waits:
+                self.note(f"{found[0][2]}; waiting for a rollout server for at most {self.spec.timeout_seconds:.0f} s")
+                waits = True
             self.poll()
+            time.sleep(0.5)
+
+    def _load_each(self) -> list[tuple[str, list[Completion], str, bool]]:
+        assert self.pool is not None
+        work = [(member, self.pool.submit(self._load_newest, member)) for member in self.members]
+        self._attend(work, self.poll)
         found = []
-        for member, future in zip(self.members, futures, strict=True):
+        for member, future in work:
             try:
                 found.append((member.client.url, future.result(), "", False))
             except (ServerGone, RequestRefused) as error:
@@ -254,6 +274,38 @@ class VLLMRollouts:
         """Starts the child process anew, loads the weights of now, and returns what it makes of the probe."""
         assert self.process is not None
         self.process.start(poll, self.spec.timeout_seconds)
+        return self._load_and_probe_attended(member, poll)
+
+    def _bring_back_own(self, member: Member, poll: Callable[[], None]) -> list[Completion]:
+        assert self.process is not None
+        if self.process.alive:
+            try:
+                return self._load_and_probe_attended(member, poll)
+            except (ServerGone, RequestRefused) as error:  # what answers HTTP outlives the engine for a while
+                log.warning("%s", error)
+        self.note("the vLLM server is gone; starting a new one")
+        return self._restart(member, poll)
+
+    def _load_and_probe_attended(self, member: Member, poll: Callable[[], None]) -> list[Completion]:
+        assert self.pool is not None
+        future = self.pool.submit(self._load_and_probe, member)
+        self._attend([(member, future)], poll)
+        return future.result()
+
+    def _attend(self, work: Sequence[tuple[Member, Future[Any]]], poll: Callable[[], None]) -> None:
+        """Waits for what servers do. One whose engine has died never answers, and ends only when nobody waits any more."""
+        next_health = time.monotonic() + HEALTH_EVERY
+        while not all(future.done() for _, future in work):
+            wait([future for _, future in work], timeout=0.2)
+            poll()
+            if time.monotonic() >= next_health:
+                give_up_dead([member for member, future in work if not future.done()])
+                next_health = time.monotonic() + HEALTH_EVERY
+
+    def _load_newest(self, member: Member) -> list[Completion]:
+        """`_load_and_probe`, after what is still under way: two updates of a server at once would end each other."""
+        if (earlier := self.returning.pop(member, None)) is not None:
+            wait([earlier])
         return self._load_and_probe(member)
 
     def _load_and_probe(self, member: Member) -> list[Completion]:
@@ -306,7 +358,7 @@ class VLLMRollouts:
         name = self.published.name + PROVED
         for member in self.members:
             if not member.refused:
-                with contextlib.suppress(ServerGone):  # then it is brought back when it is needed
+                with contextlib.suppress(ServerGone, RequestRefused):  # then it is brought back when it is needed
                     member.client.post("/update_weight_version", {"new_version": name})
         return name
 
@@ -339,21 +391,28 @@ class VLLMRollouts:
                 return told.instance
         return ""
 
+    def find_again(self, member: Member, poll: Callable[[], None]) -> str:
+        """The process of a server that was lost and may be asked again; "" while there is none."""
+        found = self.proved(member)
+        return self.proved(member) if not found and self.bring_back(member, poll) else found
+
     def bring_back(self, member: Member, poll: Callable[[], None]) -> bool:
         """Brings a server that was lost to the weights of now, and whether it may be used. Only the first rank can."""
         if not self.ranks.is_first:
             return False
         try:
-            if self.process is not None and not self.process.alive:
-                self.note("the vLLM server is gone; starting a new one")
-                completions = self._restart(member, poll)
-            else:
+            if self.process is None:
                 completions = self._load_and_probe(member)
+            else:
+                completions = self._bring_back_own(member, poll)
         except (ServerGone, RequestRefused) as error:
             log.warning("%s", error)
             return False
+        expected = self._expected
+        if not expected:  # newer weights are due, and it gets them next
+            return False
         theirs, ours = [], []
-        for completion, (ids, logprobs) in zip(completions, self._expected, strict=True):
+        for completion, (ids, logprobs) in zip(completions, expected, strict=True):
             same = next((i for i, (a, b) in enumerate(zip(completion.ids, ids, strict=False)) if a != b), len(ids))
             theirs.append(completion.logprobs[:same])
             ours.append(logprobs[:same])
@@ -362,8 +421,11 @@ class VLLMRollouts:
             member.refused = f"differs by {difference:.3g} nats a token"
             return False
         member.refused = ""
-        assert self.published is not None
-        member.client.post("/update_weight_version", {"new_version": self.published.name + PROVED})
+        try:
+            member.client.post("/update_weight_version", {"new_version": self.proved_version})
+        except (ServerGone, RequestRefused) as error:
+            log.warning("%s", error)
+            return False
         return True
 
     def abort(self) -> None:
@@ -380,7 +442,7 @@ class VLLMRollouts:
         if self.shards is not None:
             self.shards.close()
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            scratch.remove(self.folder)
 
 
 class _Generation:
@@ -477,12 +539,16 @@ class _Generation:
     def _restore(self) -> None:
         """Finds lost servers again, or brings them back; RolloutLost where there has been none for too long."""
         engine = self.engine
-        for member in engine.members:
-            if member.instance or member.refused or member.pending:
-                continue
-            member.instance = engine.proved(member)
-            if not member.instance and engine.bring_back(member, self.poll):
-                member.instance = engine.proved(member)
+        for member in [member for member, future in engine.returning.items() if future.done()]:
+            member.instance = engine.returning.pop(member).result()
+            member.next_look = 0.0 if member.instance else time.monotonic() + LOOK_EVERY
+        lost = [m for m in engine.members if not (m.instance or m.refused or m.pending)]
+        for member in lost:
+            if engine.process is not None:
+                member.instance = engine.find_again(member, self.poll)
+            elif member not in engine.returning and time.monotonic() >= member.next_look:
+                assert engine.pool is not None
+                engine.returning[member] = engine.pool.submit(engine.find_again, member, lambda: None)
         if any(member.instance or member.pending for member in engine.members):
             self.lost_since = None
             return
@@ -492,19 +558,19 @@ class _Generation:
                 f"no rollout server has version {engine.version} of the weights any more: {'; '.join(refused)}"
             )
         self.lost_since = self.lost_since or time.monotonic()
-        if time.monotonic() - self.lost_since > engine.spec.timeout_seconds:
+        if not engine.returning and time.monotonic() - self.lost_since > engine.spec.timeout_seconds:
             raise RolloutLost(
                 f"no rollout server has been ready for {engine.spec.timeout_seconds:.0f} s; see the servers' logs, or raise "
                 "rollout's timeout_seconds"
             )
-        time.sleep(0.5)
+        time.sleep(0.1)
 
     def _check_unchanged(self) -> None:
         """Raises WeightSyncMismatch where the process that sampled has been given other weights meanwhile, by somebody else."""
         for member in self.engine.members:
             if not member.instance or member.refused:
                 continue
-            with contextlib.suppress(ServerGone):
+            with contextlib.suppress(ServerGone, RequestRefused):  # lost since; what it has sampled is here
                 told = member.client.weight_version()
                 if told.instance == member.instance and told.content != self.engine.proved_version:
                     raise WeightSyncMismatch(
@@ -516,13 +582,18 @@ class _Generation:
         """Gives up a server that does not answer any more, although its connections stand."""
         if time.monotonic() < self.next_health:
             return
-        for member in {id(m): m for _, m in self.under_way.values()}.values():
-            try:
-                member.client.get("/health", timeout=HEALTH_EVERY)
-            except (ServerGone, RequestRefused) as error:
-                log.warning("%s", error)
-                member.client.abort()
+        give_up_dead({*self.engine.returning, *(member for _, member in self.under_way.values())})
         self.next_health = time.monotonic() + HEALTH_EVERY
+
+
+def give_up_dead(members: Iterable[Member]) -> None:
+    """Ends the requests to servers that are not healthy any more, although their connections stand."""
+    for member in members:
+        try:
+            member.client.get("/health", timeout=HEALTH_EVERY)
+        except (ServerGone, RequestRefused) as error:
+            log.warning("%s", error)
+            member.client.abort()
 
 
 def request_seed(seed: int, step: int, key: int) -> int:

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nemo_rl.rollout.vllm import scratch
+
 TOKEN_VARIABLE = "NEMO_RL_ROLLOUT_TOKEN"
 """Environment variable with the token of a rollout server and of the trainer that uses it."""
 CHUNK = 16 * 2**20
@@ -44,10 +46,14 @@ def on_disk(source: str, files: list[dict[str, Any]]) -> Iterator[list[Path]]:
         yield paths
         return
     # the workers of a server share what one of them has fetched
-    folder = Path(tempfile.gettempdir()) / f"nemo-rl-weights-{os.getuid()}-{os.getpgrp()}"
+    prefix = f"nemo-rl-weights-{os.getuid()}-"
+    folder = Path(tempfile.gettempdir()) / f"{prefix}{os.getpgrp()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     with open(folder / "lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if not scratch.held(folder):
+            scratch.hold(folder)
+            scratch.remove_abandoned(prefix)
         wanted = folder / hashlib.sha256(repr(sorted(file["sha256"] for file in files)).encode()).hexdigest()[:16]
         for old in folder.glob("*/*"):
             if old.parent != wanted:

@@ -6,17 +6,16 @@ import contextlib
 import os
 import re
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import nemo_rl
 from nemo_rl.errors import RolloutLost
+from nemo_rl.rollout.vllm import scratch
 from nemo_rl.rollout.vllm.client import Client, ServerGone
 from nemo_rl.rollout.vllm.fetch import TOKEN_VARIABLE
 from nemo_rl.rollout.vllm.serve import NOT_INSTALLED, PARENT_PIPE
@@ -155,13 +154,13 @@ class ServerProcess:
 
     def close(self) -> None:
         self.stop()
-        shutil.rmtree(self.kit, ignore_errors=True)
+        scratch.remove(self.kit)
 
 
 def _kit() -> Path:
     """A folder for the server's PYTHONPATH: this package and its entry point for vLLM, and none of its dependencies, which
     are of another interpreter."""
-    folder = Path(tempfile.mkdtemp(prefix="nemo-rl-vllm-"))
+    folder = scratch.make("nemo-rl-vllm-")
     (folder / "nemo_rl").symlink_to(Path(nemo_rl.__file__).parent, target_is_directory=True)
     about = folder / f"nemo_rl_vllm-{nemo_rl.__version__}.dist-info"
     about.mkdir()

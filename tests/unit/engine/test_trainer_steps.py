@@ -278,6 +278,26 @@ def test_kl_metric_is_the_mean_estimate_per_token():
     assert metrics["kl"] == pytest.approx(sum(estimates) / len(estimates), rel=1e-4)
 
 
+def test_quantiles_of_importance_weights_are_those_of_all_trained_tokens():
+    model = tiny.make_model("qwen2")
+    trainer = grpo(model, importance_correction="token_truncate", tokens_per_microbatch=40, mini_batch_size=2)
+    rollouts = frozen_rollouts(model, drift=0.3)
+    advantages = some_advantages(rollouts)
+    weights: list[float] = []
+    with torch.no_grad():
+        for i, completion in enumerate(rollouts.completions):
+            if advantages[i] == 0:  # nothing of it is trained
+                continue
+            prompt = rollouts.prompts[i // SAMPLES].ids
+            own = plain_logprobs(model, prompt + completion.ids)[len(prompt) - 1 :]
+            weights += (own - torch.tensor(completion.logprobs)).exp().tolist()
+    metrics = trainer.train_on(rollouts, advantages, torch.ones(12, dtype=torch.bool))
+    found = [metrics[f"importance_weight_{name}"] for name in ("min", "p05", "median", "p95", "max")]
+    expected = torch.tensor(weights).quantile(torch.tensor([0.0, 0.05, 0.5, 0.95, 1.0]))
+    assert found == pytest.approx(expected.tolist(), rel=1e-4)
+    assert found[0] < 0.99 and found[-1] > 1.01
+
+
 def test_with_adapters_the_reference_is_the_model_without_them():
     model = tiny.make_model("qwen2")
     trainer = grpo(model, beta=0.3, lora_rank=2)

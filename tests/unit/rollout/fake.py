@@ -24,7 +24,16 @@ class FakeServer:
         self.completed: list[list[int]] = []
         self.version = "default"
         self.instance = uuid.uuid4().hex
-        self.healthy = True
+        self.healthy: bool | None = True
+        """False: it does not answer; None: it says that its engine has died."""
+        self.down = False
+        """As a process that is gone: connections are closed without an answer."""
+        self.hold = threading.Event()
+        self.hold.set()
+        """Not set: an update takes until it is."""
+        self.updating = False
+        self.overlaps = 0
+        """Updates that began within another."""
         self.updates: list[dict[str, Any]] = []
         self.adapters: list[dict[str, Any]] = []
         self.released = threading.Event()
@@ -58,9 +67,14 @@ class FakeServer:
 
     def answer(self, handler: Any, content: Any) -> None:
         path = handler.path.partition("?")[0]
+        if self.down:
+            handler.close_connection = True
+            return None
         if handler.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.send(handler, 401, {"error": "no"})
         if path == "/health":
+            if self.healthy is None:
+                return self.send(handler, 503, {"error": {"message": "EngineDeadError"}})
             if not self.healthy:
                 self.released.wait(30)
             return self.send(handler, 200, None)
@@ -75,10 +89,16 @@ class FakeServer:
         if path == "/v1/load_lora_adapter":  # answers in words
             self.adapters.append(content)
             return self.send(handler, 200, "Success: LoRA adapter added successfully.")
+        if path == "/start_weight_update":
+            if self.updating:
+                self.overlaps += 1
+                return self.send(handler, 500, {"error": {"message": "a weight update is already active"}})
+            self.updating = True
         if path == "/update_weights":
+            self.hold.wait(30)
             self.updates.append(content["update_info"])
         if path == "/finish_weight_update":
-            self.version = content["weight_version"]
+            self.version, self.updating = content.get("weight_version", self.version), False
         if path == "/update_weight_version":
             self.version = content["new_version"]
         return self.send(handler, 200, {})

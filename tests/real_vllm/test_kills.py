@@ -1,0 +1,290 @@
+"""kill -9 of a real vLLM server, and of the trainer, at moments that are drawn by a seed: the run goes on with the same data.
+
+`make test-vllm-kills` asks for 20 of each (SEED=…).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from forked import ForkServer
+from nemo_rl.errors import RolloutLost
+from nemo_rl.model.policy import Policy
+from nemo_rl.rollout.protocol import Completion, Sampling
+from nemo_rl.rollout.vllm.client import COMPLETIONS, Client
+from nemo_rl.rollout.vllm.engine import VLLMRollouts
+from nemo_rl.rollout.vllm.fetch import TOKEN_VARIABLE
+from nemo_rl.rollout.vllm.server import ServerProcess
+from real_vllm.conftest import WIDE, Start, serving
+from real_vllm.test_agreement import REQUESTS, move, plain_logprobs
+from real_vllm.test_train import STEPS, check, train
+from unit.engine.tiny import make_model
+from unit.trainers.conftest import write_model
+
+KILLS = int(os.environ.get("NEMO_RL_TEST_KILLS", "2"))
+SEED = int(os.environ.get("NEMO_RL_TEST_SEED", "17"))
+pytestmark = pytest.mark.timeout(3600 + 600 * KILLS)
+
+UPDATE = (
+    "/weight_info", "/pause", "/start_weight_update", "/update_weights", "/finish_weight_update", "/reset_prefix_cache",
+    "/resume", "/update_weight_version",
+)  # fmt: skip
+VICTIMS = ("all", "server", "engine")
+"""Of the server's processes: the one that answers HTTP, the one with the model, which is another, or all of them."""
+
+
+class Killer:
+    """Kills a server's processes a drawn while after the n-th request of a kind has been sent to it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.process: ServerProcess | None = None
+        self.path, self.left, self.seconds, self.victim = "", 0, 0.0, "all"
+        self.killed = threading.Event()
+        request, start = Client._request, ServerProcess.start
+
+        def watched(client: Client, method: str, path: str, *arguments: Any) -> Any:
+            if path.partition("?")[0] == self.path:
+                self.left -= 1
+                if self.left == 0:
+                    threading.Timer(self.seconds, self.kill).start()
+            return request(client, method, path, *arguments)
+
+        def started(process: ServerProcess, *arguments: Any) -> Any:
+            self.process = process
+            return start(process, *arguments)
+
+        monkeypatch.setattr(Client, "_request", watched)
+        monkeypatch.setattr(ServerProcess, "start", started)
+
+    def arm(self, path: str, nth: int, seconds: float, victim: str) -> None:
+        self.killed.clear()
+        self.path, self.left, self.seconds, self.victim = path, nth, seconds, victim
+
+    def kill(self) -> None:
+        assert self.process is not None and self.process.process is not None
+        group = self.process.process.pid
+        members = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _group_of(pid) == group]
+        for pid in members:
+            if self.victim == "all" or (pid == group) == (self.victim == "server"):
+                os.kill(pid, signal.SIGKILL)
+        self.killed.set()
+
+
+def _group_of(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
+
+
+def sampled_by(policy: Policy, groups: list[list[Completion]], version: int) -> None:
+    """Every token has the log-probability that transformers gives it under these weights, and none is missing."""
+    assert [len(group) for group in groups] == [4] * len(REQUESTS)
+    for request, group in zip(REQUESTS, groups, strict=True):
+        for completion in group:
+            truth = plain_logprobs(policy.model, request, completion, 1.0)
+            assert (torch.tensor(completion.logprobs) - truth).abs().max().item() <= 1e-4
+            assert completion.version == version
+
+
+def test_a_server_killed_at_any_moment_is_replaced_and_the_data_are_the_same(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = random.Random(SEED)
+    killer = Killer(monkeypatch)
+    engine, policy = start(make_model("qwen2", hidden_size=WIDE))
+    engine.update(policy, 0)
+    same = total = 0
+    for version in range(1, KILLS + 1):
+        move(policy.model, version)
+        path = draw.choice([*UPDATE, COMPLETIONS, COMPLETIONS, COMPLETIONS, "its start"])
+        nth, seconds, victim = draw.randint(1, len(REQUESTS)), draw.uniform(0.0, 0.1), draw.choice(VICTIMS)
+        print(f"kill {version}: {victim} at {path}", flush=True)
+        if path == "its start":
+            killed_while_it_starts(engine, policy, version, killer, nth, victim)
+        else:
+            killer.arm(path, nth if path == COMPLETIONS else 1, seconds, victim)
+        groups = sample(engine, policy, version)
+        assert killer.killed.wait(60)
+        sampled_by(policy, groups, version)
+        again = sample(engine, policy, version)
+        pairs = [(a.ids, b.ids) for one, two in zip(groups, again, strict=True) for a, b in zip(one, two, strict=True)]
+        same, total = same + sum(a == b for a, b in pairs), total + len(pairs)
+    assert same >= 0.98 * total, "rounding may tip a draw, no more"
+
+
+def sample(engine: VLLMRollouts, policy: Policy, version: int) -> list[list[Completion]]:
+    counted: list[int] = []
+    engine.update(policy, version)
+    groups = engine.generate(REQUESTS, Sampling(4, 24), seed=9, step=version, on_group=lambda i, _: counted.append(i))
+    assert sorted(counted) == list(range(len(REQUESTS))), "each counts once"
+    return groups
+
+
+def killed_while_it_starts(
+    engine: VLLMRollouts, policy: Policy, version: int, killer: Killer, nth: int, victim: str
+) -> None:
+    """What takes the place of a killed server is killed, too: the update ends in words, and the next one goes well."""
+    killer.arm("/health", nth, 0.0, victim)
+    assert killer.process is not None and killer.process.process is not None
+    os.killpg(killer.process.process.pid, signal.SIGKILL)
+    with pytest.raises(RolloutLost, match=r"the vLLM server .* before it was ready"):
+        engine.update(policy, version)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_run_whose_server_is_killed_goes_on(
+    staleness: int, vllm_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = random.Random(f"{SEED} {staleness}")
+    killer = Killer(monkeypatch)
+    paths = [COMPLETIONS, COMPLETIONS, "/update_weights"]
+    killer.arm(draw.choice(paths), draw.randint(4, STEPS // 2), draw.uniform(0.0, 0.1), draw.choice(VICTIMS))
+    model = write_model(tmp_path / "model", hidden_size=WIDE)
+    result = train(model, tmp_path / "out", {"rollout_python": vllm_python, "max_staleness": staleness})
+    assert killer.killed.is_set()
+    check(result)
+    if staleness == 0:
+        assert_on_policy(result.history)
+
+
+def assert_on_policy(history: list[dict[str, Any]]) -> None:
+    """No token that was trained came from other weights than those of its step."""
+    for record in history:
+        if "importance_weight_max" in record:
+            assert 0.999 < record["importance_weight_min"] <= record["importance_weight_max"] < 1.001
+
+
+# --- the trainer
+
+SOURCE = f"""
+import os, sys
+sys.path[:0] = {[str(Path(__file__).parents[1])]!r}
+import torch, datasets
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, Qwen2TokenizerFast
+import nemo_rl.trainers.grpo, nemo_rl.api.training, nemo_rl.rollout.vllm.engine
+from real_vllm.test_train import train
+
+def run(model, output, rollout):
+    torch.set_num_threads(1)
+    train(model, output, rollout, save_every=2, log_level="warning")
+"""
+
+
+@pytest.fixture
+def trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, str]], ForkServer]]:
+    """Trainers with a temporary folder of their own, in which nothing may stay."""
+    started: list[ForkServer] = []
+    scratch = tmp_path / "temporary"
+    scratch.mkdir()
+
+    def begin(environment: dict[str, str]) -> ForkServer:
+        started.append(ForkServer(SOURCE, environment | {"TMPDIR": str(scratch)}))
+        return started[-1]
+
+    yield begin
+    for server in started:
+        server.close()
+
+
+def history(output: Path) -> list[dict[str, Any]]:
+    path = output / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def trained_once(output: Path, staleness: int) -> None:
+    found = history(output)
+    assert [record["step"] for record in found] == list(range(1, STEPS + 1))
+    assert all(record["rollout_probe"] <= 1e-4 for record in found if "rollout_probe" in record)
+    if staleness:
+        assert all(0 <= record["rollout_staleness"] <= staleness for record in found)
+    else:
+        assert_on_policy(found)
+
+
+def test_a_trainer_killed_at_any_moment_goes_on_with_the_same_servers(
+    vllm_python: str, tmp_path: Path, trainers: Callable[[dict[str, str]], ForkServer]
+) -> None:
+    """They are somebody else's, and outlive it: paused, in the midst of an update, or with weights that nobody waits for."""
+    draw = random.Random(SEED)
+    model = write_model(tmp_path / "model", hidden_size=WIDE)
+    with serving(vllm_python, model, tmp_path / "vllm.log") as server:
+        runs = trainers({TOKEN_VARIABLE: server.token})
+        rollout = {"urls": [server.client.url], "max_staleness": 0}
+        begin = time.monotonic()
+        assert runs.run(model, str(tmp_path / "undisturbed"), rollout) == 0
+        seconds = time.monotonic() - begin
+        kills = runs_done = 0
+        while kills < KILLS or runs_done < 2:
+            rollout["max_staleness"] = runs_done % 2
+            output = tmp_path / f"run-{runs_done}"
+            kill_after = draw.uniform(0.05, 0.6) * seconds if kills < KILLS else None
+            code = runs.run(model, str(output), rollout, kill_after=kill_after)
+            kills += code != 0
+            assert code == 0 or kill_after is not None
+            print(f"{output.name}: exit code {code} after {len(history(output))} steps", flush=True)
+            if code == 0:
+                trained_once(output, rollout["max_staleness"])
+                runs_done += 1
+        assert "Traceback" not in (tmp_path / "vllm.log").read_text().replace("already active", "")
+    assert not list((tmp_path / "temporary").glob("nemo-rl-*"))
+
+
+def test_a_trainer_killed_with_its_server_is_started_again(
+    vllm_python: str, tmp_path: Path, trainers: Callable[[dict[str, str]], ForkServer]
+) -> None:
+    """The server that it has started ends with it, and what both leave on the disk is removed by the next one."""
+    draw = random.Random(SEED)
+    model = write_model(tmp_path / "model", hidden_size=WIDE)
+    runs, output = trainers({}), tmp_path / "out"
+    rollout = {"rollout_python": vllm_python}
+    for kill in range(max(1, KILLS // 5)):
+        steps = draw.randrange(STEPS - 1)
+        more = draw.uniform(0.0, 0.5)
+        ended = threading.Event()
+
+        def kill_at(steps: int = steps, more: float = more, ended: threading.Event = ended) -> None:
+            while len(history(output)) < steps and not ended.wait(0.02):
+                pass
+            if not ended.wait(more):
+                os.kill(runs.pid, signal.SIGKILL)
+
+        threading.Thread(target=kill_at).start()
+        code = runs.run(model, str(output), rollout)
+        ended.set()
+        print(f"kill {kill}: exit code {code} after {len(history(output))} steps", flush=True)
+        if code == 0:
+            break
+        assert servers_end(tmp_path / "temporary", runs)
+    assert code == 0 or runs.run(model, str(output), rollout) == 0
+    trained_once(output, 0)
+    assert servers_end(tmp_path / "temporary", runs)
+    assert not list((tmp_path / "temporary").glob("nemo-rl-*"))
+
+
+def servers_end(temporary: Path, trainer: ForkServer) -> bool:
+    """Whether no process but the trainer's has this temporary folder any more, within a minute."""
+    wanted = f"TMPDIR={temporary}".encode()
+    for _ in range(600):
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if wanted in path.read_bytes().split(b"\0"):
+                    found.append(int(path.parent.name))
+        if set(found) <= {trainer.server.pid}:
+            return True
+        time.sleep(0.1)
+    return False
