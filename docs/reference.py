@@ -17,7 +17,7 @@ import yaml
 from nemo_rl.cli.jobs import JobExit
 from nemo_rl.cli.main import app as cli
 from nemo_rl.job import names
-from nemo_rl.job.crd import MUTABLE, crd
+from nemo_rl.job.crd import MUTABLE, MUTABLE_WHILE_SUSPENDED, crd
 from nemo_rl.job.names import ExitCode
 from nemo_rl.job.status import Cause
 
@@ -160,7 +160,9 @@ def fields_page() -> str:
         f"`apiVersion: {names.API_VERSION}`, `kind: {names.KIND}`, short name `{names.SHORT_NAME}`. "
         f"`kubectl explain {names.SHORT_NAME}.spec` says the same. After creation only "
         + ", ".join(f"`{field}`" for field in sorted(MUTABLE))
-        + " may change.",
+        + " may change, and while the job is suspended "
+        + ", ".join(f"`{field}`" for field in MUTABLE_WHILE_SUSPENDED)
+        + ".",
     ]
     for part in ("spec", "status"):
         parts.append(f"## {part}")

@@ -50,6 +50,7 @@ _RENAMED = {
     ("reward", "workers"): "reward_workers",
     ("resources", "gpus_per_node"): "gpus",
     ("resources", "extra"): "extra_resources",
+    ("resources", "claims"): "device_claims",
 }
 _ALIASES = {"gpus_per_node": "gpus"}
 # Said by the arguments dataset, reward_fn, model, algorithm, callbacks, not by keywords.

@@ -150,6 +150,8 @@ class Settings(TypedDict, total=False):
     """What gpusPerNode counts, by the name that the device plugin gives it: amd.com/gpu, nvidia.com/mig-3g.40gb. Default nvidia.com/gpu."""
     extra_resources: Mapping[str, int]
     """Further extended resources of each pod, by name, request and limit alike: {"rdma/hca": 1}. Default none."""
+    device_claims: Sequence[Mapping[str, Any]]
+    """Devices of each pod by dynamic resource allocation, each from a ResourceClaimTemplate. Default none."""
     cpu: str | None
     """CPUs of each pod, request and limit alike. Default none asked."""
     memory: str | None
@@ -200,6 +202,12 @@ class Settings(TypedDict, total=False):
     """How the pods are spread over nodes, racks or zones. Default by the cluster."""
     runtime_class_name: str | None
     """RuntimeClass of the trainer pods; some clusters need nvidia for GPUs. Default the nodes' own runtime."""
+    volumes: Sequence[Mapping[str, Any]]
+    """Further volumes of the trainer pods, each with the place where it is mounted. Default none."""
+    host_network: bool
+    """The trainer pods use the network of their nodes, past the pod network and its policies. Default false."""
+    capabilities: list[Literal["IPC_LOCK"]] | tuple[Literal["IPC_LOCK"], ...]
+    """Capabilities of the trainer's container. IPC_LOCK: programs of the image whose files carry it (setcap) may lock memory, as RDMA does. Default none."""
     priority_class_name: str | None
     """PriorityClass of the pods. Default none."""
     scheduler_name: str | None

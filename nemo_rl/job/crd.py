@@ -9,9 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 import yaml
+from pydantic.alias_generators import to_camel
 
 from nemo_rl.job import names
-from nemo_rl.job.spec import ALGORITHMS, CORE_RESOURCES, RESOURCE_NAME, RLTrainingJobSpec
+from nemo_rl.job.spec import (
+    ALGORITHMS,
+    CORE_RESOURCES,
+    RESOURCE_NAME,
+    TAKEN_PATHS,
+    VOLUME_KINDS,
+    RLTrainingJobSpec,
+)
 from nemo_rl.job.status import JobStatus
 
 Schema = dict[str, Any]
@@ -20,7 +28,14 @@ MUTABLE = frozenset(
     {"spec.suspend", "spec.backoffLimit", "spec.activeDeadlineSeconds", "spec.ttlSecondsAfterFinished"}
     | {"spec.output.serveUntil"}
 )
-"""All that may change after creation."""
+"""All that may change after creation, at any time."""
+
+MUTABLE_WHILE_SUSPENDED = (
+    "spec.resources",
+    "spec.training.tokensPerMicrobatch",
+    "spec.training.activationCheckpointing",
+)
+"""What may change besides once no pod of the job runs: the next attempt has it."""
 
 KEPT = frozenset(
     {"type", "description", "format", "default", "enum", "required", "nullable", "properties", "items"}
@@ -118,7 +133,7 @@ def _exactly_one(*fields: str) -> Schema:
 
 
 def _freeze(node: Schema, where: str) -> None:
-    """No field of the object may change, come or go, at any depth, but for those in MUTABLE.
+    """No field of the object may change, come or go, at any depth, but for those in MUTABLE and those of suspended jobs.
 
     Values are compared where they stand, and only what may be absent is looked for by the object around it. Comparing
     whole objects says the same, but cost the API server half of its time for each write of a status: it evaluates all
@@ -126,7 +141,7 @@ def _freeze(node: Schema, where: str) -> None:
     """
     for name, child in node["properties"].items():
         path = f"{where}.{name}"
-        if path in MUTABLE:
+        if path in MUTABLE or path in MUTABLE_WHILE_SUSPENDED:
             continue
         message = f"{path} cannot change after creation; delete the job and create a new one"
         if name not in node.get("required", ()) and ("default" not in child or child.get("nullable")):
@@ -204,6 +219,34 @@ def _spec_rules() -> list[Schema]:
     return rules + _bundle_rules()
 
 
+def _suspended_rules() -> list[Schema]:
+    """What may change only while the job is suspended, and the operator has said that its pods have ended."""
+    suspended = "(oldSelf.spec.suspend && has(oldSelf.status) && has(oldSelf.status.phase) && oldSelf.status.phase == 'Suspended')"
+    rules = []
+    for path in MUTABLE_WHILE_SUSPENDED:
+        there = [f"{version}.{path}" for version in ("self", "oldSelf")]
+        same = f"{there[0]} == {there[1]}"
+        if path.count(".") > 1:  # without a default
+            has = [f"has({version})" for version in there]
+            same = f"({has[0]} == {has[1]} && (!{has[0]} || {same}))"
+        message = (
+            f"{path} may change only while the job is suspended: set spec.suspend to true, wait for the phase Suspended, "
+            "change it, and set spec.suspend to false"
+        )
+        rules.append(_rule(f"{same} || {suspended}", message, f".{path}"))
+    grows = "(self.spec.resources.nodes > 1) == (oldSelf.spec.resources.nodes > 1)"
+    given = ("uri", "claim", "accessMode")
+    rules.append(
+        _rule(
+            f"{grows} || {' || '.join(f'has(self.spec.output.{name})' for name in given)}",
+            "spec.resources.nodes cannot go from one to several, or back: the claim that was made for the output can be "
+            "mounted by one node only, or by several; a job that names output.uri, output.claim or output.accessMode may",
+            ".spec.resources.nodes",
+        )
+    )
+    return rules
+
+
 PREFIX_RULE = _rule(
     f"self.all(k, !k.startsWith('{names.GROUP}/') && !k.startsWith('batch.kubernetes.io/'))",
     f"keys that start with {names.GROUP}/ or batch.kubernetes.io/ are set by the operator; use another key",
@@ -270,6 +313,11 @@ RULES: dict[str, list[Schema]] = {
             "a process sees one MIG slice only; give gpusPerNode 1, and more nodes",
             ".gpusPerNode",
         ),
+        _rule(
+            "!has(self.claims) || !self.claims.exists(c, c.gpus) || (has(self.gpusPerNode) && self.gpusPerNode > 0)",
+            "claims give GPUs (gpus: true), but gpusPerNode is 0; give the number that each pod gets",
+            ".gpusPerNode",
+        ),
     ],
     "resources.extra": [RESOURCE_RULE],
     "resources.gpuResource": [
@@ -284,6 +332,15 @@ RULES: dict[str, list[Schema]] = {
             "minDomains belongs to whenUnsatisfiable DoNotSchedule; remove one of them",
             ".minDomains",
         )
+    ],
+    "volumes[]": [
+        _exactly_one(*(to_camel(kind) for kind in VOLUME_KINDS)),
+        _rule(
+            f"!has(self.mountPath) || {list(TAKEN_PATHS)}.all(p, "
+            "!(self.mountPath + '/').startsWith(p + '/') && !(p + '/').startsWith(self.mountPath + '/'))",
+            f"mountPath is in the way of what the pod has of its own: {', '.join(TAKEN_PATHS)}; mount it elsewhere",
+            ".mountPath",
+        ),
     ],
     "labels": [PREFIX_RULE, KEY_RULE, VALUE_RULE],
     "annotations": [PREFIX_RULE, KEY_RULE],
@@ -321,8 +378,11 @@ def spec_schema() -> Schema:
     schema = structural(RLTrainingJobSpec.model_json_schema(by_alias=True))
     for path, rules in RULES.items():
         _add(_at(schema, path), *rules)
-    for path in ("bundles", "env"):
+    for path in ("bundles", "env", "volumes"):
         _at(schema, path).update({"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]})
+    _at(schema, "resources.claims").update(
+        {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["template"]}
+    )
     _add(schema, *_spec_rules())
     _freeze(schema, "spec")
     return schema
@@ -347,7 +407,8 @@ def crd() -> Schema:
                 "self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
                 f"metadata.name must have at most {names.MAX_NAME_LENGTH} characters, begin with a letter and "
                 "consist of a-z, 0-9 and '-' (pods and a Service are named after it)",
-            )
+            ),
+            *_suspended_rules(),
         ],
     }
     columns = [

@@ -50,18 +50,20 @@ JOB_DIGEST_OPTION = "--job-sha256"
 """Argument of the trainer's program: SHA-256 of the frozen job that the operator made; no other content is run."""
 JOB_DIGEST_VARIABLE = "NEMO_RL_JOB_SHA256"
 """The same for the file server, as an environment variable: one of an earlier version knows no such argument."""
+POD_DIR = "/var/run/nemo-rl"
+"""Where a pod has the rest of what is its own."""
 TOKEN_KEY = "token"
-TOKEN_DIR = "/var/run/nemo-rl/run"
+TOKEN_DIR = f"{POD_DIR}/run"
 TOKEN_FILE = f"{TOKEN_DIR}/{TOKEN_KEY}"
 """The job's random secret, by which its ranks know each other; from a Secret of the job that the operator makes."""
 TOKEN_VARIABLE = "NEMO_RL_TOKEN_FILE"
 """Another file with the secret, for ranks outside of a pod."""
-BUNDLE_DIR = "/var/run/nemo-rl/bundles"
+BUNDLE_DIR = f"{POD_DIR}/bundles"
 OUTPUT_DIR = "/output"
 CACHE_DIR = "/cache"
 CACHE_VARIABLE = "NEMO_RL_CACHE"
 """Environment variable with the folder for copies of objects of stores; default ~/.cache/nemo-rl."""
-CLAIMS_DIR = "/var/run/nemo-rl/claims"
+CLAIMS_DIR = f"{POD_DIR}/claims"
 """Where claims of pvc:// references are mounted, read-only: pvc://data/rows.jsonl is CLAIMS_DIR/data/rows.jsonl."""
 HOME_DIR = "/home/nemo-rl"
 """HOME of a pod: an emptyDir, since the root file system is read-only."""
@@ -106,6 +108,7 @@ INFO_CONFIG_MAP = "nemo-rl-info"
 
 
 _UID_CHARACTERS = 8
+_DIGEST_CHARACTERS = 8
 
 
 class ExitCode(IntEnum):
@@ -135,8 +138,9 @@ def files_pod(job: str) -> str:
     return f"{job}-files"
 
 
-def frozen_job(job: str) -> str:
-    return f"{job}-job"
+def frozen_job(job: str, digest: str = "") -> str:
+    """The frozen job; with a digest that of a job that was changed while it was suspended."""
+    return f"{job}-job-{digest[:_DIGEST_CHARACTERS]}" if digest else f"{job}-job"
 
 
 def run_secret(job: str, uid: str) -> str:
@@ -146,6 +150,11 @@ def run_secret(job: str, uid: str) -> str:
 
 def network_policy(job: str, uid: str) -> str:
     return f"{job}-net-{uid[:_UID_CHARACTERS]}"
+
+
+def device_claim(number: int) -> str:
+    """Of the claims of devices of a pod, the one with this number, as pod and container name it."""
+    return f"devices-{number}"
 
 
 def bundle_part(index: int) -> str:

@@ -480,6 +480,15 @@ DEFAULT_REQUESTS = {"memory": "1Gi", "ephemeral-storage": "1Gi"}
 """What a pod asks for where the job does not say: without any request it is the first to be evicted from a full node."""
 
 
+class DeviceClaim(Section):
+    """Devices by dynamic resource allocation (DRA): each pod gets a ResourceClaim of its own, made from a template."""
+
+    template: ObjectName
+    """Name of a ResourceClaimTemplate in the job's namespace."""
+    gpus: bool = False
+    """Its devices are the GPUs that gpusPerNode counts, in place of gpuResource. Default false."""
+
+
 class ResourcesSpec(Section):
     """What each pod asks of the cluster."""
 
@@ -495,6 +504,8 @@ class ResourcesSpec(Section):
         dict[str, Annotated[int, Field(ge=1, le=1_000_000)]], Field(max_length=16), AfterValidator(_resource_names)
     ] = {}
     """Further extended resources of each pod, by name, request and limit alike: {"rdma/hca": 1}. Default none."""
+    claims: Annotated[list[DeviceClaim], Field(max_length=8)] = []
+    """Devices of each pod by dynamic resource allocation, each from a ResourceClaimTemplate. Default none."""
     cpu: Quantity | None = None
     """CPUs of each pod, request and limit alike. Default none asked."""
     memory: Quantity | None = None
@@ -513,7 +524,16 @@ class ResourcesSpec(Section):
                 f"gpusPerNode is {self.gpus_per_node} of {self.gpu_resource}, but a process sees one MIG slice only; give 1, "
                 "and more nodes"
             )
+        if len({claim.template for claim in self.claims}) < len(self.claims):
+            raise ValueError("claims name a template twice; name each once, and ask for more devices in the template")
+        if self.gpus_are_claimed and not self.gpus_per_node:
+            raise ValueError("claims give GPUs (gpus: true), but gpusPerNode is 0; give the number that each pod gets")
         return self
+
+    @property
+    def gpus_are_claimed(self) -> bool:
+        """Whether the GPUs come by a claim, and not by gpuResource."""
+        return any(claim.gpus for claim in self.claims)
 
 
 class SecretKeyRef(Section):
@@ -599,6 +619,106 @@ class TopologySpread(Section):
         return self
 
 
+class ConfigMapVolume(Section):
+    """The keys of a ConfigMap as files, read-only."""
+
+    name: ObjectName
+    """Name of the ConfigMap."""
+
+
+class SecretVolume(Section):
+    """The keys of a Secret as files, read-only."""
+
+    secret_name: ObjectName
+    """Name of the Secret."""
+
+
+class ClaimVolume(Section):
+    """An existing PersistentVolumeClaim."""
+
+    claim_name: ObjectName
+    """Name of the claim."""
+    read_only: bool = True
+    """Mount it read-only. Default true."""
+
+
+class EmptyDirVolume(Section):
+    """An empty folder that lives as long as the pod."""
+
+    medium: Literal["", "Memory"] = ""
+    """Empty for the node's disk; Memory for its memory, which then counts as the pod's. Default empty."""
+    size_limit: Quantity | None = None
+    """Size at which the pod is evicted. Default no limit of its own."""
+
+
+class ImageVolume(Section):
+    """The files of an OCI image or artifact, read-only; needs nodes and a cluster that have image volumes."""
+
+    reference: Annotated[str, Field(min_length=1, max_length=500)]
+    """Name of the image with its tag or digest; pulled with imagePullSecrets."""
+    pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    """When it is pulled. Default IfNotPresent."""
+
+
+VOLUME_KINDS = ("config_map", "secret", "persistent_volume_claim", "empty_dir", "image")
+MOUNT_PATH = r"^(/[A-Za-z0-9._-]*[A-Za-z0-9_-][A-Za-z0-9._-]*)+$"
+"""Absolute, without empty parts, '.' and '..', and without a slash at its end."""
+TAKEN_PATHS = (
+    *(names.OUTPUT_DIR, names.CACHE_DIR, names.HOME_DIR, names.JOB_DIR, names.POD_DIR, "/tmp"),
+    *("/dev", "/proc", "/sys"),
+)
+"""What a volume of a job may neither be at, nor below, nor above: the pod has its own there."""
+
+
+class VolumeSpec(Section):
+    """A further volume of the trainer pods, as in the core API. Exactly one of configMap, secret, persistentVolumeClaim, emptyDir, image."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=50)]
+    """Name of the volume: lower-case letters, digits and '-'."""
+    mount_path: Annotated[str, Field(pattern=MOUNT_PATH, max_length=500)] | None = None
+    """Folder at which it is mounted. Default /volumes/ and its name."""
+    config_map: ConfigMapVolume | None = None
+    """A ConfigMap of the job's namespace."""
+    secret: SecretVolume | None = None
+    """A Secret of the job's namespace."""
+    persistent_volume_claim: ClaimVolume | None = None
+    """A claim of the job's namespace."""
+    empty_dir: EmptyDirVolume | None = None
+    """An empty folder."""
+    image: ImageVolume | None = None
+    """An image."""
+
+    @model_validator(mode="after")
+    def _one_kind_at_a_free_place(self) -> VolumeSpec:
+        kinds = ", ".join(map(to_camel, VOLUME_KINDS))
+        given = [to_camel(kind) for kind in VOLUME_KINDS if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(f"found {' and '.join(given) or 'none of them'}; give exactly one of {kinds}")
+        for taken in TAKEN_PATHS:
+            if overlap(self.path, taken):
+                raise ValueError(
+                    f"mountPath {self.path} is in the way of {taken}, where the pod has its own; mount it elsewhere"
+                )
+        return self
+
+    @property
+    def path(self) -> str:
+        """Where it is mounted."""
+        return self.mount_path or f"/volumes/{self.name}"
+
+    @property
+    def read_only(self) -> bool:
+        """Whether nothing can be written there."""
+        return self.empty_dir is None and (
+            self.persistent_volume_claim is None or self.persistent_volume_claim.read_only
+        )
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether two folders are the same, or one is within the other."""
+    return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
+
+
 Labels = Annotated[dict[str, Annotated[str, Field(max_length=63)]], Field(max_length=64)]
 Annotations = Annotated[dict[str, Annotated[str, Field(max_length=4096)]], Field(max_length=64)]
 
@@ -658,6 +778,12 @@ class RLTrainingJobSpec(Section):
     """How the pods are spread over nodes, racks or zones. Default by the cluster."""
     runtime_class_name: ObjectName | None = None
     """RuntimeClass of the trainer pods; some clusters need nvidia for GPUs. Default the nodes' own runtime."""
+    volumes: Annotated[list[VolumeSpec], Field(max_length=16)] = []
+    """Further volumes of the trainer pods, each with the place where it is mounted. Default none."""
+    host_network: bool = False
+    """The trainer pods use the network of their nodes, past the pod network and its policies. Default false."""
+    capabilities: Annotated[list[Literal["IPC_LOCK"]], Field(max_length=1)] = []
+    """Capabilities of the trainer's container. IPC_LOCK: programs of the image whose files carry it (setcap) may lock memory, as RDMA does. Default none."""
     priority_class_name: ObjectName | None = None
     """PriorityClass of the pods. Default none."""
     scheduler_name: ObjectName | None = None
@@ -691,6 +817,19 @@ class RLTrainingJobSpec(Section):
                 f"bundles have {parts} parts together; at most {names.MAX_BUNDLE_PARTS} are allowed: put large data on "
                 "a claim and name it as pvc://claim/path"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _volumes_apart(self) -> RLTrainingJobSpec:
+        for number, volume in enumerate(self.volumes):
+            for other in self.volumes[:number]:
+                if volume.name == other.name:
+                    raise ValueError(f"two volumes have the name {volume.name}; names must differ")
+                if overlap(volume.path, other.path):
+                    raise ValueError(
+                        f"volumes {other.name} and {volume.name} are mounted at {other.path} and {volume.path}, one within the "
+                        "other; mount them apart"
+                    )
         return self
 
     @model_validator(mode="after")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from nemo_rl.job import names
 from nemo_rl.job.names import ExitCode
-from nemo_rl.job.spec import DEFAULT_REQUESTS, DatasetSpec, EnvVar, RLTrainingJobSpec, Toleration
+from nemo_rl.job.spec import DEFAULT_REQUESTS, DatasetSpec, EnvVar, RLTrainingJobSpec, Toleration, VolumeSpec
 from nemo_rl_operator import frozen
 from nemo_rl_operator.fingerprint import fingerprint
 from nemo_rl_operator.observe import MAIN_POD_SET, Assignment, Queueing, Resource
@@ -26,6 +27,8 @@ USER = 1000
 EXIT_BARRIER_SECONDS = 15
 """Of the grace period, what torchrun keeps for itself after its processes have ended."""
 
+VOLUME_PREFIX = "volume-"
+"""How the names of a job's own volumes begin in its pods, apart from those that each pod has."""
 PROBE_SECONDS = 30
 """Between two probes of a trainer; each is a small program in its container."""
 
@@ -231,8 +234,11 @@ def _asking(pod: Object) -> Object:
         if kind in pod:
             found[kind] = [{n: c[n] for n in ("name", "image", "restartPolicy") if n in c} for c in pod[kind]]
             for container, asking in zip(pod[kind], found[kind], strict=True):
-                if limits := container.get("resources", {}).get("limits"):
+                given = container.get("resources", {})
+                if limits := given.get("limits"):
                     asking["resources"] = {"requests": limits, "limits": limits}
+                if claims := given.get("claims"):
+                    asking.setdefault("resources", {})["claims"] = claims
     return found
 
 
@@ -309,7 +315,7 @@ def trainer_pod(resource: Resource, spec: RLTrainingJobSpec, number: int, image:
         "volumeMounts": mounts,
         "terminationMessagePath": names.TERMINATION_LOG,
         "terminationMessagePolicy": "File",
-        "securityContext": _container_security(),
+        "securityContext": _container_security(spec.capabilities),
     }
     if spec.env_from:
         container["envFrom"] = [e.model_dump(mode="json", by_alias=True) for e in spec.env_from]
@@ -322,6 +328,16 @@ def trainer_pod(resource: Resource, spec: RLTrainingJobSpec, number: int, image:
     }
     if spec.resources.nodes > 1:
         pod["subdomain"] = resource.name
+    if spec.resources.claims:
+        pod["resourceClaims"] = [
+            {"name": names.device_claim(number), "resourceClaimTemplateName": claim.template}
+            for number, claim in enumerate(spec.resources.claims)
+        ]
+    if spec.host_network:
+        pod |= {
+            "hostNetwork": True,
+            "dnsPolicy": "ClusterFirstWithHostNet",
+        }  # pods still find each other by their Service
     if spec.runtime_class_name:
         pod["runtimeClassName"] = spec.runtime_class_name
     if spec.topology_spread_constraints:
@@ -361,7 +377,7 @@ def files_pod(resource: Resource, spec: RLTrainingJobSpec, image: str) -> Object
         "resources": {"requests": {"cpu": "50m", "memory": "128Mi"}, "limits": {"memory": "512Mi"}},
         "volumeMounts": [
             {"name": "output", "mountPath": names.OUTPUT_DIR, "readOnly": True},
-            {"name": "job", "mountPath": names.JOB_DIR, "readOnly": True},
+            {"name": frozen.JOB_VOLUME, "mountPath": names.JOB_DIR, "readOnly": True},
             {"name": "home", "mountPath": names.HOME_DIR},
             {"name": "tmp", "mountPath": "/tmp"},
         ],
@@ -387,7 +403,7 @@ def files_pod(resource: Resource, spec: RLTrainingJobSpec, image: str) -> Object
         "containers": [container],
         "volumes": [
             _output_volume(resource, spec),
-            {"name": "job", "configMap": {"name": names.frozen_job(resource.name)}},
+            {"name": frozen.JOB_VOLUME, "configMap": {"name": names.frozen_job(resource.name)}},
             {"name": "home", "emptyDir": {}},
             {"name": "tmp", "emptyDir": {}},
         ],
@@ -412,11 +428,12 @@ def _pod_security() -> Object:
     }
 
 
-def _container_security() -> Object:
+def _container_security(capabilities: Sequence[str] = ()) -> Object:
+    """Without any right but what is asked for: a program whose file carries such a capability then has it, and no other."""
     return {
         "allowPrivilegeEscalation": False,
         "readOnlyRootFilesystem": True,
-        "capabilities": {"drop": ["ALL"]},
+        "capabilities": {"drop": ["ALL"], **({"add": list(capabilities)} if capabilities else {})},
     }
 
 
@@ -444,11 +461,14 @@ def _resources(spec: RLTrainingJobSpec) -> Object:
         "cpu": ask.cpu,
         "memory": ask.memory,
         "ephemeral-storage": ask.ephemeral_storage,
-        ask.gpu_resource: str(ask.gpus_per_node) if ask.gpus_per_node else None,
+        ask.gpu_resource: str(ask.gpus_per_node) if ask.gpus_per_node and not ask.gpus_are_claimed else None,
         **{name: str(count) for name, count in ask.extra.items()},
     }
     given = {name: amount for name, amount in wanted.items() if amount}
-    return {"requests": DEFAULT_REQUESTS | given, **({"limits": given} if given else {})}
+    found: Object = {"requests": DEFAULT_REQUESTS | given, **({"limits": given} if given else {})}
+    if ask.claims:
+        found["claims"] = [{"name": names.device_claim(number)} for number in range(len(ask.claims))]
+    return found
 
 
 def _scratch_environment() -> list[Object]:
@@ -490,7 +510,7 @@ def _volumes(resource: Resource, spec: RLTrainingJobSpec) -> tuple[list[Object],
     """Volumes of a trainer pod and where they are mounted."""
     found: list[tuple[Object, str, bool]] = [
         (_output_volume(resource, spec), names.OUTPUT_DIR, False),
-        ({"name": "job", "configMap": {"name": names.frozen_job(resource.name)}}, names.JOB_DIR, True),
+        ({"name": frozen.JOB_VOLUME, "configMap": {"name": names.frozen_job(resource.name)}}, names.JOB_DIR, True),
         ({"name": "home", "emptyDir": {}}, names.HOME_DIR, False),
         ({"name": "tmp", "emptyDir": {}}, "/tmp", False),
         (_cache_volume(spec), names.CACHE_DIR, False),
@@ -512,11 +532,30 @@ def _volumes(resource: Resource, spec: RLTrainingJobSpec) -> tuple[list[Object],
         found.append((volume, f"{names.BUNDLE_DIR}/{bundle.name}", True))
     for number, claim in enumerate(read_claims(spec)):
         found.append((_claim_volume(f"claim-{number}", claim, True), f"{names.CLAIMS_DIR}/{claim}", True))
+    found += [(_given_volume(given), given.path, given.read_only) for given in spec.volumes]
     mounts = [
         {"name": volume["name"], "mountPath": path, **({"readOnly": True} if read_only else {})}
         for volume, path, read_only in found
     ]
     return [volume for volume, _, _ in found], mounts
+
+
+def _given_volume(given: VolumeSpec) -> Object:
+    """A volume that the job names."""
+    name = VOLUME_PREFIX + given.name
+    if claim := given.persistent_volume_claim:
+        return _claim_volume(name, claim.claim_name, claim.read_only)
+    source: Object = {}
+    if given.config_map:
+        source = {"configMap": {"name": given.config_map.name}}
+    elif given.secret:
+        source = {"secret": {"secretName": given.secret.secret_name, "defaultMode": 0o440}}
+    elif given.image:
+        source = {"image": given.image.model_dump(mode="json", by_alias=True)}
+    elif given.empty_dir:
+        sizes = given.empty_dir.model_dump(mode="json", by_alias=True, exclude_none=True)
+        source = {"emptyDir": {key: value for key, value in sizes.items() if value}}
+    return {"name": name, **source}
 
 
 def _cache_volume(spec: RLTrainingJobSpec) -> Object:

@@ -172,7 +172,11 @@ def _cause(pod: PodView, code: int | None, asked: bool) -> tuple[Cause, int, str
     if pod.end_reason in LOST_NODE:
         return Cause.DISRUPTED, 1, "the node lost the container"
     if pod.end_reason == "OOMKilled":
-        return Cause.OUT_OF_MEMORY, 2, "the trainer ran out of memory; raise spec.resources.memory"
+        return (
+            Cause.OUT_OF_MEMORY,
+            2,
+            "the trainer ran out of memory; raise spec.resources.memory, which may change while the job is suspended",
+        )
     if pod.end_reason in NOT_STARTED:
         return Cause.START_FAILED, 2, f"the container could not start: {pod.termination or pod.end_reason}"
     if code is None and pod.reason:

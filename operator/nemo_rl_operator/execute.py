@@ -12,7 +12,7 @@ from datetime import datetime
 
 from nemo_rl.job import names
 from nemo_rl.job.text import one_line
-from nemo_rl_operator import children, frozen, kueue, reasons
+from nemo_rl_operator import build, children, frozen, kueue, reasons
 from nemo_rl_operator.observe import Blocked, Resource
 from nemo_rl_operator.pending import from_warning
 from nemo_rl_operator.plan import Action, Create, Delete, Kind, Report
@@ -71,6 +71,9 @@ class Executor:
         for action in creations:
             if action.kind is Kind.POD:
                 unserved = next((b for b in blocks if b), None) or await self._serve(resource, action, there)
+        kinds = {action.kind for action in creations}
+        if Kind.POD in kinds and Kind.JOB not in kinds:  # it is the file server alone that reads the frozen job
+            blocks = [b for a, b in zip(first, blocks, strict=True) if a.kind is not Kind.CONFIG_MAP]
         return Done(next((block for block in blocks if block), None), unserved)
 
     async def _serve(self, resource: Resource, action: Create, there: dict[Kind, Object]) -> Blocked | None:
@@ -100,6 +103,12 @@ class Executor:
     async def _create(self, resource: Resource, action: Create, there: dict[Kind, Object]) -> Blocked | None:
         """Make it. What is there already and says the same goes into `there`."""
         try:
+            if action.kind is Kind.JOB and (images := _volumes_of_images(action.body)):
+                # a server that does not know them takes the Job, and leaves an empty folder in place of the image
+                kept = await self._api.create(action.kind, resource.namespace, action.body, dry_run=True)
+                if not images <= _volumes_of_images(kept):
+                    text = reasons.NO_IMAGE_VOLUMES_MESSAGE.format(volumes=", ".join(sorted(images)))
+                    return Blocked(reasons.REFUSED, text, fatal=True)
             made = await self._api.create(action.kind, resource.namespace, _with_token(action))
         except ApiError as error:
             if error.status == 409 and action.kind in (Kind.SECRET, Kind.NETWORK_POLICY):
@@ -140,6 +149,9 @@ class Executor:
         if action.kind is Kind.CLAIM and not owner:
             ours = (meta.get("labels") or {}).get(names.LABEL_JOB) == resource.name  # kept from an earlier job
         if ours and not meta.get("deletionTimestamp"):
+            if name == names.frozen_job(resource.name) and (changed := _changed(action, found)):
+                there[action.kind] = changed
+                return await self._create(resource, replace(action, body=changed), there)
             return self._adopt(action, found, there)
         if ours or (owner.get("kind") == names.KIND and owner.get("name") == resource.name):
             return Blocked(
@@ -193,8 +205,24 @@ def _with_token(action: Create) -> Object:
     return {**action.body, "stringData": {names.TOKEN_KEY: secrets.token_hex(TOKEN_BYTES)}}
 
 
+def _volumes_of_images(job: Object) -> set[str]:
+    """Of a Job's pods, by the names that the job gives them."""
+    return {
+        v["name"].removeprefix(build.VOLUME_PREFIX)
+        for v in job["spec"]["template"]["spec"].get("volumes") or ()
+        if v.get("image")
+    }
+
+
+def _changed(action: Create, found: Object) -> Object | None:
+    """The frozen job as it is by now, where a job was changed while it was suspended; beside the first one."""
+    if action.kind is not Kind.CONFIG_MAP or not children.difference(action.kind, found, action.body):
+        return None
+    return frozen.changed(found, action.body)
+
+
 def _pinned(action: Create, there: dict[Kind, Object]) -> Create:
-    """With the digest of the frozen job that is there, where another version of the operator made it."""
+    """With name and digest of the frozen job that is there: another version of the operator may have made it."""
     config_map = there.get(Kind.CONFIG_MAP)
     return replace(action, body=frozen.pin(action.body, config_map)) if config_map else action
 

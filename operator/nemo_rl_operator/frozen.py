@@ -11,16 +11,20 @@ from typing import Any
 from pydantic import ValidationError
 
 from nemo_rl.job import names
-from nemo_rl.job.crd import MUTABLE
+from nemo_rl.job.crd import MUTABLE, MUTABLE_WHILE_SUSPENDED
 from nemo_rl.job.reading import read_frozen
 from nemo_rl.job.spec import RLTrainingJobSpec
 from nemo_rl_operator.observe import Resource
 
 Object = dict[str, Any]
 
+JOB_VOLUME = "job"
+"""Volume of a pod with the frozen job."""
 LARGEST = 1024 * 1024
 """Bytes of a ConfigMap's data."""
 
+
+_ABSENT = object()
 
 _newest: tuple[Resource, RLTrainingJobSpec, str] | None = None
 """The newest text: a start asks for it several times."""
@@ -69,9 +73,12 @@ def digest(content: str) -> str:
 
 
 def pin(body: Object, config_map: Object) -> Object:
-    """A Job or pod with the digest of this ConfigMap: one of another version of the operator has other bytes."""
+    """A Job or pod that reads this ConfigMap: one of another version of the operator has other bytes, and that of a job
+    that was changed meanwhile another name."""
     found = copy.deepcopy(body)
     pod = found["spec"]["template"]["spec"] if "template" in found["spec"] else found["spec"]
+    volume = next(volume for volume in pod["volumes"] if volume["name"] == JOB_VOLUME)
+    volume["configMap"]["name"] = config_map["metadata"]["name"]
     wanted, option = digest(config_map["data"][names.JOB_KEY]), f"{names.JOB_DIGEST_OPTION}="
     for container in pod["containers"]:
         if "args" in container:
@@ -106,6 +113,51 @@ def difference(config_map: Mapping[str, Any], body: Mapping[str, Any]) -> str:
         return f"spec{place}"
     strange = [path for path in unknown if path not in own_unknown or _at(found, path) != _at(wanted, path)]
     return strange[0] if strange else ""
+
+
+def changed(config_map: Mapping[str, Any], body: Object) -> Object | None:
+    """The frozen job of a job that was changed while it was suspended; None where what exists differs in something else.
+
+    It is what exists, with what may change as the job has it now: so an attempt of a job that an earlier operator
+    started goes on with all else. Its name has its digest.
+    """
+    try:
+        found, wanted = json.loads(config_map["data"][names.JOB_KEY]), json.loads(body["data"][names.JOB_KEY])
+        rest, other, now = found["spec"], copy.deepcopy(wanted["spec"]), wanted["spec"]
+        for path in MUTABLE_WHILE_SUSPENDED:
+            for spec in (rest, other):
+                _replace(spec, path, _ABSENT)
+        same = {**config_map, "data": {**config_map["data"], names.JOB_KEY: json.dumps(found)}}
+        if difference(same, {**body, "data": {names.JOB_KEY: json.dumps(wanted | {"spec": other})}}):
+            return None
+        for path in MUTABLE_WHILE_SUSPENDED:
+            _replace(rest, path, _value(now, path))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    content = json.dumps(found, separators=(",", ":"), sort_keys=True, ensure_ascii=False)
+    name = names.frozen_job(found["metadata"]["name"], digest(content))
+    return {**body, "metadata": body["metadata"] | {"name": name}, "data": {names.JOB_KEY: content}}
+
+
+def _value(spec: Any, path: str) -> Any:
+    for name in path.split(".")[1:]:
+        if name not in spec:
+            return _ABSENT
+        spec = spec[name]
+    return spec
+
+
+def _replace(spec: Any, path: str, value: Any) -> None:
+    """Set a field of the specification, or take it away."""
+    *sections, last = path.split(".")[1:]
+    for name in sections:
+        if name not in spec and value is _ABSENT:
+            return
+        spec = spec.setdefault(name, {})
+    if value is _ABSENT:
+        spec.pop(last, None)
+    else:
+        spec[last] = value
 
 
 def _meaning(content: Any) -> tuple[Object, tuple[str, ...]]:
@@ -146,9 +198,6 @@ def _first_difference(one: Any, other: Any) -> str | None:
         if below is not None:
             return name + below
     return None
-
-
-_ABSENT = object()
 
 
 def _said(content: Mapping[str, Any], spec: RLTrainingJobSpec) -> dict[str, Any]:

@@ -258,6 +258,8 @@ class Snapshot:
     """Fields of the spec that this version does not know."""
     unserved: Blocked | None = None
     """Why the file server could not be made just now."""
+    strays: tuple[AttemptView, ...] = ()
+    """Jobs that say they are the next attempt, and are not what the operator would make of the job as it is now."""
 
 
 def resource(raw: Raw, *, whole: bool = False) -> Resource:
@@ -593,7 +595,8 @@ def observe(
 
     claimed = [a for a in attempts if a.owner == found.uid and a.number]
     jobs = {a.number: a for a in claimed if is_ours(a)}
-    strays = {a.uid for a in claimed if jobs.get(a.number) is not a}
+    others = [a for a in claimed if jobs.get(a.number) is not a]
+    strays = {a.uid for a in others}
     own = [
         pod
         for pod in pods
@@ -615,5 +618,6 @@ def observe(
         image=image,
         network=network,
         begun=begun,
+        strays=tuple(a for a in others if a.number == last + 1 and a.name == names.attempt_job(found.name, a.number)),
         workload=workload if workload and workload.owner == found.uid else None,
     )

@@ -93,6 +93,10 @@ NO_IMAGE_MESSAGE = (
     "the job names no image and the operator has no default; give spec.image, or start the operator with --image"
 )
 REFUSED = "Refused"
+NO_IMAGE_VOLUMES_MESSAGE = (
+    "the API server does not keep volumes of images, which spec.volumes asks for ({volumes}): they need Kubernetes 1.35, or "
+    "1.33 with the feature gate ImageVolume; use a persistentVolumeClaim, or put the files into spec.image"
+)
 API_FAILS = "ApiCallFails"
 UNBLOCKED = "Resolved"
 SERVED = "Serving"

@@ -158,6 +158,37 @@ BAD = [
         *("least places of a wish", "spec.topologySpreadConstraints[0].minDomains", "DoNotSchedule"),
         topologySpreadConstraints=[{"topologyKey": "a", "minDomains": 2, "whenUnsatisfiable": "ScheduleAnyway"}],
     ),
+    bad(
+        *("GPUs of a claim, but none", "spec.resources.gpusPerNode", "but gpusPerNode is 0"),
+        resources={"gpusPerNode": 0, "claims": [{"template": "a", "gpus": True}]},
+    ),
+    bad("template twice", "spec.resources.claims", resources={"claims": [{"template": "a"}, {"template": "a"}]}),
+    bad("volume of the node", "spec.volumes", "hostPath", volumes=[{"name": "a", "hostPath": {"path": "/"}}]),
+    bad("volume of nothing", "spec.volumes[0]", "exactly one of configMap, secret", volumes=[{"name": "a"}]),
+    bad(
+        *("volume of two kinds", "spec.volumes[0]", "exactly one of configMap, secret"),
+        volumes=[{"name": "a", "emptyDir": {}, "secret": {"secretName": "b"}}],
+    ),
+    bad(
+        *("volume over the output", "spec.volumes[0].mountPath", "/output", "mount it elsewhere"),
+        volumes=[{"name": "a", "mountPath": "/output", "emptyDir": {}}],
+    ),
+    bad(
+        *("volume over the frozen job", "spec.volumes[0].mountPath", "/etc/nemo-rl", "mount it elsewhere"),
+        volumes=[{"name": "a", "mountPath": "/etc", "configMap": {"name": "b"}}],
+    ),
+    bad(
+        *("volume on a way up", "spec.volumes[0].mountPath", "match"),
+        volumes=[{"name": "a", "mountPath": "/a/../output", "emptyDir": {}}],
+    ),
+    bad(
+        *("volumes within each other", "mounted at /a and /a/b", "mount them apart"),
+        volumes=[
+            {"name": "a", "mountPath": "/a", "emptyDir": {}},
+            {"name": "b", "mountPath": "/a/b", "emptyDir": {}},
+        ],
+    ),
+    bad("another capability", "spec.capabilities[0]", '"IPC_LOCK"', capabilities=["SYS_ADMIN"]),
     bad("unknown effect", "spec.tolerations[0].effect", '"NoSchedule"', tolerations=[{"key": "a", "effect": "Never"}]),
     bad("affinity of no sense", "affinity", affinity={"nodeAffinity": "any"}),
     bad("affinity without an end", "affinity", affinity=deep(30)),

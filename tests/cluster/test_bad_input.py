@@ -23,12 +23,12 @@ UNCHANGEABLE: list[tuple[str, Object]] = [
     ("spec.validationDataset", {"validationDataset": {"name": "a/b"}}),
     ("spec.output.size", {"output": {"size": "1Gi"}}),
     ("spec.output.claim", {"output": {"claim": "other"}}),
-    ("spec.resources", {"resources": {"nodes": 2}}),
     ("spec.image", {"image": "another"}),
+    ("spec.volumes", {"volumes": [{"name": "a", "emptyDir": {}}]}),
+    ("spec.hostNetwork", {"hostNetwork": True}),
+    ("spec.capabilities", {"capabilities": ["IPC_LOCK"]}),
     ("spec.env", {"env": [{"name": "A", "value": "b"}]}),
     ("spec.labels", {"labels": {"a": "b"}}),
-    ("spec.resources.extra", {"resources": {"extra": {"rdma/hca": 1}}}),
-    ("spec.resources.gpuResource", {"resources": {"gpuResource": "amd.com/gpu"}}),
     ("spec.runtimeClassName", {"runtimeClassName": "nvidia"}),
     ("spec.topologySpreadConstraints", {"topologySpreadConstraints": [{"topologyKey": "zone"}]}),
     ("spec.tolerations", {"tolerations": [{"key": "gpu", "operator": "Exists"}]}),
@@ -38,10 +38,21 @@ UNCHANGEABLE: list[tuple[str, Object]] = [
     ("spec.reward.timeoutSeconds", {"reward": {"timeoutSeconds": 5}}),
     ("spec.training.warmupSteps", {"training": {"warmupSteps": 5}}),
     ("spec.training.loraRank", {"training": {"loraRank": 8}}),
-    ("spec.resources.cpu", {"resources": {"cpu": "2"}}),
     ("spec.output.retain", {"output": {"retain": False}}),
     ("spec.cache.claim", {"cache": {"claim": "other"}}),
 ]
+
+
+OF_SUSPENDED: list[tuple[str, Object]] = [
+    ("spec.resources", {"resources": {"memory": "64Gi"}}),
+    ("spec.resources", {"resources": {"cpu": "2"}}),
+    ("spec.resources", {"resources": {"extra": {"rdma/hca": 1}}}),
+    ("spec.resources", {"resources": {"gpuResource": "amd.com/gpu"}}),
+    ("spec.resources", {"resources": {"claims": [{"template": "a", "gpus": False}]}}),
+    ("spec.training.tokensPerMicrobatch", {"training": {"tokensPerMicrobatch": 512}}),
+    ("spec.training.activationCheckpointing", {"training": {"activationCheckpointing": True}}),
+]
+"""What may change once a job is suspended."""
 
 
 def manifest(case: Bad, name: str) -> Object:
@@ -109,6 +120,38 @@ def test_what_is_fixed_after_creation_says_so(bad_scene: Scene, field: str, chan
     with pytest.raises(ApiError, match="cannot change after creation; delete the job and create a new one") as caught:
         bad_scene.change(name, **change)
     assert field in caught.value.message
+
+
+@pytest.mark.parametrize(("field", "change"), OF_SUSPENDED, ids=[f"{f}-{n}" for n, (f, _) in enumerate(OF_SUSPENDED)])
+def test_what_may_change_of_a_suspended_job_changes_of_no_other(
+    bad_scene: Scene, operator: Operator, field: str, change: Object
+) -> None:
+    name = f"may-{OF_SUSPENDED.index((field, change))}"
+    bad_scene.submit(name)
+    bad_scene.attempt(1, name).run()
+    bad_scene.phase("Running", name=name)
+    words = (
+        f"{field} may change only while the job is suspended: set spec.suspend to true, wait for the phase Suspended"
+    )
+    for together in ({}, {"suspend": True}):
+        with pytest.raises(ApiError, match=words):
+            bad_scene.change(name, **change, **together)
+    bad_scene.change(name, suspend=True)
+    bad_scene.phase("Suspended", name=name)
+    changed = bad_scene.change(name, **change, suspend=False)
+    assert merge(changed["spec"], change) == changed["spec"]
+    bad_scene.attempt(2, name).run()
+    with pytest.raises(ApiError, match=field):
+        bad_scene.change(name, **{field.split(".")[1]: None})
+
+
+def test_a_suspended_job_cannot_outgrow_its_claim(bad_scene: Scene, operator: Operator) -> None:
+    for name, output in (("own", {}), ("named", {"claim": "shared-output"})):
+        bad_scene.submit(name, suspend=True, output=output)
+        bad_scene.phase("Suspended", name=name)
+    with pytest.raises(ApiError, match="the claim that was made for the output can be mounted by one node only"):
+        bad_scene.change("own", resources={"nodes": 2})
+    assert bad_scene.change("named", resources={"nodes": 2})["spec"]["resources"]["nodes"] == 2
 
 
 def test_removing_a_section_is_a_change_too(bad_scene: Scene) -> None:

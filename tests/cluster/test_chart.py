@@ -60,6 +60,10 @@ COMBINATIONS: dict[str, Object] = {
             "allowedSchedulers": ["kai-scheduler"],
             "allowedResources": ["rdma/hca", "nvidia.com/mig-*"],
             "allowedRuntimeClasses": ["nvidia"],
+            "allowedResourceClaimTemplates": ["gpus-*"],
+            "allowedVolumes": ["configMap", "secret", "persistentVolumeClaim", "emptyDir", "image"],
+            "allowedCapabilities": ["IPC_LOCK"],
+            "hostNetwork": True,
             "deniedEnvironment": [],
             "antiAffinityToOtherNamespaces": True,
         }
@@ -446,6 +450,37 @@ POLICY: list[tuple[str, Object, str]] = [
         {"runtimeClassName": "nvidia-legacy"},
         "spec.runtimeClassName is nvidia-legacy; this cluster allows nvidia (admissionPolicy.allowedRuntimeClasses",
     ),
+    (
+        "a template that is not on the list",
+        {"resources": {"claims": [{"template": "gpus-2"}, {"template": "everything"}]}},
+        "spec.resources.claims names the templates gpus-2, everything; this cluster allows gpus-* (admissionPolicy",
+    ),
+    (
+        "a kind of volume that is not on the list",
+        {"volumes": [{"name": "a", "emptyDir": {}}]},
+        "spec.volumes has volumes of the kinds emptyDir; this cluster allows configMap, secret, persistentVolumeClaim, image",
+    ),
+    (
+        "a Secret as a volume",
+        {"volumes": [{"name": "a", "secret": {"secretName": "theirs"}}]},
+        "alice may not read the Secrets named in the job (theirs)",
+    ),
+    (
+        "a claim as a volume",
+        {"volumes": [{"name": "a", "persistentVolumeClaim": {"claimName": "home-of-bob", "readOnly": False}}]},
+        "the job names the claims home-of-bob; this cluster allows hub-*, shared-* (admissionPolicy.allowedClaims",
+    ),
+    (
+        "an image of elsewhere as a volume",
+        {"volumes": [{"name": "a", "image": {"reference": "docker.io/evil/weights:1"}}]},
+        "spec.volumes mounts the images docker.io/evil/weights:1; name fixed tags or digests of images that begin with "
+        "registry.example.com/ml/, ghcr.io/acme/",
+    ),
+    (
+        "a moving image as a volume",
+        {"volumes": [{"name": "a", "image": {"reference": "ghcr.io/acme/weights:latest"}}]},
+        "spec.volumes mounts the images ghcr.io/acme/weights:latest; name fixed tags or digests",
+    ),
 ]
 ALLOWED: list[Object] = [
     {},
@@ -454,6 +489,19 @@ ALLOWED: list[Object] = [
     {"env": [{"name": "A", "value": "b"}, {"name": "T", "valueFrom": {"secretKeyRef": {"name": "mine", "key": "k"}}}]},
     {"resources": {"gpuResource": "amd.com/gpu", "gpusPerNode": 8, "extra": {"rdma/hca": 1, "rdma/roce": 2}}},
     {"runtimeClassName": "nvidia", "topologySpreadConstraints": [{"topologyKey": "kubernetes.io/hostname"}]},
+    {
+        "resources": {"gpusPerNode": 2, "claims": [{"template": "gpus-2", "gpus": True}]},
+        "capabilities": ["IPC_LOCK"],
+        "hostNetwork": True,
+    },
+    {
+        "volumes": [
+            {"name": "a", "secret": {"secretName": "mine"}},
+            {"name": "b", "configMap": {"name": "any"}},
+            {"name": "c", "persistentVolumeClaim": {"claimName": "shared-rows"}},
+            {"name": "d", "image": {"reference": "ghcr.io/acme/weights:2"}},
+        ]
+    },
 ]
 
 
@@ -461,6 +509,8 @@ def test_the_admission_policy_refuses_in_words_and_lets_the_rest_pass(
     scene: Scene, install: Callable[..., list[Object]]
 ):
     lists = {"allowedResources": ["rdma/*", "amd.com/gpu"], "allowedRuntimeClasses": ["nvidia"]}
+    lists |= {"allowedResourceClaimTemplates": ["gpus-*"], "allowedCapabilities": ["IPC_LOCK"], "hostNetwork": True}
+    lists |= {"allowedVolumes": ["configMap", "secret", "persistentVolumeClaim", "image"]}
     install({"admissionPolicy": {"allowedImages": ["registry.example.com/ml/", "ghcr.io/acme/"], **lists}})
     bind(scene, "alice", f"{scene.namespace}-edit")
     scene.kubectl("create", "role", "mine", "--verb=get", "--resource=secrets", "--resource-name=mine")

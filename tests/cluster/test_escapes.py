@@ -69,6 +69,31 @@ SUBMITTED: dict[str, tuple[Object, str]] = {
         {"runtimeClassName": "privileged-vm"},
         "spec.runtimeClassName is privileged-vm; this cluster allows none (admissionPolicy.allowedRuntimeClasses",
     ),
+    "devices by a template of others": (
+        {"resources": {"claims": [{"template": "all-gpus"}]}},
+        "spec.resources.claims names the templates all-gpus; this cluster allows none "
+        "(admissionPolicy.allowedResourceClaimTemplates",
+    ),
+    "another's Secret as a file": (
+        {"volumes": [{"name": "a", "secret": {"secretName": "victims"}}]},
+        "may not read",
+    ),
+    **{
+        f"a volume of the kind {next(iter(kind))}": (
+            {"volumes": [{"name": "a", **kind}]},
+            f"spec.volumes has volumes of the kinds {next(iter(kind))}; this cluster allows none (admissionPolicy.allowedVolumes",
+        )
+        for kind in (
+            {"configMap": {"name": "kube-root-ca.crt"}},
+            {"persistentVolumeClaim": {"claimName": "shared-rows"}},
+            {"emptyDir": {"medium": "Memory"}},
+            {"image": {"reference": "registry.example.com/weights:1"}},
+        )
+    },
+    "the nodes' file system": ({"volumes": [{"name": "a", "hostPath": {"path": "/"}}]}, "hostPath"),
+    "a capability": ({"capabilities": ["IPC_LOCK"]}, "admissionPolicy.allowedCapabilities"),
+    "all capabilities": ({"capabilities": ["ALL"]}, "IPC_LOCK"),
+    "the nodes' network": ({"hostNetwork": True}, "admissionPolicy.hostNetwork"),
     "a label of another's Service": ({"labels": {"app": "payments"}}, "admissionPolicy.allowedLabels"),
     "the labels of the operator": (
         {"labels": {"app.kubernetes.io/name": "nemo-rl-operator"}},
@@ -116,6 +141,36 @@ def test_nothing_of_others_can_be_named_in_a_job(scene: Scene, release: list[Obj
     eventually(lambda: "created" in submit({"model": "pvc://corpora/m"}), "a claim that he may mount")
     for spec in ({}, {"labels": {"team": "a"}}, {"tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}]}):
         assert "created" in submit(spec), submit(spec)
+
+
+CHANGED: dict[str, tuple[Object, str]] = {
+    "a device": ({"extra": {"rdma/hca": 1}}, "admissionPolicy.allowedResources"),
+    "another kind of GPU": ({"gpuResource": "smarter-devices/fuse"}, "admissionPolicy.allowedResources"),
+    "a template": ({"claims": [{"template": "all-gpus"}]}, "admissionPolicy.allowedResourceClaimTemplates"),
+}
+
+
+def test_nothing_comes_into_a_job_by_a_change(scene: Scene, release: list[Object], operator: Operator) -> None:
+    def change(name: str, patch: Object) -> str:
+        words = ("patch", names.SHORT_NAME, name, f"--as={USER}", "--type=merge", "-p", json.dumps({"spec": patch}))
+        return scene.kubectl(*words, check=False)
+
+    refused = yaml.safe_dump(job("other", resources={"extra": {"rdma/hca": 1}}))
+    ask = ("create", f"--as={USER}", "--dry-run=server", "-f", "-")
+    eventually(lambda: "allowedResources" in scene.kubectl(*ask, stdin=refused, check=False), "the policy is in force")
+    scene.secret("others", token="x")
+    secret = {"secretKeyRef": {"name": "others", "key": "token"}}
+    scene.submit("plain", suspend=True)
+    scene.submit("secret", suspend=True, env=[{"name": "A", "valueFrom": secret}])
+    for name in ("plain", "secret"):
+        scene.phase("Suspended", name=name)
+    for what, (resources, words) in CHANGED.items():
+        answer = change("plain", {"resources": resources})
+        assert words in answer, f"{what}: {answer}"
+    assert "patched" in change("plain", {"resources": {"memory": "64Gi"}})
+    more = change("secret", {"resources": {"memory": "64Gi"}})
+    assert "may not read the Secrets named in the job (others)" in more, "a change is a new job's, by who makes it"
+    assert "patched" in change("secret", {"backoffLimit": 5}), "what names nothing is asked of nobody"
 
 
 VERBS: list[tuple[str, ...]] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -126,6 +127,93 @@ def test_devices_runtime_and_spread_reach_the_pods_of_each_attempt(scene: Scene)
         assert not {"runtimeClassName", "topologySpreadConstraints"} & served["spec"].keys()
     finally:
         scene.api.request("DELETE", f"/apis/node.k8s.io/v1/runtimeclasses/{scene.namespace}")
+
+
+def test_claims_volumes_capability_and_network_reach_the_pods_of_each_attempt(scene: Scene) -> None:
+    """As an API server keeps them: what it fills in must not make the operator's own Job look like somebody else's."""
+    scene.submit(
+        resources={"nodes": 2, "gpusPerNode": 4, "claims": [{"template": "gpus", "gpus": True}, {"template": "nics"}]},
+        volumes=[
+            {"name": "topology", "configMap": {"name": "fabric"}},
+            {"name": "ca", "mountPath": "/etc/ssl/certs", "secret": {"secretName": "bundle"}},
+            {"name": "rows", "persistentVolumeClaim": {"claimName": "corpus"}},
+            {"name": "scratch", "emptyDir": {"sizeLimit": "10Gi"}},
+        ],
+        capabilities=["IPC_LOCK"],
+        hostNetwork=True,
+        env=[{"name": "NCCL_TOPO_FILE", "value": "/volumes/topology/topology.xml"}],
+        output={"serveUntil": "2100-01-01T00:00:00Z"},
+    )
+    for attempt in (1, 2):
+        pods = [scene.attempt(attempt, index=index) for index in (0, 1)]
+        for pod in pods:
+            spec = pod.object["spec"]
+            trainer = spec["containers"][0]
+            assert [c["resourceClaimTemplateName"] for c in spec["resourceClaims"]] == ["gpus", "nics"]
+            assert [c["name"] for c in trainer["resources"]["claims"]] == [c["name"] for c in spec["resourceClaims"]]
+            assert "nvidia.com/gpu" not in json.dumps(spec)
+            kinds = {v["name"]: set(v) - {"name"} for v in spec["volumes"] if v["name"].startswith("volume-")}
+            assert kinds == {
+                "volume-topology": {"configMap"},
+                "volume-ca": {"secret"},
+                "volume-rows": {"persistentVolumeClaim"},
+                "volume-scratch": {"emptyDir"},
+            }
+            mounted = {m["mountPath"]: bool(m.get("readOnly")) for m in trainer["volumeMounts"]}
+            assert (mounted["/etc/ssl/certs"], mounted["/volumes/rows"], mounted["/volumes/scratch"]) == (
+                True,
+                True,
+                False,
+            )
+            assert trainer["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["IPC_LOCK"]}
+            assert (spec["hostNetwork"], spec["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
+            assert trainer["ports"][0]["hostPort"] == names.TRAINER_PORT, "so one such pod runs on a node"
+            assert {"name": "NCCL_TOPO_FILE", "value": "/volumes/topology/topology.xml"} in trainer["env"]
+            pod.run()
+        scene.phase("Running")
+        if attempt == 1:
+            pods[1].evict()
+    served = eventually(lambda: scene.api.find("pods", scene.namespace, names.files_pod("x")), "the file server")
+    assert not {"resourceClaims", "hostNetwork"} & {key for key, value in served["spec"].items() if value}
+
+
+def test_a_volume_of_an_image_is_made_or_refused_in_words(scene: Scene) -> None:
+    """They are off by default before Kubernetes 1.35: the API server then takes the Job without the image, in silence."""
+    scene.submit(volumes=[{"name": "weights", "image": {"reference": "registry.example/weights:1"}}])
+    status = scene.until(lambda s: s.get("phase") in ("Starting", "Failed"), "an answer of the API server")
+    if status["phase"] == "Failed":
+        assert "spec.volumes asks for (weights): they need Kubernetes 1.35" in status["message"]
+        assert not scene.jobs()
+    else:
+        volumes = scene.attempt(1).object["spec"]["volumes"]
+        assert any(v.get("image", {}).get("reference") == "registry.example/weights:1" for v in volumes)
+
+
+def test_memory_raised_while_suspended_is_that_of_the_next_attempt(scene: Scene) -> None:
+    scene.submit(resources={"memory": "3Gi"}, training={"maxSteps": 7})
+    first = scene.attempt(1).run()
+    assert first.object["spec"]["containers"][0]["resources"]["limits"]["memory"] == "3Gi"
+    scene.change(suspend=True)
+    scene.phase("Suspended")
+    scene.change(resources={"memory": "6Gi"}, training={"tokensPerMicrobatch": 512})
+    scene.change(suspend=False)
+    pod = scene.attempt(2).object["spec"]
+    assert pod["containers"][0]["resources"]["limits"]["memory"] == "6Gi"
+    name = next(v["configMap"]["name"] for v in pod["volumes"] if v["name"] == "job")
+    frozen = scene.api.get("configmaps", scene.namespace, name)
+    text = frozen["data"][names.JOB_KEY]
+    assert pod["containers"][0]["args"] == [f"--job-sha256={hashlib.sha256(text.encode()).hexdigest()}"]
+    training = json.loads(text)["spec"]["training"]
+    assert (training["maxSteps"], training["tokensPerMicrobatch"]) == (7, 512)
+    assert frozen["immutable"] is True
+    assert frozen["metadata"]["ownerReferences"][0]["name"] == "x"
+    scene.succeed(attempt=2)
+    later = scene.change(output={"serveUntil": "2100-01-01T00:00:00Z"})
+    assert later["spec"]["resources"]["memory"] == "6Gi"
+    served = eventually(lambda: scene.api.find("pods", scene.namespace, names.files_pod("x")), "the file server")
+    assert next(v["configMap"]["name"] for v in served["spec"]["volumes"] if v["name"] == "job") == name
+    digests = [e["value"] for e in served["spec"]["containers"][0]["env"] if e["name"] == names.JOB_DIGEST_VARIABLE]
+    assert digests == [hashlib.sha256(text.encode()).hexdigest()]
 
 
 def test_a_runtime_class_that_does_not_exist_is_worded(scene: Scene) -> None:

@@ -27,6 +27,9 @@ def serve(plan: Plan) -> None:
         elif pod is None and plan.snapshot.resource.abridged:
             plan.needs.add(Need.ROWS)
         elif pod is None:
-            plan.actions.append(Create(Kind.POD, build.files_pod(plan.snapshot.resource, spec, plan.snapshot.image)))
+            resource = plan.snapshot.resource
+            if not any(isinstance(a, Create) and a.kind is Kind.CONFIG_MAP for a in plan.actions):
+                plan.actions.append(Create(Kind.CONFIG_MAP, build.frozen_job(resource, spec)))  # which the pod reads
+            plan.actions.append(Create(Kind.POD, build.files_pod(resource, spec, plan.snapshot.image)))
     if pod is not None and not pod.deleting and (not wanted or pod.terminal):
         plan.actions.append(Delete(Kind.POD, pod.name, pod.uid))

@@ -22,6 +22,11 @@ def suspend(plan: Plan) -> bool:
             record.cause, record.counted = Cause.SUSPENDED, False
         plan.phase(plan.status.phase or "Starting", reasons.STOPPING, reasons.STOPPING_MESSAGE)
         return True
+    if running := [stray for stray in plan.snapshot.strays if not stray.finished]:
+        # made before an operator ended, and the job was changed since: it would train on
+        plan.actions += [Delete(Kind.JOB, s.name, s.uid, foreground=True) for s in running if not s.deleting]
+        plan.phase("Starting", reasons.STOPPING, reasons.STOPPING_MESSAGE)
+        return True
     queue.leave(plan)
     if plan.status.phase != "Suspended":
         plan.event(reasons.EVENT_SUSPENDED, reasons.SUSPENDED_MESSAGE, key=str(plan.snapshot.resource.generation))

@@ -89,9 +89,10 @@ class Api:
         if self._session:
             await self._session.close()
 
-    async def create(self, kind: Kind, namespace: str, body: Object) -> Object:
-        """Make it. Unknown fields, which can come from a job's affinity, are refused rather than dropped."""
-        return await self._call("POST", kind, namespace, params={"fieldValidation": "Strict"}, body=body)
+    async def create(self, kind: Kind, namespace: str, body: Object, *, dry_run: bool = False) -> Object:
+        """Make it, or only ask what would be made. Unknown fields, which can come from a job's affinity, are refused."""
+        params = {"fieldValidation": "Strict", **({"dryRun": "All"} if dry_run else {})}
+        return await self._call("POST", kind, namespace, params=params, body=body)
 
     async def get(self, kind: Kind, namespace: str | None, name: str) -> Object | None:
         """The object, without a namespace one of the whole cluster; None where there is none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
 import re
 import subprocess
 import sys
@@ -78,10 +79,20 @@ def test_values_named_in_pages_are_values_of_the_chart():
     sections = {path.split(".")[0] for path in known}
     text = "\n".join(path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md") if path.parent.name != "reference")
     named = {name for name in re.findall(r"`([a-z]\w+(?:\.\w+)+)", text) if name.split(".")[0] in sections}
-    fields = {f"resources.{n}" for n in ("memory", "ephemeralStorage", "extra", "gpuResource")}  # of a job
+    fields = {f"resources.{n}" for n in ("memory", "ephemeralStorage", "extra", "gpuResource", "claims")}  # of a job
     fields |= {"metrics.jsonl"}
     assert len(named) > 6
     assert {n for n in named if n not in known} - fields == set()
+
+
+def test_the_page_for_administrators_gives_each_value_its_default_and_a_reason():
+    values = load(DOCS / "reference.py").values()
+    sections = {path.rpartition(".")[0] for path, _, _ in values}
+    defaults = {path: json.dumps(default) for path, default, _ in values if path not in sections}
+    page = (DOCS / "howto/administrator.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.]+)` \| `(.*)` \| (\S.{10,}) \|$", page, re.MULTILINE)
+    assert {path: default for path, default, _ in rows} == defaults
+    assert len(rows) == len(defaults), "each once"
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "README.md", "examples/README.md"])

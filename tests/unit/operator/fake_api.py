@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from nemo_rl.job import names
@@ -22,6 +22,8 @@ class FakeApi:
         self.calls: list[tuple[str, Kind, str]] = []
         self.versions = itertools.count(100)
         self.kueue_version = ""
+        self.completed: Callable[[Object], Object] = lambda body: body
+        """What it would make of an object, where that is asked for only."""
 
     def _enter(self, verb: str, kind: Kind, name: str) -> None:
         self.calls.append((verb, kind, name))
@@ -41,8 +43,10 @@ class FakeApi:
         meta = {"name": "x", "uid": make.UID, "generation": 1}
         return self.put(Kind.RESOURCE, {"kind": names.KIND, "metadata": meta, "spec": make.spec(**spec)})
 
-    async def create(self, kind: Kind, namespace: str, body: Object) -> Object:
+    async def create(self, kind: Kind, namespace: str, body: Object, *, dry_run: bool = False) -> Object:
         name = body["metadata"]["name"]
+        if dry_run:
+            return self.completed(copy.deepcopy(body))
         self._enter("POST", kind, name)
         if (kind, name) in self.objects:
             raise ApiError(409, "AlreadyExists", f"{name} already exists")

@@ -180,6 +180,68 @@ def test_the_pods_of_an_attempt_are_spread_and_no_others_counted() -> None:
     assert spread["labelSelector"]["matchLabels"][names.LABEL_ATTEMPT] == "2"
 
 
+def test_claims_of_devices_are_made_from_templates_for_each_pod() -> None:
+    fields = {"resources": {"gpusPerNode": 8, "claims": [{"template": "h200", "gpus": True}, {"template": "nics"}]}}
+    made = pod(**fields)
+    assert made["resourceClaims"] == [
+        {"name": "devices-0", "resourceClaimTemplateName": "h200"},
+        {"name": "devices-1", "resourceClaimTemplateName": "nics"},
+    ]
+    asked = made["containers"][0]["resources"]
+    assert asked["claims"] == [{"name": "devices-0"}, {"name": "devices-1"}]
+    assert "limits" not in asked, "the GPUs come by the claim, and by no device plugin besides"
+    assert "--processes=8" in made["containers"][0]["command"]
+    beside = container(resources={"gpusPerNode": 8, "claims": [{"template": "nics"}]})["resources"]
+    assert beside["limits"] == {"nvidia.com/gpu": "8"}
+    queued = build._asking(made)
+    assert queued["resourceClaims"] == made["resourceClaims"]
+    assert queued["containers"][0]["resources"]["claims"] == asked["claims"]
+
+
+VOLUMES: list[dict[str, Any]] = [
+    {"name": "topology", "configMap": {"name": "fabric"}},
+    {"name": "ca", "mountPath": "/etc/ssl/certs", "secret": {"secretName": "bundle"}},
+    {"name": "rows", "persistentVolumeClaim": {"claimName": "corpus"}},
+    {"name": "mine", "persistentVolumeClaim": {"claimName": "work", "readOnly": False}},
+    {"name": "scratch", "mountPath": "/scratch", "emptyDir": {"sizeLimit": "10Gi", "medium": "Memory"}},
+    {"name": "weights", "image": {"reference": "registry.example/weights:1"}},
+]
+
+
+def test_volumes_are_mounted_where_they_are_asked_for_and_written_only_where_that_is_said() -> None:
+    made = pod(volumes=VOLUMES)
+    ours = {v["name"]: {k: s for k, s in v.items() if k != "name"} for v in made["volumes"]}
+    assert {n: s for n, s in ours.items() if n.startswith("volume-")} == {
+        "volume-topology": {"configMap": {"name": "fabric"}},
+        "volume-ca": {"secret": {"secretName": "bundle", "defaultMode": 0o440}},
+        "volume-rows": {"persistentVolumeClaim": {"claimName": "corpus", "readOnly": True}},
+        "volume-mine": {"persistentVolumeClaim": {"claimName": "work"}},
+        "volume-scratch": {"emptyDir": {"sizeLimit": "10Gi", "medium": "Memory"}},
+        "volume-weights": {"image": {"reference": "registry.example/weights:1", "pullPolicy": "IfNotPresent"}},
+    }
+    mounted = {m["mountPath"]: m for m in made["containers"][0]["volumeMounts"] if m["name"].startswith("volume-")}
+    writable = {path for path, mount in mounted.items() if not mount.get("readOnly")}
+    assert set(mounted) == {
+        *("/volumes/topology", "/etc/ssl/certs", "/volumes/rows", "/volumes/mine", "/scratch", "/volumes/weights"),
+    }
+    assert writable == {"/volumes/mine", "/scratch"}
+    served = build.files_pod(make.resource(), make.parsed(volumes=VOLUMES), make.IMAGE)["spec"]["volumes"]
+    assert not any(v["name"].startswith("volume-") for v in served), "the file server needs none of them"
+
+
+def test_locked_memory_and_the_network_of_the_node_are_asked_for_and_nothing_besides() -> None:
+    made = pod(capabilities=["IPC_LOCK"], hostNetwork=True, env=[{"name": "NCCL_IB_HCA", "value": "mlx5"}])
+    security = made["containers"][0]["securityContext"]
+    assert security == container()["securityContext"] | {"capabilities": {"drop": ["ALL"], "add": ["IPC_LOCK"]}}
+    assert made["securityContext"] == pod()["securityContext"], "still not root, and with the runtime's seccomp profile"
+    assert (made["hostNetwork"], made["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
+    assert {"name": "NCCL_IB_HCA", "value": "mlx5"} in made["containers"][0]["env"]
+    assert not {"hostNetwork", "dnsPolicy", "resourceClaims"} & set(pod())
+    served = build.files_pod(make.resource(), make.parsed(capabilities=["IPC_LOCK"], hostNetwork=True), make.IMAGE)
+    assert "hostNetwork" not in served["spec"]
+    assert served["spec"]["containers"][0]["securityContext"] == container()["securityContext"]
+
+
 def test_secrets_are_only_referred_to() -> None:
     made = container(
         env=[
@@ -290,6 +352,26 @@ def test_addresses_that_cannot_work_are_refused_in_words(fields: dict[str, Any],
             },
             "minDomains belongs to whenUnsatisfiable DoNotSchedule",
         ),
+        ({"resources": {"claims": [{"template": "a"}, {"template": "a"}]}}, "claims name a template twice"),
+        ({"resources": {"gpusPerNode": 0, "claims": [{"template": "a", "gpus": True}]}}, "but gpusPerNode is 0"),
+        ({"volumes": [{"name": "a"}]}, "found none of them; give exactly one of configMap, secret"),
+        ({"volumes": [{"name": "a", "emptyDir": {}, "secret": {"secretName": "b"}}]}, "found secret and emptyDir"),
+        ({"volumes": [{"name": "a", "hostPath": {"path": "/"}}]}, "hostPath"),
+        ({"volumes": [{"name": "a", "mountPath": "/etc", "emptyDir": {}}]}, "in the way of /etc/nemo-rl"),
+        ({"volumes": [{"name": "a", "mountPath": "/output/b", "emptyDir": {}}]}, "in the way of /output"),
+        ({"volumes": [{"name": "a", "mountPath": "/a/../output", "emptyDir": {}}]}, "mountPath"),
+        ({"volumes": [{"name": "a", "mountPath": "/", "emptyDir": {}}]}, "mountPath"),
+        (
+            {
+                "volumes": [
+                    {"name": "a", "mountPath": "/data", "emptyDir": {}},
+                    {"name": "b", "mountPath": "/data/b", "emptyDir": {}},
+                ]
+            },
+            "volumes a and b are mounted at /data and /data/b, one within the other",
+        ),
+        ({"volumes": [{"name": "a", "emptyDir": {}}, {"name": "a", "mountPath": "/b", "emptyDir": {}}]}, "the name a"),
+        ({"capabilities": ["SYS_ADMIN"]}, "IPC_LOCK"),
     ],
 )
 def test_devices_and_spreads_that_cannot_work_are_refused_in_words(fields: dict[str, Any], words: str) -> None:

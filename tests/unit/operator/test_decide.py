@@ -344,6 +344,19 @@ def test_the_last_word_of_a_suspended_pod_says_where_it_saved() -> None:
     assert gone.status.attempts[-1].to_step == 7
 
 
+def test_a_suspended_job_stops_an_attempt_that_it_could_not_make_any_more() -> None:
+    """Made just before an operator ended, and the job was changed since: it says that it is ours, and would train on."""
+    stopped = make.status(make.record(end_time=make.at(-50), cause="Suspended", counted=False), phase="Suspended")
+    job = make.resource(stopped, suspend=True, resources={"memory": "64Gi"})
+    stray = make.attempt(2, content="other")
+    decision = decide(make.seen(job, strays=(stray,), verified=1), make.NOW)
+    assert deleted(decision) == [stray.name]
+    assert (decision.status.phase, decision.status.reason) == ("Starting", "Stopping")
+    ending = decide(make.seen(job, strays=(make.attempt(2, content="other", deleting=True),), verified=1), make.NOW)
+    assert deleted(ending) == []
+    assert decide(make.seen(job, verified=1), make.NOW).status.reason == "Suspended"
+
+
 def test_a_job_created_suspended_starts_nothing() -> None:
     decision = decide(make.seen(make.resource(suspend=True)), make.NOW)
     assert (decision.status.phase, decision.actions) == ("Suspended", ())
@@ -494,7 +507,7 @@ def test_ttl_waits_until_the_output_is_no_longer_served() -> None:
 def test_the_output_is_served_until_its_time_is_over() -> None:
     job = make.resource(FINISHED, output={"serveUntil": make.at(100)})
     start = decide(make.seen(job), make.NOW)
-    assert (made(start), start.requeue_after) == (["Pod x-files"], 100.0)
+    assert (made(start), start.requeue_after) == (["ConfigMap x-job", "Pod x-files"], 100.0)
     files = make.running_pod(attempt=0, name="x-files")
     assert decide(make.seen(job, pods=[files]), make.NOW).actions == ()
     assert deleted(decide(make.seen(job, pods=[files]), make.later(100))) == ["x-files"]

@@ -183,6 +183,115 @@ async def test_a_frozen_job_without_a_learning_rate_is_of_the_first_version_and_
     assert blocked is not None and "spec.training.learningRate" in blocked.message
 
 
+def frozen_with(**fields: Any) -> Create:
+    return Create(Kind.CONFIG_MAP, build.frozen_job(make.resource(**fields), make.parsed(**fields)))
+
+
+def read_by(api: FakeApi, job: str) -> dict[str, Any]:
+    """The specification that the pods of a Job read, once its digest was compared as they compare it."""
+    pod = api.objects[Kind.JOB, job]["spec"]["template"]["spec"]
+    name = next(v["configMap"]["name"] for v in pod["volumes"] if v["name"] == "job")
+    text = api.objects[Kind.CONFIG_MAP, name]["data"]["job.json"]
+    assert pod["containers"][0]["args"] == [f"--job-sha256={hashlib.sha256(text.encode()).hexdigest()}"]
+    return json.loads(text)["spec"]  # type: ignore[no-any-return]
+
+
+MORE = {"resources": {"memory": "64Gi"}, "training": {"tokensPerMicrobatch": 512, "activationCheckpointing": True}}
+
+
+def attempt(number: int, **fields: Any) -> Create:
+    return Create(Kind.JOB, build.attempt_job(make.resource(**fields), make.parsed(**fields), number, make.IMAGE))
+
+
+async def test_a_job_that_was_changed_while_suspended_goes_on_with_a_second_frozen_job() -> None:
+    api = FakeApi()
+    assert await run(api, MAP, attempt(1)) is None
+    assert await run(api, frozen_with(**MORE), attempt(2, **MORE)) is None
+    first, second = read_by(api, "x-1"), read_by(api, "x-2")
+    assert "resources" not in first
+    assert second["resources"] == MORE["resources"]
+    assert second["training"] == first["training"] | MORE["training"]
+    assert await run(api, frozen_with(**MORE), attempt(2, **MORE)) is None, "doing it twice is success"
+    assert await run(api, MAP, attempt(3)) is None
+    assert read_by(api, "x-3") == first, "changed back, it reads the first one again"
+    assert len([name for kind, name in api.objects if kind is Kind.CONFIG_MAP]) == 2
+
+
+async def test_a_change_keeps_what_an_earlier_version_began_with() -> None:
+    """Such as the learning rate of the first version, which that did not write down."""
+    sft: dict[str, Any] = {"algorithm": "sft", "reward": None}
+    stored = {**sft, "training": {"learningRate": 1e-6}}
+    api = FakeApi()
+    api.put(Kind.CONFIG_MAP, forged_map(lambda job: job["spec"]["training"].pop("learningRate"), **sft))
+    now = {**stored, "resources": {"memory": "64Gi"}}
+    assert await run(api, frozen_with(**now), attempt(2, **now)) is None
+    assert read_by(api, "x-2")["resources"] == {"memory": "64Gi"}
+    assert "learningRate" not in read_by(api, "x-2").get("training", {})
+
+
+@pytest.mark.parametrize(
+    "field", [{"reward": {"builtin": "length"}}, {"training": {"maxSteps": 3}}, {"image": "evil:1"}]
+)
+async def test_a_forged_frozen_job_is_no_earlier_form_of_a_changed_one(field: dict[str, Any]) -> None:
+    api = FakeApi()
+    api.put(Kind.CONFIG_MAP, forged_map(lambda job: job["spec"].update(field)))
+    blocked = await run(api, frozen_with(**MORE), attempt(2, **MORE))
+    assert blocked is not None and blocked.conflict
+    assert "JOB x-2" not in api.made()
+
+
+async def test_a_forged_second_frozen_job_is_a_conflict() -> None:
+    api = FakeApi()
+    await run(api, MAP, attempt(1))
+    await run(api, frozen_with(**MORE), attempt(2, **MORE))
+    name = next(n for k, n in api.objects if k is Kind.CONFIG_MAP and n != "x-job")
+    content = json.loads(api.objects[Kind.CONFIG_MAP, name]["data"]["job.json"])
+    content["spec"]["reward"] = {"builtin": "length"}
+    api.objects[Kind.CONFIG_MAP, name]["data"]["job.json"] = json.dumps(content)
+    blocked = await run(api, frozen_with(**MORE), attempt(3, **MORE))
+    assert blocked is not None and blocked.conflict
+    assert f"ConfigMap {name} exists with other content (spec.reward" in blocked.message
+    assert "JOB x-3" not in api.made()
+
+
+async def test_the_file_server_reads_the_frozen_job_that_there_is_and_hinders_nothing_where_it_cannot() -> None:
+    files = Create(Kind.POD, build.files_pod(make.resource(**MORE), make.parsed(**MORE), make.IMAGE))
+    api = FakeApi()
+    await run(api, MAP, attempt(1))
+    assert await run(api, frozen_with(**MORE), files) is None
+    pod = api.objects[Kind.POD, "x-files"]["spec"]
+    name = next(v["configMap"]["name"] for v in pod["volumes"] if v["name"] == "job")
+    text = api.objects[Kind.CONFIG_MAP, name]["data"]["job.json"]
+    digest = next(e["value"] for e in pod["containers"][0]["env"] if e["name"] == names.JOB_DIGEST_VARIABLE)
+    assert digest == hashlib.sha256(text.encode()).hexdigest()
+    other = FakeApi()
+    other.put(Kind.CONFIG_MAP, forged_map(lambda job: job["spec"].update(image="evil:1")))
+    done = await Executor(other, Cache()).run(RESOURCE, [frozen_with(), files])  # type: ignore[arg-type]
+    assert done.blocked is None
+    assert done.unserved is not None and "x-job exists with other content" in done.unserved.message
+    assert "POD x-files" not in other.made()
+
+
+async def test_an_image_that_the_api_server_would_leave_out_of_a_volume_starts_no_pod() -> None:
+    """Without the feature gate it takes the Job, and the pod would have an empty folder there."""
+    weights = {"volumes": [{"name": "weights", "image": {"reference": "registry.example/weights:1"}}]}
+    api = FakeApi()
+    assert await run(api, attempt(1, **weights)) is None
+    assert api.made() == ["JOB x-1"]
+
+    def without(body: dict[str, Any]) -> dict[str, Any]:
+        for volume in body["spec"]["template"]["spec"]["volumes"]:
+            volume.pop("image", None)
+        return body
+
+    older = FakeApi()
+    older.completed = without
+    blocked = await run(older, attempt(1, **weights))
+    assert blocked is not None and blocked.fatal
+    assert "volumes of images, which spec.volumes asks for (weights): they need Kubernetes 1.35" in blocked.message
+    assert older.made() == []
+
+
 async def test_a_field_that_a_newer_definition_fills_in_meanwhile_is_no_conflict() -> None:
     api = FakeApi()
     await run(api, MAP)
