@@ -243,6 +243,15 @@ def prepare_model(
     return model
 
 
+def cast_weights(model: nn.Module, dtype: torch.dtype, *, trained: bool = True) -> nn.Module:
+    """Casts the weights of a model in place, and returns it. Buffers, such as frequencies of rotary embeddings, stay as precise
+    as they are. With `trained=False`, weights that are trained stay too."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and (trained or not parameter.requires_grad):
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def _not_loadable(what: str, name: str, error: Exception) -> str:
     cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     folder = Path(name)

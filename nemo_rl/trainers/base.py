@@ -1,11 +1,9 @@
-"""What the three algorithms share: loading, sharding, evaluation, checkpoints, resume and the result."""
+"""What the three algorithms share: the course of a run, from the data to the result."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import datetime
-import logging
 import os
 import time
 import warnings
@@ -14,42 +12,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
-import torch
-
 from nemo_rl.api.result import TrainResult
 from nemo_rl.data.clock import set_clock, writes_the_time
 from nemo_rl.data.module import train_and_validation
-from nemo_rl.data.prepare import Prepared, describe_example, prepare
+from nemo_rl.data.prepare import Prepared, prepare
 from nemo_rl.data.templates import end_tokens_of, with_template
 from nemo_rl.display.phases import Phase
 from nemo_rl.display.terminal import Display, NullDisplay, RecordedDisplay, make_display
 from nemo_rl.job.spec import Algorithm, RLTrainingJobSpec
 from nemo_rl.job.uris import is_store
-from nemo_rl.model.adapters import add_adapters
-from nemo_rl.model.ends import known_ends, teach_ends
+from nemo_rl.model.ends import teach_ends
 from nemo_rl.model.limits import check_positions, check_tokens
-from nemo_rl.model.load import (
-    choose_device,
-    compute_dtype,
-    limit_threads,
-    load_model,
-    load_sharded,
-    load_tokenizer,
-    prepare_model,
-)
+from nemo_rl.model.load import choose_device, limit_threads, load_tokenizer
 from nemo_rl.model.policy import Policy
-from nemo_rl.model.sharding import Distributed, Replicas, ShardedModel, is_sharded
-from nemo_rl.run.card import is_hub_name, make_record, texts_of
+from nemo_rl.model.sharding import ShardedModel
 from nemo_rl.run.checkpoint import Checkpoint, CheckpointStore
-from nemo_rl.run.directory import (
-    METRICS_FILE,
-    Run,
-    RunBusyError,
-    check_output_dir,
-    default_output_dir,
-    differences,
-    open_run,
-)
+from nemo_rl.run.directory import METRICS_FILE, Run, check_output_dir, default_output_dir, open_run
 from nemo_rl.run.identity import (
     model_identity,
     refuse_adapter,
@@ -66,11 +44,14 @@ from nemo_rl.run.signals import Interrupted, StopSignals
 from nemo_rl.run.sources import local_model
 from nemo_rl.run.stored.head import LOG
 from nemo_rl.run.stored.runs import StoredRuns
-from nemo_rl.run.stored.writer import RunHeldError
+from nemo_rl.trainers.announcement import header, notes
 from nemo_rl.trainers.callbacks import CallbackList
+from nemo_rl.trainers.loading import Loaded, ModelLoader, planned_memory
 from nemo_rl.trainers.loop import Loop
+from nemo_rl.trainers.opening import check_same, open_on_all
 from nemo_rl.trainers.optimizer import Optimizer, learning_rate
 from nemo_rl.trainers.passes import Passes
+from nemo_rl.trainers.saving import Saving
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,10 +61,8 @@ if TYPE_CHECKING:
     from nemo_rl.model.memory import Estimate
     from nemo_rl.trainers.callbacks import Callback
 
-log = logging.getLogger(__name__)
 
-
-class Trainer(Passes, ABC):
+class Trainer(Passes, Saving, ABC):
     """Trains one model by one algorithm. `fit` runs it; attributes: model, tokenizer, config, current_step, output_dir.
 
     Set `should_stop = True` (from a callback) to end the run cleanly after the current step.
@@ -141,10 +120,12 @@ class Trainer(Passes, ABC):
         self.lease: Lease | None = None
         self.stored_root: Path | None = None
         """Set in a pod: the folder for runs that are kept in a store; default one of the cache."""
-        self._start_model: Any = None
+        self._start_model: Loaded | None = None
+        """Of a model that was given, what it was before training, where that is compared with."""
         self._model_folder: str | None = None
         """The copy on this machine of a model in an object store."""
         self.policy: Policy
+        self.loader: ModelLoader
         self.batch_of: Callable[[int], tuple[int, list[Any]]]
         """The epoch and the examples of a step that is not trained yet; set by the loop."""
         self.optimizer: Optimizer | None = None
@@ -260,43 +241,26 @@ class Trainer(Passes, ABC):
 
     def _open_run(self, identity: dict[str, Any]) -> Run:
         """The first rank takes the directory for all. Raises ValueError where ranks would train different things."""
-        identities = self.ranks.gather(lambda: identity)
-        for rank, other in enumerate(identities):
-            if other != identity:
-                found = "; ".join(differences(identities[0], other))
-                raise ValueError(f"rank {rank} trains something else than rank 0: {found}; give all ranks the same")
-        opened: list[Run] = []
+        check_same(self.ranks, identity)
         claim = self.lease_claim
         if claim is not None:
             self.lease = claim.of(self.ranks.first(lambda: claim.take().generation))
 
         def take() -> Run:
-            resume, steps = self.training.resume, self.total_steps
-            where = {"inside": self.runs_inside, "started": self._started, "lease": self.lease}
             if self.stored is not None:
                 self._asked_dir = self.stored.open(self.stored_root)
-            try:
-                opened.append(
-                    open_run(self._asked_dir, identity, resume, total_steps=steps, stored=self.stored, **where)
-                )
-            except RunHeldError as error:
-                raise RunBusyError(str(error)) from None
-            return dataclasses.replace(opened[0], _lock=None, stored=None)
+            return open_run(
+                self._asked_dir,
+                identity,
+                self.training.resume,
+                total_steps=self.total_steps,
+                stored=self.stored,
+                inside=self.runs_inside,
+                started=self._started,
+                lease=self.lease,
+            )
 
-        try:
-            run = self.ranks.first(take)
-            if self.stored is not None:
-                told = self.ranks.first(self.stored.told)
-                node, nodes = int(os.environ.get("GROUP_RANK", "0")), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-                places = self.ranks.gather(lambda: self.stored.follow(told, node, nodes, self.stored_root))
-                run = dataclasses.replace(run, dir=self.stored.settle_in(places))
-        except BaseException:
-            if self.stored is not None:
-                self.stored.close()
-            if opened:
-                opened[0].close()
-            raise
-        return opened[0] if opened else run
+        return open_on_all(self.ranks, take, self.stored, self.stored_root)
 
     def _run(self, run: Run, data: Prepared, validation: Prepared | None) -> TrainResult:
         store = CheckpointStore(
@@ -317,14 +281,14 @@ class Trainer(Passes, ABC):
         loop = Loop(self, store, data, validation, checkpoint)
         if self.stored is not None and self.ranks.is_first:
             self.display = RecordedDisplay(self.display, run.dir / LOG)
-        self.display.start(self.total_steps, self._header(data))
+        self.display.start(self.total_steps, header(self, data))
         try:
-            self._announce(run, data, checkpoint, store)
+            for sentence in notes(self, run, data, checkpoint, store):
+                self.display.note(sentence)
             self.begin_phase("getting ready")
             self._start(data, validation)
             if checkpoint is None:
-                self.begin_phase("writing a checkpoint on trial")
-                self._prove_saving(store)
+                self.prove_saving(store)
             self.callbacks.on_train_begin(self)
             self.agree_to_stop()
             loop.run()
@@ -404,44 +368,6 @@ class Trainer(Passes, ABC):
         """Returns what a resumed run needs of the trainer beyond weights and optimizer, JSON-able."""
         return {"callbacks": self.callbacks.state_dict(), "non_finite_steps": self._optimizer.non_finite_steps}
 
-    def save_to(self, store: CheckpointStore, state: dict[str, Any], metric: float | None) -> Path:
-        """Saves the current step with this state. Every rank calls it."""
-        self.begin_phase("saving a checkpoint")
-        return store.save(
-            self.current_step,
-            model=self.model,
-            tokenizer=self.tokenizer,
-            optimizer=self._optimizer.adamw,
-            state=state,
-            metric=metric,
-            texts=texts_of(self.record(state.get("metrics", {}))),
-        )
-
-    def record(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns what a checkpoint of now says about itself: `nemo_rl.run.card.make_record`."""
-        return make_record(
-            self.config,
-            base_model=self._base_model(),
-            rewards=self.reward_names,
-            step=self.current_step,
-            metrics=metrics,
-        )
-
-    @property
-    def reward_names(self) -> list[str]:
-        return []
-
-    def _base_model(self) -> str:
-        """Returns the name of the model that training began from, without the folder that it lies in."""
-        name = str(self.config.model)
-        if name.startswith("python:"):
-            name = str(getattr(self.model.config, "name_or_path", "") or type(self.model).__name__)
-        return name if is_hub_name(name) else default_output_dir(name).name
-
-    def _prove_saving(self, store: CheckpointStore) -> None:
-        """Writes a checkpoint and removes it: what cannot be saved, or has no room, fails before anything is trained."""
-        store.try_out(model=self.model, tokenizer=self.tokenizer, optimizer=self._optimizer.adamw, state=self.state())
-
     # ------------------------------------------------------------------ what algorithms fill in
 
     @abstractmethod
@@ -476,7 +402,7 @@ class Trainer(Passes, ABC):
         assert self.optimizer is not None
         return self.optimizer
 
-    # ------------------------------------------------------------------ loading, saving
+    # ------------------------------------------------------------------ data and model
 
     def _model_name(self) -> str:
         if self.model is not None:
@@ -498,48 +424,34 @@ class Trainer(Passes, ABC):
 
     def _plan_memory(self) -> None:
         """Chooses micro-batches and activation checkpointing for the GPU before anything is loaded. Raises DoesNotFit."""
-        if self.device.type != "cuda":
-            return
-        from nemo_rl.model.memory import DoesNotFit, Planner, Where, load_config
 
-        model, training = self.model, self.training
-        least = min(self.ranks.gather(lambda: torch.cuda.get_device_properties(self.device).total_memory))
-        try:
-            config = model.config if model is not None else load_config(self._model_name(), training.trust_remote_code)
-            self.memory = Planner(config, self.config).choose(Where(self.ranks.size, least))
-        except DoesNotFit:
-            raise
-        except Exception as error:  # whatever a family's code raises without numbers, the model itself may train
-            log.warning("the memory of this model cannot be estimated (%s: %s)", type(error).__name__, error)
-            return
-        self.planned_tokens = self.memory.tokens_per_microbatch
-        self.recompute = self.memory.activation_checkpointing
+        def config() -> Any:
+            from nemo_rl.model.memory import load_config
+
+            name, trusted = self._model_name(), self.training.trust_remote_code
+            return self.model.config if self.model is not None else load_config(name, trusted)
+
+        self.memory = planned_memory(self.config, config, self.device, self.ranks)
+        if self.memory is not None:
+            self.planned_tokens = self.memory.tokens_per_microbatch
+            self.recompute = self.memory.activation_checkpointing
 
     def _load(self, store: CheckpointStore, checkpoint: Checkpoint | None) -> None:
+        """Makes model, policy and optimizer what they were at the checkpoint, or are at the start of a run."""
         self._plan_memory()
-        live = self.model
-        if is_sharded(self.training.sharding, self.ranks):
-            self._load_shards(store, checkpoint)
-        elif live is None:
-            self.model = load_model(self._model_name(), self.training, self.device)
-        elif not hasattr(self, "policy"):
-            self._keep_the_start(checkpoint)
-            self.model = prepare_model(self.model, self.training, self.device)
-        if checkpoint is not None and (self.sharded is None or live is not None or self.training.lora_rank is not None):
+        given = self.model
+        self.loader = loader = ModelLoader(self._model_name(), self.training, self.device, self.ranks)
+        if given is None or not hasattr(self, "policy"):
+            if given is not None and self.needs_copy_of_start(checkpoint):
+                self._start_model = loader.keep(given)
+            self.model, self.sharded = loader.load(given, checkpoint.path if checkpoint is not None else None)
+        if checkpoint is not None and not loader.reads_checkpoints(given):
             store.load_model_weights(checkpoint, self.model)
         teach_ends(self.model, self._further_ends())
         limit_threads(getattr(self.model.config.get_text_config(), "hidden_size", 1024))
-        self.policy = Policy(
-            self.model,
-            self.training.precision,
-            self.recompute,
-            longest=self.training.max_sequence_length,
-            sharded=self.sharded,
-        )
-        distributed: Distributed | None = self.sharded
-        if distributed is None and self.ranks.size > 1:
-            distributed = Replicas(self.ranks)
-        self.optimizer = Optimizer(self.policy.trainable, self.training, distributed)
+        loaded = Loaded(self.model, self.sharded)
+        self.policy = loader.policy(loaded, self.recompute)
+        self.optimizer = Optimizer(self.policy.trainable, self.training, loader.distributed(loaded))
         if checkpoint is not None:
             store.load_optimizer(checkpoint, self.optimizer.adamw)
 
@@ -560,38 +472,14 @@ class Trainer(Passes, ABC):
         own = [] if self.tokenizer.eos_token_id is None else [int(self.tokenizer.eos_token_id)]
         return [*own, *end_tokens_of(self.tokenizer, self.training.chat_template_kwargs)]
 
-    def _keep_the_start(self, checkpoint: Checkpoint | None) -> None:
-        """Keeps a copy of a model that was given, where it is to be compared with and will not be as it is."""
-        if self.needs_reference and (checkpoint is not None or is_sharded(self.training.sharding, self.ranks)):
-            self._start_model = copy.deepcopy(self.model)
-
-    def _load_shards(self, store: CheckpointStore, checkpoint: Checkpoint | None) -> None:
-        """Loads the model so that each rank has its part of it; one that was given is whole on each rank until then."""
-        lora = self.training.lora_rank is not None
-        dtype = compute_dtype(self.training.precision, self.device) if lora else torch.float32
-        if self.model is None:
-            files = str(checkpoint.path) if checkpoint is not None and not lora else None
-            self.model, self.sharded = load_sharded(
-                self._model_name(), self.training, self.device, self._sharded, dtype=dtype, files=files
-            )
-        elif not hasattr(self, "policy"):
-            self._keep_the_start(checkpoint)
-            self.model = prepare_model(self.model, self.training, self.device, adapters=False).to(dtype)
-            self.sharded = self._sharded(self.model)
-        else:
-            return
-        if lora:
-            self.model.requires_grad_(False)
-            with self.sharded.gathered():
-                self.model = add_adapters(self.model, self.training)
-
-    def _sharded(self, model: Any) -> ShardedModel:
-        return ShardedModel(model, self.ranks, self.device, compute_dtype(self.training.precision, self.device))
-
     @property
     def needs_reference(self) -> bool:
         """Whether training compares the model with the one it started from."""
         return False
+
+    def needs_copy_of_start(self, checkpoint: Checkpoint | None) -> bool:
+        """Whether a model that was given must be copied before it is trained: it is compared with, and cannot be copied later."""
+        return self.needs_reference and (checkpoint is not None or self.loader.in_shards)
 
     def initial_policy(self) -> Policy:
         """Returns a frozen policy with the weights that training started from."""
@@ -600,53 +488,7 @@ class Trainer(Passes, ABC):
                 "the model that was given has been trained since the run began, and the run compares with the model as it was "
                 "then; load the model again, and give it to the same call"
             )
-        if self._start_model is not None:
-            model = prepare_model(self._start_model, self.training, self.device, adapters=False)
-            return self._frozen_policy(model)
-        if is_sharded(self.training.sharding, self.ranks):
-            dtype = compute_dtype(self.training.precision, self.device)
-            model, sharded = load_sharded(self._model_name(), self.training, self.device, self._sharded, dtype=dtype)
-            return self._frozen_policy(model, sharded)
-        training = self.training.model_copy(update={"lora_rank": None})
-        return self._frozen_policy(load_model(self._model_name(), training, self.device))
-
-    def _frozen_policy(self, model: Any, sharded: ShardedModel | None = None) -> Policy:
-        model.requires_grad_(False)
-        if sharded is None and is_sharded(self.training.sharding, self.ranks):
-            model = model.to(compute_dtype(self.training.precision, self.device))
-            sharded = self._sharded(model)
-        longest = self.training.max_sequence_length
-        return Policy(model, self.training.precision, longest=longest, sharded=sharded)
-
-    def save_checkpoint(self, path: Path | str) -> Path:
-        """Writes model, tokenizer and trainer state to a directory that `AutoModelForCausalLM.from_pretrained` loads.
-
-        On several ranks every rank calls it.
-        """
-        from nemo_rl.run.checkpoint import write_checkpoint
-
-        optimizer = self.optimizer.adamw if self.optimizer is not None else None
-        return write_checkpoint(
-            Path(path),
-            step=self.current_step,
-            model=self.model,
-            tokenizer=self.tokenizer,
-            optimizer=optimizer,
-            state=self.state() if optimizer is not None else {},
-            texts=texts_of(self.record({})),
-        )
-
-    def load_checkpoint(self, path: Path | str) -> None:
-        """Loads model weights and, where they are there, optimizer state and step from such a directory."""
-        from nemo_rl.run.checkpoint import load_into, read_checkpoint
-
-        checkpoint = read_checkpoint(Path(path))
-        if self.model is None:
-            self.model = load_model(str(path), self.training, self.device)
-        load_into(checkpoint, self.model, self.optimizer.adamw if self.optimizer is not None else None)
-        self.current_step = checkpoint.step
-
-    # ------------------------------------------------------------------ words
+        return self.loader.policy(self.loader.frozen(self._start_model))
 
     def _identity(self, data: Prepared, validation: Prepared | None) -> dict[str, Any]:
         """Returns what makes two runs the same: what decides the gradients, not how long, how often or where to."""
@@ -657,33 +499,3 @@ class Trainer(Passes, ABC):
             **settings_identity(self.training, self.settings),
             "dataset": rows_identity(data.fingerprint, data.streamed),
         }
-
-    def _header(self, data: Prepared) -> str:
-        parameters = sum(p.numel() for p in self.policy.trainable)
-        name = self.output_dir.name if self.config.model.startswith("python:") else self.config.model
-        return (
-            f"{self.algorithm.upper()} · {name} · {parameters:,} trained parameters · {len(data.examples):,} rows · "
-            f"{self.total_steps} steps · {self.device.type}"
-        )
-
-    def _announce(self, run: Run, data: Prepared, checkpoint: Checkpoint | None, store: CheckpointStore) -> None:
-        if run.notice:
-            self.display.note(run.notice)
-        if checkpoint is not None:
-            self.display.note(f"going on after step {checkpoint.step} from {store.shown(checkpoint.path)}")
-        self.display.note(str(data.report))
-        if rate := self.config.default_learning_rate_in_words():
-            self.display.note(rate)
-        if self.memory is not None:
-            self.display.note(self.memory.sentence())
-        if ends := known_ends(getattr(self.policy.causal, "generation_config", None)):
-            self.display.note(f"end tokens: {', '.join(map(str, self.tokenizer.convert_ids_to_tokens(ends)))}")
-        if self.total_steps < self.training.max_steps / 2:
-            epochs = self.training.max_epochs
-            self.display.note(
-                f"the data ends first: {len(data.examples)} rows in batches of {self.training.batch_size} over {epochs} "
-                f"epoch{'s' if epochs > 1 else ''} are {self.total_steps} steps, not max_steps={self.training.max_steps}; "
-                "raise max_epochs to train longer"
-            )
-        if self.training.log_level == "debug":
-            self.display.note(f"first example: {describe_example(self.tokenizer, data.examples[0])}")

@@ -16,6 +16,7 @@ from nemo_rl.data.prepare import PairExample, Prepared, batches
 from nemo_rl.model.packing import PackedBatch, TokenSequence
 from nemo_rl.model.policy import Policy
 from nemo_rl.objectives.losses import preference_loss
+from nemo_rl.run.checkpoint import Checkpoint
 from nemo_rl.run.lease import Lease, guarded
 from nemo_rl.trainers.base import Trainer
 
@@ -38,6 +39,9 @@ class DPOTrainer(Trainer):
     @property
     def needs_reference(self) -> bool:
         return True
+
+    def needs_copy_of_start(self, checkpoint: Checkpoint | None) -> bool:
+        return checkpoint is not None  # at the start the model itself is what it is compared with
 
     def _start(self, data: Prepared, validation: Prepared | None) -> None:
         self._start_policy: Policy | None = None

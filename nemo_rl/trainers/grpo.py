@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from nemo_rl.environments.signature import bind_rewards
 from nemo_rl.model.packing import PackedBatch, TokenSequence
 from nemo_rl.model.policy import Policy
 from nemo_rl.objectives.advantages import flat_groups, group_advantages
-from nemo_rl.objectives.correction import Correction, importance_quantiles, importance_weights, mismatch
+from nemo_rl.objectives.correction import Correction, importance_weights, mismatch
 from nemo_rl.objectives.losses import kl_estimate, kl_loss, policy_loss, token_weights
 from nemo_rl.rollout.bottleneck import Phases, advice
 from nemo_rl.rollout.in_process.engine import InProcess, end_tokens
@@ -32,62 +31,14 @@ from nemo_rl.rollout.protocol import Completion, Request, RolloutEngine, Samplin
 from nemo_rl.rollout.responses import Decoder
 from nemo_rl.rollout.schedule import Schedule
 from nemo_rl.rollout.stops import Stops
-from nemo_rl.run.ranks import Ranks
 from nemo_rl.trainers.ahead import Group, RolloutsAhead
 from nemo_rl.trainers.base import Trainer
+from nemo_rl.trainers.loading import Loaded
+from nemo_rl.trainers.rollouts import MiniBatch, Rollouts, TokenSums, mean_parts
 
 PREFLIGHT_ROWS = 4
 ADVICE_AFTER = 10
 """Steps of this process after which the display says what takes longest."""
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """Completions of P prompts, G each, prompt by prompt, with the outcome of their rewards."""
-
-    prompts: list[PromptExample]
-    completions: list[Completion]
-    responses: list[str]
-    outcomes: list[RewardOutcome]
-    seconds: dict[str, float]
-
-    def and_then(self, others: Rollouts) -> Rollouts:
-        """Returns these rollouts followed by others."""
-        return Rollouts(
-            self.prompts + others.prompts,
-            self.completions + others.completions,
-            self.responses + others.responses,
-            self.outcomes + others.outcomes,
-            {name: seconds + others.seconds.get(name, 0.0) for name, seconds in self.seconds.items()},
-        )
-
-    def with_groups(self, places: dict[int, int], others: Rollouts) -> Rollouts:
-        """Returns these rollouts with group j of others in place of group i, for each i and j of `places`."""
-        size = len(self.completions) // len(self.prompts)
-
-        def placed(own: list[Any], new: list[Any], width: int) -> list[Any]:
-            result = list(own)
-            for i, j in places.items():
-                result[i * width : (i + 1) * width] = new[j * width : (j + 1) * width]
-            return result
-
-        return Rollouts(
-            placed(self.prompts, others.prompts, 1),
-            placed(self.completions, others.completions, size),
-            placed(self.responses, others.responses, size),
-            placed(self.outcomes, others.outcomes, size),
-            self.seconds,
-        )
-
-
-@dataclass(frozen=True)
-class MiniBatch:
-    """What one optimizer update is made from: sequences, and of each its completion's number, advantage and token weight."""
-
-    numbers: list[int]
-    sequences: list[TokenSequence]
-    advantages: Tensor
-    weights: Tensor
 
 
 class GRPOTrainer(Trainer):
@@ -319,23 +270,78 @@ class GRPOTrainer(Trainer):
     # ------------------------------------------------------------------ the update
 
     def train_on(self, rollouts: Rollouts, advantages: Tensor, valid: Tensor) -> dict[str, float]:
-        """Makes `num_iterations` updates from each mini-batch of the rollouts; `advantages` and `valid` are (P * G,)."""
-        settings = self.settings
+        """Makes `num_iterations` updates from each mini-batch of the rollouts; `advantages` and `valid` are (P * G,).
+
+        Each update raises, over the completions i of a mini-batch and their tokens t (DeepSeekMath, arXiv 2402.03300, eq. 3),
+
+            J(θ) = Σ_i w_i Σ_t ( min(ρ_it A_i, clip(ρ_it, 1 - ε_low, 1 + ε_high) A_i) - β KL(π_θ, π_ref)_it ),  ρ = π_θ / π_old
+        """
         mini_batches = [batch for batch in self._mini_batches(rollouts, advantages, valid) if batch.sequences]
-        several = settings.num_iterations * len(mini_batches) > 1
-        before = [self._old_logprobs(batch.sequences) if several else {} for batch in mini_batches]
-        sums = _Sums()
+        updates = self.settings.num_iterations * len(mini_batches)
+        old = [self._old_logprobs(batch.sequences) if updates > 1 else {} for batch in mini_batches]
+        sums = TokenSums()
         losses, norms = [0.0], [0.0]
-        for iteration in range(settings.num_iterations if mini_batches else 0):
-            losses, norms = [], []
-            for number, (mini_batch, old) in enumerate(zip(mini_batches, before, strict=True)):
-                loss_fn = self._loss_of(mini_batch, rollouts, old, sums)
-                may_stop = iteration == number == 0
-                losses.append(self.accumulate(mini_batch.sequences, loss_fn, sums=sums.sums, may_stop=may_stop))
-                norms.append(self._optimizer.step(self.rate))
+        for update in range(updates):
+            number = update % len(mini_batches)
+            if number == 0:
+                losses, norms = [], []
+            objective = self._objective(mini_batches[number], old[number], sums)
+            sequences = mini_batches[number].sequences
+            losses.append(self.accumulate(sequences, objective, sums=sums.sums, may_stop=update == 0))
+            norms.append(self._optimizer.step(self.rate))
         found = {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms)}
         tokens = sum(sequence.num_targets for batch in mini_batches for sequence in batch.sequences)
-        return {**found, **sums.means(self.ranks, tokens * settings.num_iterations)}
+        return {**found, **sums.means(self.ranks, tokens * self.settings.num_iterations)}
+
+    def _objective(
+        self, mini_batch: MiniBatch, old: dict[int, Tensor], sums: TokenSums
+    ) -> Callable[[PackedBatch, list[int]], Tensor]:
+        """Returns -J(θ) of a micro-batch as a function. `old`: log π_old of each sequence before the first of several updates; of
+        a single update it is log π_θ itself."""
+        settings, device = self.settings, self.device
+
+        def loss_fn(batch: PackedBatch, indices: list[int]) -> Tensor:
+            order = [indices[i] for i in batch.order]
+            rows = torch.tensor(indices, device=device)[batch.rows_S]
+            # before the pass with gradient: the backward pass of a sharded model follows its forward pass
+            log_ref = self._reference_logprobs(batch) if self._kl_in_loss else None
+            log_pi = self.policy.logprobs(batch, settings.temperature)
+            log_old = torch.cat([old[i] for i in order]).to(device) if old else log_pi.detach()
+            log_sampled = mini_batch.sampled(order)
+            if self.samples_elsewhere or self.correction != "none":
+                sizes = [len(mini_batch.drawn[i]) for i in order]
+                sums.keep([mini_batch.numbers[i] for i in order], log_old, log_sampled, sizes)
+            loss, _, clipped = policy_loss(
+                settings.loss_type,
+                log_pi,
+                log_old,
+                mini_batch.advantages[rows],
+                batch.rows_S,
+                batch.num_sequences,
+                clip_low=settings.clip_low,
+                clip_high=settings.clip_high,
+                dual_clip=settings.dual_clip,
+            )
+            sums.add(clipped=clipped.sum(), **mismatch(log_old, log_sampled)._asdict())
+            if self.correction != "none":
+                factor, bounded = importance_weights(
+                    log_old,
+                    log_sampled,
+                    batch.rows_S,
+                    batch.num_sequences,
+                    self.correction,
+                    low=settings.importance_min,
+                    high=settings.importance_max,
+                )
+                loss = loss * factor
+                sums.add(bounded=bounded.sum())
+            if log_ref is not None:
+                ratio = (log_pi - log_old).exp()
+                loss = loss + settings.beta * kl_loss(log_pi, log_ref, ratio, settings.kl_estimator)
+                sums.add(divergence=kl_estimate(log_pi.detach(), log_ref, settings.kl_estimator).sum())
+            return (loss * mini_batch.weights[rows]).sum()
+
+        return loss_fn
 
     def _mini_batches(self, rollouts: Rollouts, advantages: Tensor, valid: Tensor) -> list[MiniBatch]:
         """Cuts the rollouts into mini-batches of whole groups; each is averaged by itself."""
@@ -355,57 +361,12 @@ class GRPOTrainer(Trainer):
                 MiniBatch(
                     live,
                     [self._sequence(rollouts, i) for i in live],
+                    [rollouts.completions[i].logprobs for i in live],
                     advantages[live].to(self.device),
                     torch.tensor(weights, device=self.device)[[i - start for i in live]],
                 )
             )
         return found
-
-    def _loss_of(
-        self, mini_batch: MiniBatch, rollouts: Rollouts, before: dict[int, Tensor], sums: _Sums
-    ) -> Callable[[PackedBatch, list[int]], Tensor]:
-        """Returns the loss of a micro-batch. `before`: log-probabilities before the first of several updates, by number."""
-        settings, device = self.settings, self.device
-        correction = self.correction
-
-        def loss_fn(batch: PackedBatch, indices: list[int]) -> Tensor:
-            rows = torch.tensor(indices, device=device)[batch.rows_S]
-            order = [indices[i] for i in batch.order]
-            # before the pass with gradient: the backward pass of a sharded model follows its forward pass
-            reference = self._reference_logprobs(batch) if self._kl_in_loss else None
-            logprobs = self.policy.logprobs(batch, settings.temperature)
-            old = torch.cat([before[i] for i in order]).to(device) if before else logprobs.detach()
-            drawn = [rollouts.completions[mini_batch.numbers[i]].logprobs for i in order]
-            sampled = torch.tensor([value for values in drawn for value in values], device=device)
-            if self.samples_elsewhere or correction != "none":
-                sizes = [len(values) for values in drawn]
-                sums.keep([mini_batch.numbers[i] for i in order], old, sampled, sizes)
-            loss, _, clipped = policy_loss(
-                settings.loss_type,
-                logprobs,
-                old,
-                mini_batch.advantages[rows],
-                batch.rows_S,
-                batch.num_sequences,
-                clip_low=settings.clip_low,
-                clip_high=settings.clip_high,
-                dual_clip=settings.dual_clip,
-            )
-            sums.add(clipped=clipped.sum(), **mismatch(old, sampled)._asdict())
-            if correction != "none":
-                low, high = settings.importance_min, settings.importance_max
-                factor, bounded = importance_weights(
-                    old, sampled, batch.rows_S, batch.num_sequences, correction, low=low, high=high
-                )
-                loss = loss * factor
-                sums.add(bounded=bounded.sum())
-            if reference is not None:
-                ratio = (logprobs - old).exp()
-                loss = loss + settings.beta * kl_loss(logprobs, reference, ratio, settings.kl_estimator)
-                sums.add(divergence=kl_estimate(logprobs.detach(), reference, settings.kl_estimator).sum())
-            return (loss * mini_batch.weights[rows]).sum()
-
-        return loss_fn
 
     @property
     def correction(self) -> Correction:
@@ -559,7 +520,7 @@ class GRPOTrainer(Trainer):
 
     def initial_policy(self) -> Policy:
         if self.current_step == 0 and self.policy.sharded is None:  # a sharded model cannot be copied
-            return self._frozen_policy(copy.deepcopy(self.model))
+            return self.loader.policy(self.loader.frozen(Loaded(copy.deepcopy(self.model))))
         return super().initial_policy()
 
     def _new_engine(self, data: Prepared, validation: Prepared | None) -> RolloutEngine:
@@ -677,7 +638,7 @@ class GRPOTrainer(Trainer):
         }
         metrics: dict[str, Any] = {
             **(measured if valid.any() else {}),  # of no reward there is no mean
-            **_mean_parts(rollouts.outcomes),
+            **mean_parts(rollouts.outcomes),
             "reward_errors": sum(outcome.error is not None for outcome in rollouts.outcomes),
             "entropy": -sum(sum(c.logprobs) for c in rollouts.completions) / max(sum(lengths), 1),
             "completion_length": sum(lengths) / len(lengths),
@@ -704,55 +665,3 @@ class GRPOTrainer(Trainer):
                 }
             )
         return found
-
-
-class _Sums:
-    """Sums over the tokens of a step's updates; their means are metrics."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.log_weights: dict[int, Tensor] = {}
-        """Log importance weights of the tokens of each completion, by its number: made again they are the same."""
-
-    def keep(self, numbers: list[int], logprobs: Tensor, sampled: Tensor, sizes: list[int]) -> None:
-        """Remembers the importance weights of completions, whose tokens lie together, of each as many as `sizes` says."""
-        parts = (logprobs.detach().float() - sampled).cpu().split(sizes)
-        self.log_weights.update(zip(numbers, parts, strict=True))
-
-    def add(self, **values: Tensor) -> None:
-        numbers = torch.stack([value.double() for value in values.values()]).tolist()
-        for name, number in zip(values, numbers, strict=True):
-            self.sums[name] = self.sums.get(name, 0.0) + number
-
-    def means(self, ranks: Ranks, trained_tokens: int) -> dict[str, float]:
-        """Returns the metrics over the sums of all ranks; of what was not measured there is none."""
-        totals: dict[str, float] = {}
-        for part in ranks.gather(lambda: self.sums):
-            for name, value in part.items():
-                totals[name] = totals.get(name, 0.0) + value
-        known = totals.pop("tokens", 0.0)
-        measured = {name: known if name in ("kl", "error") else trained_tokens for name in totals}
-        found = {_METRICS[name]: value / measured[name] for name, value in totals.items() if measured[name]}
-        weights: dict[int, Tensor] = {}
-        for shares in ranks.gather(lambda: self.log_weights):
-            weights |= shares
-        return found | importance_quantiles(list(weights.values()))
-
-
-_METRICS = {
-    "divergence": "kl",
-    "clipped": "clip_fraction",
-    "kl": "rollout_kl",
-    "error": "rollout_logprob_error",
-    "bounded": "importance_bounded_fraction",
-}
-
-
-def _mean_parts(outcomes: list[RewardOutcome]) -> dict[str, float]:
-    """Returns the mean of each named part of the rewards over the completions that have it, as reward/<part>."""
-    names = sorted({name for outcome in outcomes for name in outcome.parts})
-    found = {}
-    for name in names:
-        values = [outcome.parts[name] for outcome in outcomes if name in outcome.parts]
-        found[f"reward/{name}"] = sum(values) / len(values)
-    return found

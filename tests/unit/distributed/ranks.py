@@ -161,6 +161,34 @@ class MeasuresSaving(SignalRank):
         checkpoint_tensors.save_model = measured
 
 
+class MeasuresWholeWeights(SignalRank):
+    """Writes down how many bytes of weights each rank has that are not shards, as soon as the model is loaded."""
+
+    def __init__(self) -> None:
+        from nemo_rl.trainers.base import Trainer
+
+        check_fits = Trainer._check_fits
+
+        def measured(trainer: Any, *sets: Any) -> None:
+            Path(f"{trainer.run_dir}.whole{trainer.ranks.rank}").write_text(str(whole_weights()))
+            check_fits(trainer, *sets)
+
+        Trainer._check_fits = measured  # type: ignore[method-assign]
+
+    def on_step_begin(self, trainer: Any, step: int) -> None: ...
+
+
+def whole_weights() -> int:
+    import gc
+
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    gc.collect()
+    found = [p for p in gc.get_objects() if isinstance(p, torch.nn.Parameter) and not isinstance(p, DTensor)]
+    return sum({p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in found}.values())
+
+
 def out_of_memory() -> InPass:
     import torch
 
@@ -177,9 +205,18 @@ CALLBACKS = {
     "kill 1": lambda: SignalRank(1, 3, signal.SIGKILL),
     "signal waiting 0": SignalWaitingRank0,
     "measures saving": MeasuresSaving,
+    "measures whole weights": MeasuresWholeWeights,
     "stop": StopOnRank1,
     "raise": RaiseOnRank1,
 }
+
+
+def given(folder: str) -> Any:
+    """A live model, as a user loads it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def main(job: dict[str, Any]) -> None:
@@ -203,7 +240,7 @@ def main(job: dict[str, Any]) -> None:
         job["keywords"]["validation_dataset"] = rows[:3]
     try:
         nemo_rl.train(
-            job["model"],
+            given(job["model"]) if job.get("live") else job["model"],
             rows,
             reward,
             algorithm=algorithm,

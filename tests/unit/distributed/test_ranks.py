@@ -72,6 +72,18 @@ def test_a_checkpoint_with_adapters_is_gathered_part_by_part(
     assert held[1] < block
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
+def test_no_rank_keeps_a_whole_copy_of_a_given_model_to_compare_with(
+    algorithm: str, launcher: Launcher, tiny_model: str, tmp_path: Path
+) -> None:
+    keywords = {"beta": 0.1} if algorithm == "grpo" else {}
+    job = {"algorithm": algorithm, "model": tiny_model, "live": True, "keywords": {**keywords, "max_steps": 2}}
+    assert launcher.run(1, tmp_path / "1", **job) == [0]
+    assert launcher.run(2, tmp_path / "2", callback="measures whole weights", **job) == [0, 0]
+    assert [int((tmp_path / f"2.whole{rank}").read_text()) for rank in (0, 1)] == [0, 0]
+    assert_same_run(tmp_path / "2", tmp_path / "1", 2)
+
+
 def test_whole_weights_on_each_rank_train_the_same(launcher: Launcher, tiny_model: str, tmp_path: Path) -> None:
     job = {"algorithm": "grpo", "model": tiny_model, "keywords": {"sharding": "none"}}
     for size in (1, 2):

@@ -68,7 +68,6 @@ def measured(
     model = AutoModelForCausalLM.from_config(config)
     kinds = {"sft": SFTTrainer, "dpo": DPOTrainer, "grpo": GRPOTrainer}
     trainer = ready(kinds[algorithm], model, tokens_per_microbatch=budget, max_sequence_length=LENGTH, **keywords)
-    trainer._start_model = None  # the copy of a model that was given; of one that is loaded by name there is none
     ranks = trainer.ranks.size
     standing = list(trainer.model.parameters())
     if algorithm == "sft":
@@ -92,7 +91,7 @@ def measured(
             Completion(random_ids(NEW, 100 + i), [-1.0] * NEW, finished=True) for i in range(len(prompts) * GROUP)
         ]
         outcomes = [RewardOutcome(0.0) for _ in completions]
-        trainer.reference = trainer._frozen_policy(AutoModelForCausalLM.from_config(config))
+        trainer.reference = trainer.initial_policy()
         standing += list(trainer.reference.model.parameters())
         advantages = torch.linspace(-1, 1, len(completions))
 
