@@ -213,6 +213,27 @@ def trained_once(output: Path, staleness: int) -> None:
         assert_on_policy(found)
 
 
+def run(runs: ForkServer, model: str, output: Path, rollout: dict[str, Any], draw: random.Random, kill: bool) -> int:
+    """The exit code of a run that is killed, if at all, a drawn while after a drawn one of its further steps."""
+    steps, more = draw.randrange(min(len(history(output)), STEPS - 1), STEPS), draw.uniform(0.0, 0.3)
+    ended = threading.Event()
+
+    def kill_it() -> None:
+        while (not runs.pid or len(history(output)) < steps) and not ended.wait(0.02):
+            pass
+        if not ended.wait(more):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(runs.pid, signal.SIGKILL)
+
+    runs.pid = 0
+    if kill:
+        threading.Thread(target=kill_it).start()
+    code = runs.run(model, str(output), rollout)
+    ended.set()
+    print(f"{output.name}, {rollout}: exit code {code} after {len(history(output))} steps", flush=True)
+    return code
+
+
 def test_a_trainer_killed_at_any_moment_goes_on_with_the_same_servers(
     vllm_python: str, tmp_path: Path, trainers: Callable[[dict[str, str]], ForkServer]
 ) -> None:
@@ -221,22 +242,18 @@ def test_a_trainer_killed_at_any_moment_goes_on_with_the_same_servers(
     model = write_model(tmp_path / "model", hidden_size=WIDE)
     with serving(vllm_python, model, tmp_path / "vllm.log") as server:
         runs = trainers({TOKEN_VARIABLE: server.token})
-        rollout = {"urls": [server.client.url], "max_staleness": 0}
-        begin = time.monotonic()
-        assert runs.run(model, str(tmp_path / "undisturbed"), rollout) == 0
-        seconds = time.monotonic() - begin
-        kills = runs_done = 0
-        while kills < KILLS or runs_done < 2:
-            rollout["max_staleness"] = runs_done % 2
-            output = tmp_path / f"run-{runs_done}"
-            kill_after = draw.uniform(0.05, 0.6) * seconds if kills < KILLS else None
-            code = runs.run(model, str(output), rollout, kill_after=kill_after)
-            kills += code != 0
-            assert code == 0 or kill_after is not None
-            print(f"{output.name}: exit code {code} after {len(history(output))} steps", flush=True)
-            if code == 0:
-                trained_once(output, rollout["max_staleness"])
-                runs_done += 1
+        code = kills = finished = 0
+        while code or kills < KILLS or finished < 2:
+            staleness = finished % 2
+            output = tmp_path / f"run-{finished}"
+            rollout = {"urls": [server.client.url], "max_staleness": staleness}
+            code = run(runs, model, output, rollout, draw, kill=kills < KILLS)
+            assert code in (0, -signal.SIGKILL)
+            if code:
+                kills += 1
+            else:
+                trained_once(output, staleness)
+                finished += 1
     assert not list((tmp_path / "temporary").glob("nemo-rl-*"))
 
 
@@ -248,27 +265,13 @@ def test_a_trainer_killed_with_its_server_is_started_again(
     model = write_model(tmp_path / "model", hidden_size=WIDE)
     runs, output = trainers({}), tmp_path / "out"
     rollout = {"rollout_python": vllm_python}
-    for kill in range(max(1, KILLS // 5)):
-        steps = draw.randrange(STEPS - 1)
-        more = draw.uniform(0.0, 0.5)
-        ended = threading.Event()
-
-        def kill_at(steps: int = steps, more: float = more, ended: threading.Event = ended) -> None:
-            while len(history(output)) < steps and not ended.wait(0.02):
-                pass
-            if not ended.wait(more):
-                os.kill(runs.pid, signal.SIGKILL)
-
-        threading.Thread(target=kill_at).start()
-        code = runs.run(model, str(output), rollout)
-        ended.set()
-        print(f"kill {kill}: exit code {code} after {len(history(output))} steps", flush=True)
-        if code == 0:
-            break
+    code, kills = -1, max(1, KILLS // 5)
+    while code:
+        code = run(runs, model, output, rollout, draw, kill=kills > 0)
+        assert code in (0, -signal.SIGKILL)
+        kills -= 1
         assert servers_end(tmp_path / "temporary", runs)
-    assert code == 0 or runs.run(model, str(output), rollout) == 0
     trained_once(output, 0)
-    assert servers_end(tmp_path / "temporary", runs)
     assert not list((tmp_path / "temporary").glob("nemo-rl-*"))
 
 
