@@ -18,6 +18,18 @@ if TYPE_CHECKING:
     from nemo_rl.trainers.base import Trainer
 
 _NOT_PLOTTED = ("step", "epoch")
+_PLOTTED: Mapping[str, Sequence[Sequence[str]]] = {
+    "reward": (("reward", "validation_reward"), ("reward_std",), ("completion_length",), ("entropy",), ("kl",)),
+    "preference_accuracy": (
+        ("preference_accuracy", "validation_accuracy"),
+        ("reward_margin",),
+        ("loss", "validation_loss"),
+    ),
+    "loss": (("loss", "validation_loss"),),
+}
+"""The panels of a plot, by the metric that tells the algorithm. The loss of GRPO says nothing: it is near zero whatever is learnt."""
+_SMOOTHED_FROM = 50
+_SMOOTHING = 0.8
 
 
 @dataclass(eq=False, repr=False)
@@ -32,6 +44,8 @@ class TrainResult:
         checkpoint_uri: where that checkpoint is in an object store; None where the run has none.
         total_steps: optimizer steps that the run took in all, those before a resume included.
         output_dir: folder with metrics.jsonl and the checkpoints; None if not known.
+        hub_url: the repository on the hub to which this call has uploaded the checkpoint (`hub=`); empty where that failed, None
+            where none was asked for.
         history: one dict of metrics per step; where it is not given, read from metrics.jsonl at first use.
     """
 
@@ -42,6 +56,7 @@ class TrainResult:
     _: KW_ONLY
     checkpoint_uri: str | None = None
     output_dir: Path | None = None
+    hub_url: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     load_trainer: InitVar[Callable[[], Any] | None] = None
 
@@ -149,43 +164,73 @@ class TrainResult:
         trainer = self.__dict__.get("trainer")
         return bool(trainer is not None and trainer.training.trust_remote_code)
 
-    def plot(self, path: str | os.PathLike[str] | None = None, metrics: Sequence[str] | None = None) -> Figure:
-        """A matplotlib figure with one curve per metric over the steps; saved to `path` (.png, .svg, .pdf) if given.
+    def plot(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        metrics: Sequence[str] | None = None,
+        *,
+        smoothing: float | None = None,
+        title: str | None = None,
+    ) -> Figure:
+        """A matplotlib figure with a panel for each metric over the steps; saved to `path` (.png, .svg, .pdf) if given.
 
-        `metrics` chooses the curves; by default reward, loss and validation metrics. ValueError for an unknown metric,
-        ImportError without matplotlib.
+        Args:
+            path: the picture's file; folders on the way are made.
+            metrics: the panels. Default: what matters to the algorithm, with a validation metric in the panel of its training metric.
+            smoothing: 0 draws what was measured alone; up to below 1 adds the exponential moving average with this weight of the
+                past, without the pull to zero at the start (as TensorBoard does). Default: 0.8 from 50 steps on, else 0.
+            title: default the run's name and its length.
+
+        ValueError for an unknown metric or a smoothing out of range, ImportError without matplotlib.
         """
+        if smoothing is not None and not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing={smoothing} is out of range; expected 0 (none) or more, and less than 1")
         try:
+            from matplotlib import rc_context
             from matplotlib.figure import Figure
         except ImportError:
             raise missing("plot()", "matplotlib") from None
         history = self.history
-        names = list(metrics) if metrics is not None else self._main_metrics()
+        panels = [(name,) for name in metrics] if metrics is not None else self._panels()
         known = sorted({name for row in history for name in row if name not in _NOT_PLOTTED})
-        if unknown := [name for name in names if name not in known]:
+        if unknown := [name for panel in panels for name in panel if name not in known]:
             raise ValueError(
                 f"metric {unknown[0]!r} is not in the history; expected some of {', '.join(known) or 'none'}"
             )
-        figure = Figure(figsize=(7, 2.6 * max(1, len(names))), layout="constrained")
-        for index, name in enumerate(names, start=1):
-            axes = figure.add_subplot(len(names), 1, index)
-            points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
-            axes.plot(
-                [step for step, _ in points], [value for _, value in points], marker="." if len(points) < 50 else ""
-            )
-            axes.set_ylabel(name)
+        columns = 1 if len(panels) < 3 else 2
+        rows = -(-len(panels) // columns) or 1
+        figure = Figure(figsize=(7 if columns == 1 else 11, 0.5 + 2.7 * rows), layout="constrained")
+        name = self.output_dir.resolve().name if self.output_dir is not None else "run"
+        steps = self.total_steps or max((row["step"] for row in history), default=0)
+        figure.suptitle(title if title is not None else f"{name}, {steps} steps")
+        for index, panel in enumerate(panels, start=1):
+            axes = figure.add_subplot(rows, columns, index)
+            for color, metric in zip(("C0", "C1"), panel, strict=False):
+                _draw(axes, history, metric, color, smoothing)
+            axes.set_title(_words(panel[0]), fontsize="medium")
+            axes.set_ylabel(panel[0])
             axes.grid(alpha=0.3)
-            if index == len(names):
+            if len(panel) > 1:
+                axes.legend(fontsize="small")
+            if index > len(panels) - columns:
                 axes.set_xlabel("step")
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(os.fspath(path), dpi=120)
+            # the same run gives the same file, and texts stay texts
+            with rc_context({"svg.fonttype": "none", "svg.hashsalt": "nemo-rl"}):
+                date = {"Date": None} if os.fspath(path).lower().endswith(".svg") else None
+                figure.savefig(os.fspath(path), dpi=120, metadata=date)
         return figure
 
-    def _main_metrics(self) -> list[str]:
-        found = {name for row in self.history for name in row}
-        chosen = [name for name in ("reward", "loss") if name in found]
-        return chosen + sorted(n for n in found if n.startswith("validation_") and not _is_timing(n))
+    def _panels(self) -> list[tuple[str, ...]]:
+        """What matters to the algorithm: metrics that share a panel."""
+        found = {name for row in self.history for name, value in row.items() if isinstance(value, int | float)}
+        algorithm = next((a for a in _PLOTTED if a in found), "loss")
+        panels = [tuple(name for name in panel if name in found) for panel in _PLOTTED[algorithm]]
+        drawn = {name for panel in panels for name in panel}
+        measured = (n for n in found - drawn if n.startswith("validation_"))
+        others = sorted(n for n in measured if not _is_timing(n) and not n.endswith("_errors"))
+        return [panel for panel in panels if panel] + [(name,) for name in others]
 
     @property
     def shown_checkpoint(self) -> str | None:
@@ -217,22 +262,37 @@ class TrainResult:
             history = self.history
         except (OSError, ValueError):
             return ""
-        name = "reward" if any("reward" in row for row in history) else "loss"
-        values = [float(row[name]) for row in history if isinstance(row.get(name), int | float)]
-        if len(values) < 2:
-            return ""
-        low, high = min(values), max(values)
-        spread = (high - low) or 1.0
-        points = " ".join(
-            f"{i * width / (len(values) - 1):.1f},{height - (v - low) * height / spread:.1f}"
-            for i, v in enumerate(values)
+        from nemo_rl.display.notebook import curve, drawn_metric
+
+        name = drawn_metric({name for row in history for name in row})
+        return curve(
+            [float(row[name]) for row in history if isinstance(row.get(name), int | float)], name, width, height
         )
-        return (
-            "<figure style='margin:4px 0'>"
-            f"<figcaption>{name}: {_number(values[0])} → {_number(values[-1])}</figcaption>"
-            f"<svg width='{width}' height='{height}'><polyline points='{points}' fill='none' stroke='#4a7' "
-            "stroke-width='2'/></svg></figure>"
-        )
+
+
+def _draw(axes: Any, history: Sequence[Mapping[str, Any]], name: str, color: str, smoothing: float | None) -> None:
+    points = [(row["step"], float(row[name])) for row in history if isinstance(row.get(name), int | float)]
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    weight = smoothing if smoothing is not None else (_SMOOTHING if len(points) >= _SMOOTHED_FROM else 0.0)
+    marker = "." if len(points) < _SMOOTHED_FROM else ""
+    if not weight:
+        axes.plot(steps, values, color=color, marker=marker, label=_words(name))
+        return
+    axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
+    axes.plot(steps, _smoothed(values, weight), color=color, label=f"{_words(name)}, smoothed")
+
+
+def _smoothed(values: Sequence[float], weight: float) -> list[float]:
+    """Exponential moving average with bias correction, as Adam's moments (Kingma and Ba 2015, section 3)."""
+    average, found = 0.0, []
+    for count, value in enumerate(values, start=1):
+        average = weight * average + (1 - weight) * value
+        found.append(average / (1 - weight**count))
+    return found
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _is_timing(name: str) -> bool:

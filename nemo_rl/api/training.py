@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 from nemo_rl.api.algorithms import algorithm_name
 from nemo_rl.api.keywords import LIVE_MODEL, build_spec
 from nemo_rl.backends import Run, choose
+from nemo_rl.display.notebook import without_warning_of_widgets
 from nemo_rl.errors import DatasetError
 from nemo_rl.job import uris
 from nemo_rl.job.manifest import name_problem, namespace_problem
@@ -158,6 +159,7 @@ def train(
 
 def start(run: Run, backend: str | None = None) -> TrainResult:
     """Gives the run to the backend that `choose` picks, and prints one line that says which and why."""
+    without_warning_of_widgets()
     name, reason = choose(backend)
     chosen = importlib.import_module(f"nemo_rl.backends.{name}")
     where = "on this machine" if name == "local" else "on the cluster"

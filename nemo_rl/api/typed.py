@@ -64,6 +64,8 @@ class Settings(TypedDict, total=False):
     """Where metrics and settings go besides metrics.jsonl: tensorboard, wandb, mlflow, trackio, or several (each an extra). Their own variables say where to and as whom, such as WANDB_MODE=offline. Default nowhere."""
     log_level: Literal["debug", "info", "warning", "error", "DEBUG", "INFO", "WARNING", "ERROR"]
     """Least severe level that is printed. Default info."""
+    log_every: int
+    """Steps between printed lines of metrics, where no panel shows them. The first and the last step and those that evaluate are always printed; metrics.jsonl and the log of a pod have every step. Default 1."""
     chat_template: str | None
     """Jinja text of a chat template, in place of the tokenizer's own; saved with the checkpoints. Default the tokenizer's."""
     chat_template_kwargs: Mapping[str, Any]
@@ -174,6 +176,10 @@ class Settings(TypedDict, total=False):
     """Keep the claim when the job is deleted. Default true."""
     serve_until: str | None
     """While this time (RFC 3339) is in the future, a pod serves the output for download. Default: not served."""
+    hub: str | None
+    """Repository of the Hugging Face hub, owner/name, to which the best checkpoint is uploaded at the end. The token with the right to write is the environment variable HF_TOKEN, which comes from a Secret; the run is refused at its start without it. Default: nothing is uploaded."""
+    hub_private: bool
+    """Whether that repository is private where it is made by this run. Default true."""
     rollout_python: str | PathLike[str] | None
     """Python interpreter that has vLLM 0.30 to 0.33: a server is started with it beside the trainer and ends with the run. vLLM needs another torch, so it is never the trainer's own interpreter."""
     rollout: Literal["in_process", "vllm"] | Mapping[str, Any] | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,11 @@ def run(run: Run) -> TrainResult:
         trainer = get_algorithm(run.spec.algorithm)(
             run.spec, output_dir=output_dir, model=run.model, tokenizer=run.tokenizer
         )
-        return trainer.fit(
+        if run.spec.output.hub is not None and os.environ.get("RANK", "0") == "0":
+            from nemo_rl.api.hub import make_ready
+
+            make_ready(run.spec.output)
+        result = trainer.fit(
             run.dataset if run.dataset is not None else run.spec.dataset,
             reward_fn=reward_fn,
             validation_dataset=run.validation_dataset
@@ -51,6 +56,37 @@ def run(run: Run) -> TrainResult:
             callbacks=callbacks or None,
             reward_weights=run.spec.reward.weights if run.spec.reward else None,
         )
+        if run.spec.output.hub is not None and trainer.ranks.is_first:
+            _upload(run.spec, result)
+        return result
+
+
+def _upload(spec: RLTrainingJobSpec, result: TrainResult) -> None:
+    """Uploads the result. Where that fails the model is trained all the same, so it is a warning and no error."""
+    from nemo_rl.api.hub import upload
+
+    try:
+        result.hub_url = upload(spec.output, folder_of(result.checkpoint_path, result.checkpoint_uri))
+        say(spec, f"uploaded to {result.hub_url}")
+    except Exception as error:
+        result.hub_url = ""
+        why = next(iter(str(error).splitlines()), "")
+        warnings.warn(
+            f"the checkpoint was not uploaded to {spec.output.hub} ({type(error).__name__}: {why}); it is in "
+            f"{result.shown_checkpoint}, and result.push_to_hub({spec.output.hub!r}) tries again",
+            stacklevel=4,
+        )
+
+
+def folder_of(path: str | os.PathLike[str] | None, uri: str | None) -> Path:
+    """The folder on this machine with a checkpoint, which is fetched where it is in a store alone."""
+    if path is not None and (uri is None or Path(path).is_dir()):
+        return Path(path)
+    if uri is None:
+        raise ValueError("the run has no checkpoint, so there is nothing to upload")
+    from nemo_rl.run.sources import local_model
+
+    return local_model(uri)
 
 
 def say(spec: RLTrainingJobSpec, sentence: str) -> None:
@@ -69,6 +105,8 @@ def check(run: Run) -> None:
         require("tensorboard=True", "tensorboard")
     for name in run.spec.training.report_to:
         require(f"report_to={name!r}", name)
+    if run.spec.output.hub is not None:
+        require("hub=", "huggingface_hub")
 
 
 def check_places(run: Run) -> None:
@@ -101,7 +139,7 @@ def ignored(run: Run) -> list[str]:
             given = getattr(spec, name).model_fields_set
             if name == "resources" and spec.resources.gpus_per_node <= 1:
                 given = given - {"gpus_per_node"}  # 0 trains on the CPU here too, and 1 is what is used here
-            given = given - {"uri"}
+            given = given - {"uri", "hub", "hub_private"}
             at = found.index(name)
             found[at : at + 1] = [f"{name}.{field}" for field in section.model_fields if field in given]
     found += [

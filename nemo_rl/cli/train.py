@@ -96,7 +96,7 @@ def run_manifest(
         return exit_code(error)
     if manifest.spec.training.log_level in ("debug", "info"):
         print(f"nemo-rl: done after {result.total_steps} steps; checkpoint in {nearby(result.checkpoint_path)}")
-    return ExitCode.DONE
+    return OTHER_ERROR if result.hub_url == "" else ExitCode.DONE
 
 
 def _dry_run(manifest: Manifest, run: Run, backend: str) -> str:

@@ -25,12 +25,23 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
         if not isinstance(row, Mapping):
             raise DatasetError(
                 f"found {type(row).__name__} ({_short(row)}) as row {index}; expected a mapping of column to value such "
-                'as {"prompt": "2+2=", "answer": "4"}; wrap each row in a dict'
+                f'as {{"prompt": "2+2=", "answer": "4"}}; {_cure_of_row(row)}'
             )
         for column, value in row.items():
             if column not in seen and not is_missing(value):
                 seen[column] = None
     return list(seen)
+
+
+_FILES = (".jsonl", ".json", ".parquet", ".csv", ".gz")
+
+
+def _cure_of_row(row: Any) -> str:
+    if isinstance(row, str) and row.lower().endswith(_FILES):
+        return "a list is a list of rows, not of files: give one file, or read the files into one list of dicts"
+    if isinstance(row, list | tuple) and row and isinstance(row[0], Mapping) and "role" not in row[0]:
+        return "for training and validation rows together, give the second list as validation_dataset"
+    return "wrap each row in a dict"
 
 
 def kind(value: Any) -> str:

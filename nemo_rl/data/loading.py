@@ -124,10 +124,12 @@ def open_rows(source: Any) -> RowStream:
         stream.rows = islice(stream.rows, source.max_rows)
         return stream
     if isinstance(source, Mapping):
+        cure = 'pass one of its splits, such as dataset["train"], or wrap a single row in a list'
+        if source and all(isinstance(value, list | tuple) and not _is_conversation(value) for value in source.values()):
+            cure = "columns become rows by datasets.Dataset.from_dict(...), or [dict(zip(d, values)) for values in zip(*d.values())]"
         raise DatasetError(
-            f"found a {type(source).__name__} with the keys {', '.join(map(repr, list(source)[:10]))}; expected a "
-            "list of "
-            'rows; pass one of its splits, such as dataset["train"], or wrap a single row in a list'
+            f"found a {type(source).__name__} with the keys {', '.join(map(repr, list(source)[:10]))}; expected a list of "
+            f"rows; {cure}"
         )
     if isinstance(source, (list, tuple)):
         _refuse_list_of_sources(source)
@@ -145,6 +147,10 @@ def open_rows(source: Any) -> RowStream:
         f"found {type(source).__name__} as the data set; expected a hub name, a file, a list of rows, "
         "an iterable of rows, a datasets.Dataset or a DataModule; pass one of them"
     )
+
+
+def _is_conversation(value: Sequence[Any]) -> bool:
+    return bool(value) and all(isinstance(message, Mapping) for message in value)
 
 
 def _refuse_list_of_sources(source: Sequence[Any]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from nemo_rl.display.phases import Best, Pace, Phase, duration
@@ -22,6 +23,12 @@ def in_notebook() -> bool:
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return shell is not None and "IPKernelApp" in getattr(shell, "config", {})
+
+
+def without_warning_of_widgets() -> None:
+    """A run shows its own progress, so tqdm need not warn in red, at its first import, that its bars lack ipywidgets."""
+    if in_notebook():
+        warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 class Area:
@@ -66,7 +73,7 @@ class NotebookDisplay:
         self._best.see(metrics)
         self._metrics = metrics
         self._samples = samples[:SHOWN_SAMPLES] or self._samples
-        self._name = "reward" if metrics.get("reward") is not None else "loss"
+        self._name = drawn_metric({name for name, value in metrics.items() if value is not None})
         if metrics.get(self._name) is not None:
             self._curve[step] = float(metrics[self._name])
         if time.monotonic() - self._drawn > REDRAW_SECONDS or step >= self._total:
@@ -122,19 +129,30 @@ def bar(done: float, total: float) -> str:
     return f"<progress value='{share:.1f}' max='100' style='width:360px'></progress>"
 
 
+def drawn_metric(names: Collection[str]) -> str:
+    """The metric whose curve says most of a run that has these."""
+    return next((name for name in ("reward", "preference_accuracy") if name in names), "loss")
+
+
 def curve(values: list[float], name: str, width: int = 360, height: int = 80) -> str:
-    """A small drawing of a metric over the steps, as HTML; empty for fewer than two values."""
+    """A small drawing of a metric over the steps with its lowest and highest value, as HTML; empty for fewer than two values."""
     stride = -(-len(values) // _CURVE_POINTS) or 1
     shown = values[::stride]
     if len(shown) < 2:
         return ""
-    low, spread = min(shown), (max(shown) - min(shown)) or 1.0
+    low, high = min(shown), max(shown)
+    spread, left = (high - low) or 1.0, 56
     points = " ".join(
-        f"{i * width / (len(shown) - 1):.1f},{height - (v - low) * height / spread:.1f}" for i, v in enumerate(shown)
+        f"{left + i * (width - left) / (len(shown) - 1):.1f},{5 + (height - 10) * (1 - (v - low) / spread):.1f}"
+        for i, v in enumerate(shown)
     )
+    label = f"x='{left - 6}' text-anchor='end' font-size='11' fill='currentColor' opacity='.7'"
+    labels = f"<text {label} y='12'>{high:.3g}</text>"
+    if high > low:
+        labels += f"<text {label} y='{height - 3}'>{low:.3g}</text>"
     return (
-        f"<figure style='margin:4px 0'><figcaption>{name}: {values[0]:.4g} → {values[-1]:.4g}</figcaption>"
-        f"<svg width='{width}' height='{height}'><polyline points='{points}' fill='none' stroke='#4a7' "
+        f"<figure style='margin:4px 0'><figcaption>{html.escape(name)}: {values[0]:.4g} → {values[-1]:.4g}</figcaption>"
+        f"<svg width='{width}' height='{height}'>{labels}<polyline points='{points}' fill='none' stroke='#4a7' "
         "stroke-width='2'/></svg></figure>"
     )
 

@@ -12,17 +12,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.control import Control
 from rich.live import Live
+from rich.live_render import LiveRender
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from nemo_rl.display.notebook import NotebookDisplay, in_notebook
 from nemo_rl.display.phases import MARK, Best, Pace, Phase, duration
 from nemo_rl.job.text import dotted
-from nemo_rl.run.metrics import SHOWN_SAMPLES, main_metrics, step_line
+from nemo_rl.run.metrics import SHOWN_SAMPLES, main_metrics, short_line, step_line
 
 SAMPLE_LINES = 3
 
@@ -46,17 +49,23 @@ class Display(Protocol):
         """The run has ended; the terminal is left in order."""
 
 
-def make_display(log_level: str = "info", stream: TextIO | None = None) -> Display:
+def make_display(
+    log_level: str = "info", stream: TextIO | None = None, *, log_every: int = 1, complete: bool = False
+) -> Display:
     """The live display when `stream` (standard output) is a terminal that can show it, plain lines otherwise.
 
-    In a Jupyter kernel one area of the cell. Nothing is shown at the log levels warning and error.
+    In a Jupyter kernel one area of the cell. Nothing is shown at the log levels warning and error. `complete`: plain lines
+    have all metrics of all steps, as with the level debug; else the main ones, of every `log_every`-th step.
     """
     if log_level in ("warning", "error"):
         return NullDisplay()
     if stream is None and in_notebook():
         return NotebookDisplay()
     stream = stream or sys.stdout
-    return LiveDisplay(stream) if _is_capable(stream) else PlainDisplay(stream)
+    if _is_capable(stream):
+        return LiveDisplay(stream)
+    complete = complete or log_level == "debug"
+    return PlainDisplay(stream, log_every=1 if complete else log_every, complete=complete)
 
 
 def _is_capable(stream: TextIO) -> bool:
@@ -92,8 +101,11 @@ QUIET_SECONDS = (5.0, 10.0, 20.0, 30.0)
 class PlainDisplay:
     """One line per event, flushed at once: for logs and pods. In long phases a line from time to time says what goes on."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO | None = None, *, log_every: int = 1, complete: bool = False) -> None:
+        """`complete`: lines have all metrics rather than those that matter most; `log_every`: steps between lines."""
+        self._stream, self._log_every, self._complete = stream, log_every, complete
+        self._pace = Pace()
+        self._first = True
         self._total_steps: int | None = None
         self._phase: Phase | None = None
         self._spoke = time.monotonic()
@@ -106,8 +118,22 @@ class PlainDisplay:
         self._total_steps = total_steps
         self.note(header)
 
+    def expect(self, total_steps: int | None) -> None:
+        """How many steps the run will have."""
+        self._total_steps = total_steps
+
     def step(self, metrics: Mapping[str, Any], samples: list[dict[str, Any]]) -> None:
-        self.note(step_line(dict(metrics), self._total_steps))
+        self._pace.step(metrics)
+        step, total = metrics["step"], self._total_steps
+        special = self._first or step == total or any(name.startswith("validation_") for name in metrics)
+        self._first = False
+        if not special and step % self._log_every:
+            return
+        if self._complete:
+            self.note(step_line(dict(metrics), total))
+            return
+        left = self._pace.left(total - step) if total is not None else None
+        self.note(short_line(metrics, total, duration(left) if left is not None else None))
 
     def note(self, text: str) -> None:
         self._said = 0
@@ -144,7 +170,7 @@ class RecordedDisplay:
         self._shown = shown
         # half of a surrogate pair, which a tokenizer may decode to, is written as \uXXXX
         self._stream = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
-        self._plain = PlainDisplay(self._stream)
+        self._plain = PlainDisplay(self._stream, complete=True)
 
     def start(self, total_steps: int, header: str) -> None:
         self._plain.start(total_steps, header)
@@ -164,6 +190,33 @@ class RecordedDisplay:
     def close(self) -> None:
         self._shown.close()
         self._stream.close()
+
+
+class _WrappedRender(LiveRender):
+    """What is drawn last, with the rows that it takes now: a terminal that became narrower has wrapped its lines since, and
+    what is erased for the next drawing must be all of them.
+    """
+
+    def __init__(self, console: Console, renderable: RenderableType) -> None:
+        super().__init__(renderable)
+        self._console = console
+        self._lengths: list[int] = []
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lengths = [0]
+        for part in super().__rich_console__(console, options):
+            if isinstance(part, Segment) and part.text == "\n":
+                lengths.append(0)
+            elif isinstance(part, Segment) and not part.control:
+                lengths[-1] += part.cell_length
+            yield part
+        self._lengths = lengths
+
+    def position_cursor(self) -> Control:
+        if self._shape is not None:
+            width = max(1, self._console.width)
+            self._shape = (self._shape[0], sum(max(1, -(-length // width)) for length in self._lengths))
+        return super().position_cursor()
 
 
 class LiveDisplay:
@@ -191,6 +244,7 @@ class LiveDisplay:
         self._metrics: Mapping[str, Any] = {}
         self._samples: list[dict[str, Any]] = []
         self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
+        self._live._live_render = _WrappedRender(self._console, self._live.get_renderable())
         self._handlers: list[tuple[logging.StreamHandler[Any], Any]] = []
 
     def start(self, total_steps: int, header: str) -> None:

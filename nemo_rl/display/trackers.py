@@ -78,7 +78,7 @@ def open_trackers(
     for name in names:
         require(f"report_to={name!r}", name)
         try:
-            opened[name] = _KINDS[name](run_dir, key, _flat(settings))
+            opened[name] = _KINDS[name](run_dir, key, flat_settings(settings))
         except Exception as error:
             raise ValueError(
                 f"report_to={name!r}: {name} cannot be used: {type(error).__name__}: {error}; {_CURES[name]}, or leave report_to out"
@@ -181,12 +181,12 @@ _CURES = {
 }
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by names with points; what is not a number or a text as JSON."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
+            found |= flat_settings(value, f"{prefix}{name}.")
         else:
             plain = isinstance(value, int | float | str)
             found[f"{prefix}{name}"] = value if plain else json.dumps(value, ensure_ascii=False)

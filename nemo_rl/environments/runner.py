@@ -290,9 +290,11 @@ class _Batch:
         call = self.calls[index]
         where = ""
         if len(call.key) == 4:
-            where = " (step {1}, prompt {2}, sample {3})".format(*call.key)
+            _, seeded, prompt, sample = call.key
+            step = seeded if call.step is None else call.step
+            where = f" ({f'step {step}' if step else 'tried before the first step'}, prompt {prompt}, sample {sample})"
         error = RewardError(
-            f"reward {name!r} {self._words(failure)}{where}; expected a finite number or a dict of them. Mend the reward, or set "
+            f"reward {name!r} {self._words(failure)}{where}; expected a finite number or a dict of them. Correct the reward, or set "
             f"on_reward_error='zero' or 'drop' to go on without it\n"
             f"  prompt:   {_excerpt(call.prompt)}\n  response: {_excerpt(call.response)}",
             failure.traceback,

@@ -255,6 +255,8 @@ class TrainingSpec(Section):
         BeforeValidator(lambda v: v.lower() if isinstance(v, str) else v),
     ] = "info"
     """Least severe level that is printed. Default info."""
+    log_every: Annotated[int, Field(ge=1)] = 1
+    """Steps between printed lines of metrics, where no panel shows them. The first and the last step and those that evaluate are always printed; metrics.jsonl and the log of a pod have every step. Default 1."""
     chat_template: Annotated[str, Field(min_length=1, max_length=names.MAX_INLINE_SOURCE)] | None = None
     """Jinja text of a chat template, in place of the tokenizer's own; saved with the checkpoints. Default the tokenizer's."""
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=64)] = {}
@@ -421,6 +423,10 @@ def _store(value: str) -> str:
     return value.rstrip("/")
 
 
+HUB_REPOSITORY = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}/[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""Owner and name of a repository on the hub."""
+
+
 class OutputSpec(Section):
     """Where checkpoints and metrics are kept on the cluster."""
 
@@ -438,6 +444,10 @@ class OutputSpec(Section):
     """Keep the claim when the job is deleted. Default true."""
     serve_until: Annotated[str, Field(json_schema_extra={"format": "date-time"}, max_length=40)] | None = None
     """While this time (RFC 3339) is in the future, a pod serves the output for download. Default: not served."""
+    hub: Annotated[str, Field(pattern=HUB_REPOSITORY, max_length=96)] | None = None
+    """Repository of the Hugging Face hub, owner/name, to which the best checkpoint is uploaded at the end. The token with the right to write is the environment variable HF_TOKEN, which comes from a Secret; the run is refused at its start without it. Default: nothing is uploaded."""
+    hub_private: bool = True
+    """Whether that repository is private where it is made by this run. Default true."""
 
     @model_validator(mode="after")
     def _claim_or_store(self) -> OutputSpec:

@@ -308,10 +308,10 @@ def _chosen_kernel(
             log.debug("attention by %s is not used: %s: %s", name, type(error).__name__, error)
             continue
         if off <= KERNEL_TOLERANCE:
-            log.info("attention of packed tokens by %s (%d heads of %d%s)", name, H, D, ", windows" if window else "")
+            log.debug("attention of packed tokens by %s (%d heads of %d%s)", name, H, D, ", windows" if window else "")
             return kernel
         log.warning("attention by %s differs by %.2g from the same written out, so it is not used", name, off)
-    log.info("attention of packed tokens by scaled_dot_product_attention of padded groups")
+    log.debug("attention of packed tokens by scaled_dot_product_attention of padded groups")
     return None
 
 

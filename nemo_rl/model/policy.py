@@ -99,7 +99,7 @@ class Policy:
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.causal.forward).parameters
         self.probe = Probe(self.causal, longest)
         self.path = self._choose_path()
-        log.info("log-probabilities of %s: %s", describe(self.causal), self.path)
+        log.debug("log-probabilities of %s: %s", describe(self.causal), self.path)
 
     @property
     def head(self) -> nn.Module:

@@ -21,7 +21,7 @@ CARD_FILE = "README.md"
 FORMAT = 1
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LONG = 200
-_HIDDEN = ("log_level", "resume")
+_HIDDEN = ("log_level", "log_every", "resume")
 _OF_SAMPLING = ("temperature", "top_k", "top_p", "max_new_tokens", "stop", "stop_token_ids")
 _NAMES = {"grpo": "GRPO", "sft": "supervised fine-tuning (SFT)", "dpo": "DPO"}
 

@@ -17,7 +17,7 @@ from nemo_rl.run.directory import DIGEST, STREAMED
 NOT_IDENTITY = frozenset(
     {
         *("max_steps", "max_epochs", "save_every", "keep_checkpoints", "eval_every", "resume"),
-        *("log_level", "tensorboard", "report_to", "logged_completions", "trust_remote_code"),
+        *("log_level", "log_every", "tensorboard", "report_to", "logged_completions", "trust_remote_code"),
         *("tokens_per_microbatch", "activation_checkpointing", "sharding", "memory", "offload"),
         "checkpoint_dtype",
     }

@@ -45,8 +45,17 @@ class MetricsLog:
     Call `log` for a step before its checkpoint is saved: what a checkpoint has behind it is then in the files.
     """
 
-    def __init__(self, run_dir: Path, *, resume_step: int, tensorboard: bool, lease: Lease | None = None) -> None:
-        """`resume_step` is the step of the checkpoint that the run goes on from, 0 for a new run.
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        resume_step: int,
+        tensorboard: bool,
+        lease: Lease | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`resume_step` is the step of the checkpoint that the run goes on from, 0 for a new run; `settings` are those that
+        TensorBoard shows of the run.
 
         With a lease all files begin as copies: what an earlier holder still writes goes to files without a name.
         """
@@ -62,7 +71,7 @@ class MetricsLog:
         self.has_start = any(record["step"] == 0 for record, _ in _intact_records(run_dir / METRICS_FILE)[:1])
         """Whether step 0, the measurement before training, is there already."""
         self._path = run_dir / METRICS_FILE
-        self._board = _Board(run_dir / TENSORBOARD_DIR, resume_step, lease) if tensorboard else None
+        self._board = _Board(_board_folder(run_dir), resume_step, lease, settings or {}) if tensorboard else None
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one step. Values are numbers (tensors of one element, too), text or None; NaN and ±inf become null."""
@@ -98,6 +107,8 @@ class MetricsLog:
             self._completions,
             [{"step": step, **{name: plain(value) for name, value in c.items()}} for c in completions],
         )
+        if self._board is not None and completions:
+            self._board.add_samples(step, completions)
 
     def sync(self) -> None:
         """Bring both files to the disk. Call it before a checkpoint is saved, so that no crash can part them."""
@@ -116,8 +127,42 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     return [record for record, _ in _intact_records(Path(path))]
 
 
+def _board_folder(run_dir: Path) -> Path:
+    """Where a run's event files go: a folder with the run's name, by which TensorBoard calls it; that of an earlier part of
+    the run stays.
+    """
+    root = run_dir / TENSORBOARD_DIR
+    earlier = (
+        sorted(path for path in root.iterdir() if path.is_dir() or "tfevents" in path.name) if root.is_dir() else []
+    )
+    if not earlier:
+        return root / (run_dir.resolve().name or "run")
+    return earlier[0] if earlier[0].is_dir() else root
+
+
+_BOARD_GROUPS = {
+    "completions": ("completion_length", "truncated_fraction", "entropy", "flat_group_fraction", "resampled_groups"),
+    "rollout": ("rollout_kl", "rollout_logprob_error", "rollout_staleness", "importance_bounded_fraction"),
+    "speed": ("tokens", "trained_tokens"),
+}
+_BOARD_GROUP = {name: group for group, names in _BOARD_GROUPS.items() for name in names}
+
+
+def board_tag(name: str) -> str:
+    """What a metric is called in TensorBoard, which shows what is before the first slash as one group."""
+    if "/" in name:
+        return name
+    if name.endswith(("_seconds", "_per_second")):
+        return f"speed/{name}"
+    if name.startswith("validation_"):
+        return f"validation/{name.removeprefix('validation_')}"
+    return f"{_BOARD_GROUP.get(name, 'train')}/{name}"
+
+
 class _Board:
-    """An event file of TensorBoard, with the scalars of each step. On a resume TensorBoard drops what it read of later steps.
+    """An event file of TensorBoard: scalars of each step, sample completions, the run's settings.
+
+    On a resume TensorBoard drops what it read of later steps.
 
     It is written through one descriptor, and not by TensorBoard's own writer, which opens the file anew by its name for
     each flush: with a lease, the files that are there are replaced by copies, so that a descriptor of an earlier holder
@@ -126,7 +171,7 @@ class _Board:
 
     _made = itertools.count()
 
-    def __init__(self, directory: Path, resume_step: int, lease: Lease | None) -> None:
+    def __init__(self, directory: Path, resume_step: int, lease: Lease | None, settings: Mapping[str, Any]) -> None:
         try:
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog
             from tensorboard.compat.proto.summary_pb2 import Summary
@@ -148,12 +193,20 @@ class _Board:
         self._write(Event(step=first, file_version="brain.Event:2"))
         if resume_step:
             self._write(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+        if settings:
+            self._write(Event(step=first, summary=self._summary(value=_settings_values(settings))))
         self._records.flush()
         if lease is not None:
             lease.publish(lease.staging / name, directory / name)
 
     def add(self, step: int, scalars: dict[str, int | float]) -> None:
-        value = [self._summary.Value(tag=name, simple_value=number) for name, number in scalars.items()]
+        value = [self._summary.Value(tag=board_tag(name), simple_value=number) for name, number in scalars.items()]
+        self._write(self._event(step=step, summary=self._summary(value=value)))
+        self._records.flush()
+
+    def add_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Each sample as a text: its reward, prompt and completion, as they are."""
+        value = [_text_value(f"samples/{number}", _sample_text(sample)) for number, sample in enumerate(samples, 1)]
         self._write(self._event(step=step, summary=self._summary(value=value)))
         self._records.flush()
 
@@ -163,6 +216,54 @@ class _Board:
     def _write(self, event: Any) -> None:
         event.wall_time = time.time()
         self._records.write(event.SerializeToString())
+
+
+def _text_value(tag: str, text: str) -> Any:
+    """A text in the form of TensorBoard's plugin for texts, which shows Markdown."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+    from tensorboard.plugins.text.metadata import create_summary_metadata
+
+    shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
+    content = text.encode("utf-8", errors="backslashreplace")
+    tensor = TensorProto(dtype="DT_STRING", string_val=[content], tensor_shape=shape)
+    return Summary.Value(tag=tag, metadata=create_summary_metadata(None, ""), tensor=tensor)
+
+
+def _sample_text(sample: Mapping[str, Any]) -> str:
+    reward = plain(sample.get("reward"))
+    shown = f"{reward:.4g}" if isinstance(reward, int | float) else "none"
+    texts = [str(sample.get(name, ""))[:BOARD_CHARACTERS] for name in ("prompt", "completion")]
+    # four spaces make a line code: what a model writes is shown as it is
+    prompt, completion = ("\n".join(f"    {line}" for line in text.splitlines()) or "    " for text in texts)
+    return f"reward {shown}\n\nprompt\n\n{prompt}\n\ncompletion\n\n{completion}"
+
+
+BOARD_CHARACTERS = 2000
+"""Of each text of a sample in TensorBoard; the whole is in completions.jsonl."""
+
+
+def _settings_values(settings: Mapping[str, Any]) -> list[Any]:
+    """The settings as a table, and for TensorBoard's page that compares runs by them."""
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+
+    lines = [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in settings.items()]
+    values = [_text_value("settings", "\n".join(["| setting | value |", "| --- | --- |", *lines]))]
+    start = plugin_data_pb2.SessionStartInfo(start_time_secs=time.time())
+    for name, value in settings.items():
+        entry = start.hparams[name]
+        if isinstance(value, bool):
+            entry.bool_value = value
+        elif isinstance(value, int | float):
+            entry.number_value = value
+        else:
+            entry.string_value = str(value)
+    data = plugin_data_pb2.HParamsPluginData(session_start_info=start, version=metadata.PLUGIN_DATA_VERSION)
+    about = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=data.SerializeToString())
+    tag = metadata.SESSION_START_INFO_TAG
+    return [*values, Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=about), tensor=metadata.NULL_TENSOR)]
 
 
 def _go_on(path: Path, resume_step: int, lease: Lease | None) -> tuple[IO[str], int]:
@@ -240,6 +341,28 @@ def plain(value: Any) -> Any:
 
 
 # --- a step as one line ---------------------------------------------------------------------------------------------
+
+
+def short_line(metrics: Mapping[str, Any], total_steps: int | None = None, left: str | None = None) -> str:
+    """`step=12/500 reward=0.61 … left="14 min"`: what matters most to the algorithm, in the form of `step_line`."""
+    chosen = {"step": metrics["step"]}
+    for name in _SHORT:
+        value = plain(metrics.get(name))
+        needless = (name == "loss" and metrics.get("reward") is not None) or (name in _IF_ANY and not value)
+        if value is not None and not needless:
+            chosen[name] = value
+    first = step_line({"step": metrics["step"]}, total_steps)
+    rest = [f"{name}={_line_value(value)}" for name, value in chosen.items() if name != "step"]
+    return " ".join([first, *rest, *([f"left={_line_value(left)}"] if left else [])])
+
+
+_SHORT = (
+    *("reward", "reward_std", "preference_accuracy", "reward_margin", "loss"),
+    *("validation_reward", "validation_accuracy", "validation_loss", "kl", "completion_length", "truncated_fraction"),
+    *("reward_errors", "learning_rate", "step_seconds"),
+)
+_IF_ANY = ("truncated_fraction", "reward_errors")
+"""What is left out where it is 0."""
 
 
 def step_line(metrics: dict[str, Any], total_steps: int | None = None) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from nemo_rl.data.prepare import Prepared, describe_example
 from nemo_rl.model.ends import known_ends
 from nemo_rl.run.checkpoint import Checkpoint, CheckpointStore
-from nemo_rl.run.directory import Run
+from nemo_rl.run.directory import Run, nearby
 
 if TYPE_CHECKING:
     from nemo_rl.trainers.base import Trainer
@@ -18,6 +19,8 @@ def header(trainer: Trainer, data: Prepared) -> str:
     """One line: what is trained on what, for how long, where."""
     parameters = sum(p.numel() for p in trainer.policy.trainable)
     name = trainer.output_dir.name if trainer.config.model.startswith("python:") else trainer.config.model
+    if os.path.isabs(name):
+        name = nearby(name)
     return (
         f"{trainer.algorithm.upper()} · {name} · {parameters:,} trained parameters · {len(data.examples):,} rows · "
         f"{trainer.total_steps} steps · {trainer.device.type}"

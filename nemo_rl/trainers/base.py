@@ -17,6 +17,7 @@ from nemo_rl.data.clock import set_clock, writes_the_time
 from nemo_rl.data.module import train_and_validation
 from nemo_rl.data.prepare import Prepared, prepare
 from nemo_rl.data.templates import end_tokens_of, with_template
+from nemo_rl.display.logs import log_lines
 from nemo_rl.display.phases import Phase
 from nemo_rl.display.terminal import Display, NullDisplay, RecordedDisplay, make_display
 from nemo_rl.job.spec import Algorithm, RLTrainingJobSpec
@@ -118,6 +119,8 @@ class Trainer(Passes, Saving, ABC):
         self.lease_claim: Claim | None = None
         """Set in a pod: what asks for the right to write to output_dir, which an earlier attempt may still believe to have."""
         self.lease: Lease | None = None
+        self.complete_lines = False
+        """Set in a pod: a step's line has all of its metrics, for programs elsewhere read it."""
         self.stored_root: Path | None = None
         """Set in a pod: the folder for runs that are kept in a store; default one of the cache."""
         self._start_model: Loaded | None = None
@@ -181,9 +184,13 @@ class Trainer(Passes, Saving, ABC):
         if reward_fn is not None and self.algorithm != "grpo":
             warnings.warn(f"{self.algorithm} uses no reward; reward_fn is ignored", UserWarning, stacklevel=4)
         self.callbacks = CallbackList(callbacks)
-        self.display: Display = make_display(self.training.log_level) if self.ranks.is_first else NullDisplay()
+        level, every = self.training.log_level, self.training.log_every
+        self.display: Display = NullDisplay()
+        if self.ranks.is_first:
+            self.display = make_display(level, log_every=every, complete=self.complete_lines)
         try:
-            return self._prepare_and_run(dataset, reward_fn, validation_dataset, reward_weights)
+            with log_lines(level, (lambda text: self.display.note(text)) if self.ranks.is_first else None):
+                return self._prepare_and_run(dataset, reward_fn, validation_dataset, reward_weights)
         finally:
             self.display.close()
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nemo_rl.data.prepare import Prepared, batches
-from nemo_rl.display.trackers import State, Trackers, open_trackers
+from nemo_rl.display.trackers import State, Trackers, flat_settings, open_trackers
 from nemo_rl.errors import TrainingInterrupted
 from nemo_rl.run.checkpoint import Checkpoint, CheckpointStore
 from nemo_rl.run.metrics import MetricsLog
@@ -63,7 +63,10 @@ class Loop:
             logged = trainer.current_step - 1 if self.open and not self.open.told else trainer.current_step
             wanted = trainer.training.report_to
             board = trainer.training.tensorboard or "tensorboard" in wanted
-            self.metrics_log = MetricsLog(trainer.run_dir, resume_step=logged, tensorboard=board, lease=trainer.lease)
+            settings = flat_settings(trainer.record({})) if board else None
+            self.metrics_log = MetricsLog(
+                trainer.run_dir, resume_step=logged, tensorboard=board, lease=trainer.lease, settings=settings
+            )
             if others := [name for name in dict.fromkeys(wanted) if name != "tensorboard"]:
                 self.trackers = open_trackers(others, trainer.run_dir, trainer.record({}), trainer.display.note)
         self._has_start = bool(self.metrics_log and self.metrics_log.has_start)

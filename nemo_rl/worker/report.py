@@ -28,6 +28,7 @@ STARTING = "starting"
 TRAINING = "training"
 EVALUATING = "evaluating"
 SAVING = "saving"
+UPLOADING = "uploading"
 FINISHED = "finished"
 
 SPEAKING = frozenset({TRAINING, EVALUATING})

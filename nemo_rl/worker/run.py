@@ -31,7 +31,7 @@ from nemo_rl.worker.digest import digest_argument
 from nemo_rl.worker.grace import Grace
 from nemo_rl.worker.job import Job, Pod, read_job
 from nemo_rl.worker.prometheus import TrainMetrics
-from nemo_rl.worker.report import FINISHED, IMPORTING, STARTING, Report, shown_metrics
+from nemo_rl.worker.report import FINISHED, IMPORTING, STARTING, UPLOADING, Report, shown_metrics
 from nemo_rl.worker.server import ReportServer
 from nemo_rl.worker.stall import StallWatch
 
@@ -54,6 +54,8 @@ def run() -> int:
     try:
         job = read_job(pod.path(names.JOB_FILE), digest_argument(sys.argv[1:]))
         word = _finished_before(job, pod) or _attempt(job, pod, report)
+        if pod.rank == 0:
+            _upload(job, pod, word, report)
         code = int(ExitCode.DONE)
     except BaseException as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end is near, and it shall be told
@@ -82,8 +84,8 @@ def _stop_while_starting(pod: Pod, report: Report) -> None:
     """Before training, when there is nothing to save, SIGTERM ends the process at once."""
 
     def stop(number: int, frame: Any) -> None:
-        if report.phase == FINISHED:
-            return  # all is saved; the word of success comes in a moment
+        if report.phase in (FINISHED, UPLOADING):
+            return  # all is saved; the word of success comes in a moment, or the next attempt uploads
         message = f"stopped by SIGTERM while {report.phase}, before training went on; nothing was lost"
         print(f"nemo-rl: {message}", flush=True)
         word = ending.stopped(message, step=report.step, checkpoint=report.checkpoint)
@@ -111,6 +113,10 @@ def _attempt(job: Job, pod: Pod, report: Report) -> TerminationMessage:
         report.expect(_step_to_go_on_from(output, spec.training.resume, uri))
     if pod.local_rank == 0:
         _serve(pod, report, metrics, spec)
+    if pod.rank == 0 and spec.output.hub is not None:
+        from nemo_rl.api.hub import make_ready
+
+        make_ready(spec.output)
     bundles = inputs.open_bundles(spec.bundles, pod)
     spec = inputs.resolve(spec, bundles, pod)
     if pod.rank != 0:
@@ -130,6 +136,7 @@ def _attempt(job: Job, pod: Pod, report: Report) -> TerminationMessage:
     grace = Grace(float(spec.termination_grace_period_seconds)) if pod.rank == 0 else None
     observer = Observer(report, metrics, claim=claim, grace=grace)
     trainer = observed(trainer_class, report, observer)(spec, output_dir=uri or output)
+    trainer.complete_lines = True
     if trainer.stored is not None:
         trainer.stored.writer, trainer.stored_root = _writer(job), claim
         trainer.stored.say = lambda sentence: say(spec, sentence)
@@ -157,6 +164,23 @@ def _success(result: TrainResult, report: Report) -> TerminationMessage:
         metrics=shown_metrics(result.metrics),
         checkpoint=report.checkpoint,
     )
+
+
+def _upload(job: Job, pod: Pod, word: TerminationMessage, report: Report) -> None:
+    """Uploads the best checkpoint where the job says so. The job's word is kept by then: should this be cut off, or the hub be
+    away, the next attempt has nothing to do but this. Files that the hub has already are not sent again.
+    """
+    output, kept = job.spec.output, word.checkpoint
+    if output.hub is None or kept is None or kept.best is None:
+        return
+    from nemo_rl.api.hub import upload
+    from nemo_rl.backends.local import folder_of
+
+    report.enter(UPLOADING)
+    stored = kept.best if "://" in kept.best else None
+    where = upload(output, folder_of(None if stored else pod.path(names.OUTPUT_DIR) / kept.best, stored))
+    say(job.spec, f"uploaded to {where}")
+    report.enter(FINISHED)
 
 
 # --- a job that is done already

@@ -127,6 +127,8 @@ BAD = [
         output={"accessMode": "ReadOnlyMany"},
     ),
     bad("time of no date", "spec.output.serveUntil", "date-time", output={"serveUntil": "tomorrow"}),
+    bad("repository without owner", "spec.output.hub", "match", output={"hub": "my-model"}),
+    bad("no step between lines", "spec.training.logEvery", "greater than or equal to 1", training={"logEvery": 0}),
     bad("pull policy of another case", "spec.imagePullPolicy", '"Always"', imagePullPolicy="always"),
     bad("variable without value", "spec.env[0]", ANY_OF, "value, valueFrom", env=[{"name": "A"}]),
     bad("variable of no name", "spec.env[0].name", "match", env=[{"name": "1 A", "value": "b"}]),

@@ -76,9 +76,10 @@ def operator(operators: Operators) -> Operator:
 
 
 @pytest.fixture
-def release(cluster: Cluster, scene: Scene) -> Iterator[list[Object]]:
-    """The chart as it comes, for this namespace alone, with USER bound to its role for users."""
+def release(cluster: Cluster, scene: Scene, request: pytest.FixtureRequest) -> Iterator[list[Object]]:
+    """The chart as it comes, for this namespace alone, with USER bound to its role for users; a parameter is further values."""
     values = {
+        **getattr(request, "param", {}),
         "crds": {"enabled": False},
         "userRoles": {"prefix": scene.namespace, "aggregate": False},
         "watchNamespaces": [scene.namespace],

@@ -64,6 +64,7 @@ COMBINATIONS: dict[str, Object] = {
             "allowedVolumes": ["configMap", "secret", "persistentVolumeClaim", "emptyDir", "image"],
             "allowedCapabilities": ["IPC_LOCK"],
             "hostNetwork": True,
+            "allowedHubOwners": ["acme", "acme-*"],
             "deniedEnvironment": [],
             "antiAffinityToOtherNamespaces": True,
         }

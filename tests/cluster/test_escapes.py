@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import yaml
 
 from charts import Object
@@ -171,6 +172,22 @@ def test_nothing_comes_into_a_job_by_a_change(scene: Scene, release: list[Object
     more = change("secret", {"resources": {"memory": "64Gi"}})
     assert "may not read the Secrets named in the job (others)" in more, "a change is a new job's, by who makes it"
     assert "patched" in change("secret", {"backoffLimit": 5}), "what names nothing is asked of nobody"
+
+
+@pytest.mark.parametrize("release", [{"admissionPolicy": {"allowedHubOwners": ["acme", "lab-*"]}}], indirect=True)
+def test_results_go_to_those_owners_on_the_hub_that_the_chart_allows(scene: Scene, release: list[Object]) -> None:
+    def submit(hub: str) -> str:
+        manifest = yaml.safe_dump(job("mine", output={"hub": hub}))
+        return scene.kubectl("create", f"--as={USER}", "--dry-run=server", "-f", "-", stdin=manifest, check=False)
+
+    refusal = (
+        "spec.output.hub is eve/model; this cluster allows acme, lab-* (admissionPolicy.allowedHubOwners of the chart)"
+    )
+    eventually(lambda: refusal in submit("eve/model"), "the policy is in force")
+    assert "acmee/model; this cluster allows" in submit("acmee/model")
+    for allowed in ("acme/model", "lab-7/model"):
+        assert "created" in submit(allowed)
+    assert "spec.output.hub" in submit("no-owner")  # by the definition
 
 
 VERBS: list[tuple[str, ...]] = [

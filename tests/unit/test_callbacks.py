@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy
@@ -14,6 +17,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo_rl.display.logs import log_lines
+from nemo_rl.display.terminal import NullDisplay
 from nemo_rl.trainers.callbacks import (
     HOOKS,
     Callback,
@@ -269,3 +274,69 @@ def test_what_a_callback_puts_into_the_metrics_may_be_what_a_log_can_hold(value)
 def test_what_a_log_cannot_hold_is_refused_with_its_name(value):
     with pytest.raises(TypeError, match=f"found {type(value).__name__} as the metric 'mine' of step 3, .* convert it"):
         CallbackList([Puts(value)]).on_step_end(None, 3, {"step": 3})
+
+
+# --- said while a run trains ----------------------------------------------------------------------------------------
+
+
+class Lines(NullDisplay):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@contextmanager
+def unconfigured() -> Iterator[logging.Logger]:
+    """The library's logger as in a program that has configured nothing; pytest adds its handlers when a test begins."""
+    root, library = logging.getLogger(), logging.getLogger("nemo_rl")
+    handlers, root.handlers = root.handlers, []
+    try:
+        yield library
+    finally:
+        root.handlers = handlers
+        assert library.handlers == []
+        assert library.level == logging.NOTSET
+
+
+def test_callbacks_and_early_stopping_speak_in_the_display_of_a_run():
+    shown = Lines()
+    early = EarlyStoppingCallback(metric="loss", patience=1)
+    with unconfigured() as library, log_lines("info", shown.note):
+        LoggingCallback().on_step_end(None, 1, {"loss": 0.5})
+        assert stop_step(early, [1.0, 1.0]) == 2
+        library.debug("not at this level")
+        library.warning("the disk is nearly full")
+    assert shown.notes == [
+        "step=1 loss=0.5",
+        "stopping early at step 2: loss has not improved since step 1 (best 1.0)",
+        "warning: the disk is nearly full",
+    ]
+
+
+def test_debug_says_more_and_the_quiet_levels_leave_warnings_to_python(capsys):
+    shown = Lines()
+    with unconfigured(), log_lines("debug", shown.note):
+        logging.getLogger("nemo_rl.model.policy").debug("a way of computing")
+    assert shown.notes == ["debug: a way of computing"]
+    for level, say in (("warning", shown.note), ("info", None)):
+        with unconfigured() as library, log_lines(level, say):
+            library.info("nothing of importance")
+            library.warning("seen")
+    assert len(shown.notes) == 1
+    assert capsys.readouterr().err == "seen\nseen\n"
+
+
+def test_a_program_that_has_configured_logging_gets_the_records_itself():
+    shown, stream = Lines(), io.StringIO()
+    with unconfigured() as library:
+        logging.getLogger().addHandler(logging.StreamHandler(stream))
+        with log_lines("info", shown.note):
+            library.info("for the program")
+        library.setLevel(logging.ERROR)
+        with log_lines("debug", shown.note):
+            library.warning("its own level stays")
+        library.setLevel(logging.NOTSET)
+    assert stream.getvalue() == "for the program\n"
+    assert shown.notes == []

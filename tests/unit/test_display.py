@@ -45,6 +45,17 @@ class Screen:
                 self.column += len(part)
         return self
 
+    def narrow(self, width: int) -> Screen:
+        """The terminal becomes narrower: lines that are longer are wrapped, and the cursor stays at its text."""
+        wrapped: list[str] = []
+        for number, line in enumerate(self.lines):
+            pieces = [line[at : at + width] for at in range(0, len(line), width)] or [""]
+            wrapped += pieces
+            if number == self.row:
+                self.row, self.column = len(wrapped) - 1, min(self.column, len(pieces[-1]))
+        self.lines = wrapped
+        return self
+
     def _control(self, argument: str, kind: str) -> None:
         if kind == "A":
             self.row -= int(argument or 1)
@@ -245,6 +256,37 @@ def test_terminal_shows_what_is_done_within_a_step_and_before_the_first():
     assert "best reward 0.5 at 1" in screen
 
 
+def test_a_terminal_that_becomes_narrower_keeps_one_panel():
+    output, code = run_on_terminal(
+        """
+        import os, sys, termios
+        from nemo_rl.display.terminal import make_display
+        display = make_display()
+        display.start(4, "header")
+        samples = [{"prompt": "sort 31", "completion": "13", "reward": 0.5}]
+        for step in (1, 2, 3, 4):
+            display.step({"step": step, "reward": 0.5, "loss": 0.1, "learning_rate": 1e-6, "step_seconds": 3.0}, samples)
+            if step == 2:
+                with display._live._lock:       # nothing is drawn between the mark and the change
+                    os.write(1, b"<narrow>")
+                    termios.tcsetwinsize(1, (40, 47))
+        display.close()
+        print("after")
+        """
+    )
+    assert code == 0, output
+    before, after = output.split("<narrow>")
+    screen = Screen().feed(before)
+    assert sum("sort 31" in line for line in screen.lines) == 1
+    text = [line.rstrip() for line in screen.narrow(47).feed(after).lines]
+    assert max(map(len, text)) <= 47
+    assert [line for line in text if "4/4" in line and "step" in line], text
+    for mark in ("/4", "sort 31", "╭", "╰"):
+        assert sum(mark in line for line in text) == 1, (mark, text)
+    assert text[0] == "header"
+    assert [line for line in text if line][-1] == "after"
+
+
 def test_narrow_terminal_gets_more_rows_of_whole_cells():
     cells = [("reward", "0.5"), ("validation reward", "0.25"), ("kl", "0.1")]
     assert terminal._rows(cells, 100) == [cells]
@@ -283,6 +325,56 @@ def test_close_gives_log_handlers_their_streams_back():
     display.close()
     assert (sys.stdout, sys.stderr, handler.stream) == before
     logger.removeHandler(handler)
+
+
+METRICS = {
+    "epoch": 0,
+    "reward": 0.5,
+    "reward_std": 0.25,
+    "loss": 1e-9,
+    "grad_norm": 0.1,
+    "learning_rate": 1e-6,
+    "entropy": 2.0,
+}
+METRICS |= {"completion_length": 7.5, "truncated_fraction": 0.0, "reward_errors": 0, "flat_group_fraction": 0.5}
+METRICS |= {"tokens_per_second": 1234.5, "step_seconds": 2.0, "clip_fraction": 0.0}
+
+
+def test_plain_lines_are_short_and_say_how_long_the_rest_takes(capsys):
+    display = make_display("info")
+    display.start(100, "GRPO · tiny")
+    display.step({"step": 40, **METRICS}, [])
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line == (
+        'step=40/100 reward=0.5 reward_std=0.25 completion_length=7.5 learning_rate=1e-06 step_seconds=2 left="2 min"'
+    )
+    display.step({"step": 41, **METRICS, "truncated_fraction": 0.25, "validation_reward": 0.75}, [])
+    line = capsys.readouterr().out
+    assert "validation_reward=0.75" in line
+    assert "truncated_fraction=0.25" in line
+    assert {n: v for n, v in parse_step_line(line).items() if n in METRICS} == {
+        n: v for n, v in (METRICS | {"truncated_fraction": 0.25}).items() if n in parse_step_line(line)
+    }
+
+
+@pytest.mark.parametrize("options", [{"complete": True}, {}])
+def test_in_pods_and_for_debugging_lines_have_everything_of_every_step(options, capsys):
+    display = make_display("info" if options else "debug", log_every=10, **options)
+    display.start(3, "GRPO · tiny")
+    for step in (1, 2, 3):
+        display.step({"step": step, **METRICS}, [])
+    lines = [parse_step_line(line) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(set(line) == {"step", "total_steps", *METRICS} - {"step_seconds"} | {"step_seconds"} for line in lines)
+
+
+def test_log_every_leaves_the_first_the_last_and_those_that_evaluate(capsys):
+    display = make_display("info", log_every=4)
+    display.start(11, "header")
+    for step in range(2, 12):  # a run that goes on after step 1
+        display.step({"step": step, "loss": 1.0, **({"validation_loss": 2.0} if step == 6 else {})}, [])
+    steps = [parse_step_line(line)["step"] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert steps == [2, 4, 6, 8, 11]
 
 
 def test_pipe_gets_one_parseable_line_per_step(capsys):

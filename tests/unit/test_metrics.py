@@ -110,10 +110,69 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
         for step in steps:
             log.log({"step": step, "loss": value, "note": "text is no scalar", "kl": None})
         log.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(tmp_path / "tensorboard" / tmp_path.name))
     events.Reload()
-    assert events.Tags()["scalars"] == ["loss"]
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
+    assert events.Tags()["scalars"] == ["train/loss"]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
+
+
+def test_tensorboard_has_groups_the_run_s_name_samples_and_settings(tmp_path):
+    """Read by TensorBoard's own reader, as its pages do."""
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+    from tensorboard.plugins.hparams.metadata import (
+        PLUGIN_NAME,
+        SESSION_START_INFO_TAG,
+        parse_session_start_info_plugin_data,
+    )
+    from tensorboard.plugins.text.metadata import PLUGIN_NAME as TEXT
+    from tensorboard.util.tensor_util import make_ndarray
+
+    run = tmp_path / "outputs" / "sums"
+    settings = {"algorithm": "grpo", "settings.learning_rate": 1e-6, "settings.shuffle": True, "rewards": '["a|b"]'}
+    log = MetricsLog(run, resume_step=0, tensorboard=True, settings=settings)
+    scalars = {
+        "reward": 0.5,
+        "reward/format": 0.1,
+        "validation_reward": 0.25,
+        "completion_length": 7.0,
+        "step_seconds": 1.0,
+    }
+    log.log({"step": 1, **scalars, "environment/calls": 3, "rollout_kl": 0.1})
+    log.log_completions(1, [{"prompt": "2+2=", "completion": "# <b>4</b>\nyes", "reward": 0.5}])
+    log.close()
+    found = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "outputs" / "sums" / "tensorboard")).Reload()
+    assert list(found.Runs()) == ["sums"]
+    events = found.GetAccumulator("sums")
+    assert set(events.Tags()["scalars"]) == {
+        *("train/reward", "reward/format", "validation/reward", "completions/completion_length", "speed/step_seconds"),
+        *("environment/calls", "rollout/rollout_kl"),
+    }
+    texts = {
+        tag: make_ndarray(events.Tensors(tag)[0].tensor_proto)[0].decode() for tag in events.PluginTagToContent(TEXT)
+    }
+    assert texts["samples/1"] == "reward 0.5\n\nprompt\n\n    2+2=\n\ncompletion\n\n    # <b>4</b>\n    yes"
+    assert "| algorithm | grpo |" in texts["settings"]
+    assert '["a\\|b"]' in texts["settings"]
+    content = events.PluginTagToContent(PLUGIN_NAME)[SESSION_START_INFO_TAG]
+    start = parse_session_start_info_plugin_data(content)
+    assert start.hparams["settings.learning_rate"].number_value == 1e-6
+    assert start.hparams["settings.shuffle"].bool_value is True
+    assert start.hparams["algorithm"].string_value == "grpo"
+
+
+def test_tensorboard_goes_on_in_the_folder_that_a_run_has(tmp_path):
+    """Also after the run's folder got another name, and of a run that an earlier version began."""
+    run = tmp_path / "a"
+    MetricsLog(run, resume_step=0, tensorboard=True).close()
+    moved = run.rename(tmp_path / "b")
+    MetricsLog(moved, resume_step=0, tensorboard=True).close()
+    assert [path.name for path in (moved / "tensorboard").iterdir()] == ["a"]
+    assert len(list((moved / "tensorboard" / "a").iterdir())) == 2
+    early = tmp_path / "early" / "tensorboard"
+    early.mkdir(parents=True)
+    (early / "events.out.tfevents.0000000001.host.1.0").touch()
+    MetricsLog(early.parent, resume_step=0, tensorboard=True).close()
+    assert len(list(early.iterdir())) == 2
 
 
 def test_an_attempt_that_lost_the_lease_adds_nothing_to_the_event_files(tmp_path, monkeypatch):
@@ -125,7 +184,7 @@ def test_an_attempt_that_lost_the_lease_adds_nothing_to_the_event_files(tmp_path
         return MetricsLog(tmp_path / "x", resume_step=resume_step, tensorboard=True, lease=lease)
 
     def content():
-        return {path.name: path.read_bytes() for path in (tmp_path / "x" / "tensorboard").iterdir()}
+        return {path.name: path.read_bytes() for path in (tmp_path / "x" / "tensorboard" / "x").iterdir()}
 
     lost = begin(1, 0)
     for step in (1, 2):
@@ -144,8 +203,8 @@ def test_an_attempt_that_lost_the_lease_adds_nothing_to_the_event_files(tmp_path
         MetricsLog(tmp_path / "x", resume_step=0, tensorboard=True, lease=Claim.on(tmp_path / "x", "uid", 1).of(1))
     later.log({"step": 3, "loss": 2.0})
     later.close()
-    events = EventAccumulator(str(tmp_path / "x" / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 2.0)]
+    events = EventAccumulator(str(tmp_path / "x" / "tensorboard" / "x")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 2.0)]
 
 
 def test_missing_tensorboard_says_what_to_install(tmp_path):

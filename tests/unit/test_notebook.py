@@ -29,6 +29,8 @@ for step in (1, 2, 3):
         display.note("a checkpoint was saved")
         print(display._render())
 display.close()
+notebook.without_warning_of_widgets()
+import tqdm.auto
 type(display).__name__
 """
 
@@ -66,6 +68,11 @@ def test_nothing_that_a_model_or_user_writes_becomes_html(outputs: list[Any]) ->
     assert "4<br>&lt;script&gt;" in final
     assert "<script>" not in final
     assert "grpo &lt;b&gt;tiny" in final
+
+
+def test_no_red_warning_asks_for_widgets(outputs: list[Any]) -> None:
+    """Of tqdm, whose bars lack ipywidgets in the tests' environment: a run shows its own progress."""
+    assert [o.text for o in outputs if o.output_type == "stream" and o.name == "stderr"] == []
 
 
 def test_a_kernel_is_told_from_a_plain_process(outputs: list[Any]) -> None:

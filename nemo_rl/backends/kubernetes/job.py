@@ -164,7 +164,7 @@ class Job:
 
         Ctrl-C ends the following, not the job: KeyboardInterrupt, whose message says how to come back.
         """
-        screen = Screen(self._log_level)
+        screen = Screen(self._log_level, log_every=int(self._training.get("logEvery") or 1))
         try:
             with Follower(self._cluster, self.name) as follower:
                 show(follower, screen, timeout, self._see)
@@ -253,7 +253,12 @@ class Job:
 
     @property
     def _log_level(self) -> str:
-        return str(self._resource["spec"].get("training", {}).get("logLevel", "info"))
+        return str(self._training.get("logLevel", "info"))
+
+    @property
+    def _training(self) -> Object:
+        found: Object = self._resource["spec"].get("training") or {}
+        return found
 
     def _say(self, text: str) -> None:
         if self._log_level in ("debug", "info"):

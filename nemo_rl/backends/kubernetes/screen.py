@@ -19,8 +19,8 @@ _LONGEST_PARSED = 20_000
 class Screen:
     """Shows a job and keeps the metrics of its steps: `history` has each step once, the newest attempt's where two had it."""
 
-    def __init__(self, log_level: str = "info", display: Display | None = None) -> None:
-        self._display = display if display is not None else make_display(log_level)
+    def __init__(self, log_level: str = "info", display: Display | None = None, *, log_every: int = 1) -> None:
+        self._display = display if display is not None else make_display(log_level, log_every=log_every)
         self._steps: dict[int, dict[str, Any]] = {}
         self._samples: list[dict[str, Any]] = []
         self._said = ""
@@ -58,7 +58,8 @@ class Screen:
         total = metrics.pop("total_steps", None)
         self._steps[metrics["step"]] = metrics
         if isinstance(self._display, PlainDisplay):
-            self._display.note(text)
+            self._display.expect(total)
+            self._display.step(metrics, [])
             return
         if total and not self._open:
             self._open = True

@@ -126,9 +126,12 @@ NUMBERS: list[Mistake] = [
 ]
 
 ROWS_OF_DATA: list[Mistake] = [
-    ("a dict of columns", {"dataset": {"prompt": ["a", "b"]}}, ("'prompt'", "list of rows")),
+    ("a dict of columns", {"dataset": {"prompt": ["a", "b"]}}, ("'prompt'", "list of rows", "from_dict")),
+    ("a single conversation", sft({"messages": CHAT}), ("'messages'", "wrap a single row")),
     ("a list of texts", {"dataset": ["one", "two"]}, ("str", "row 0", "mapping")),
     ("a list of texts for sft", sft(["one", "two"]), ("str", "row 0", "mapping")),
+    ("a list of files", {"dataset": ["a.jsonl", "b.jsonl"]}, ("'a.jsonl'", "not of files", "one file")),
+    ("rows and rows", {"dataset": (ROWS, ROWS)}, ("validation_dataset", "second list")),
     ("a list of lists", {"dataset": [["a", "b"]]}, ("list", "row 0", "mapping")),
     ("one row that is none", {"dataset": [*ROWS, None]}, ("NoneType", "row 2", "mapping")),
     ("a number", {"dataset": 5}, ("int", "list of rows")),

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import itertools
 import json
 import os
 import re
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ from nemo_rl.api.evaluation import pass_at
 from nemo_rl.api.models import find_model
 from nemo_rl.cli.main import app
 from unit.chatml import CHATML, write_base
+from unit.fake_hub import FakeHub, serve_hub
 
 TEMPLATE = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n{% if loud %}!!{% endif %}", 1)
 """With the argument `loud` the prompt ends with two marks: training and use must give the same one."""
@@ -313,97 +310,15 @@ def test_equal_runs_have_equal_cards_and_hub_names_are_linked(tmp_path: Path) ->
 # --- the upload
 
 
-class FakeHub(BaseHTTPRequestHandler):
-    """As much of the hub's interface as an upload needs: repositories, preupload, Git LFS, commits."""
-
-    files: dict[str, bytes]
-    objects: dict[str, bytes]
-    tokens: set[str]
-    made: list[dict[str, Any]]
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-    def answer(self, value: Any, status: int = 200) -> None:
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def content(self) -> bytes:
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-
-    @property
-    def root(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}"
-
-    def do_GET(self) -> None:
-        self.answer({"error": "nothing here"}, 404)
-
-    def do_PUT(self) -> None:
-        content = self.content()
-        self.objects[hashlib.sha256(content).hexdigest()] = content
-        self.answer({})
-
-    def do_POST(self) -> None:
-        path, body = self.path.partition("?")[0], self.content()
-        self.tokens.add(self.headers.get("Authorization", ""))
-        if path == "/api/repos/create":
-            self.made.append(json.loads(body))
-            self.answer({"url": f"{self.root}/me/tiny"})
-        elif path.endswith("/preupload/main"):
-            files = json.loads(body)["files"]
-            mode = {True: "lfs", False: "regular"}
-            self.answer(
-                {
-                    "files": [
-                        {
-                            "path": f["path"],
-                            "uploadMode": mode[f["path"].endswith(".safetensors")],
-                            "shouldIgnore": False,
-                        }
-                        for f in files
-                    ]
-                }
-            )
-        elif path.endswith("/info/lfs/objects/batch"):
-            objects = json.loads(body)["objects"]
-            actions = [
-                {"oid": o["oid"], "size": o["size"], "actions": {"upload": {"href": f"{self.root}/lfs/{o['oid']}"}}}
-                for o in objects
-            ]
-            self.answer({"transfer": "basic", "objects": actions})
-        elif path.endswith("/commit/main"):
-            for line in body.decode().splitlines():
-                entry = json.loads(line)
-                if entry["key"] == "file":
-                    self.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-                elif entry["key"] == "lfsFile":
-                    self.files[entry["value"]["path"]] = self.objects[entry["value"]["oid"]]
-            self.answer({"success": True, "commitOid": "0" * 40, "commitUrl": f"{self.root}/me/tiny/commit/{'0' * 40}"})
-        else:
-            self.answer({"valid": True})
-
-
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeHub]]:
-    class Hub(FakeHub):
-        files, objects, tokens, made = {}, {}, set(), []
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     import huggingface_hub.constants as constants
 
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    try:
-        yield Hub
-    finally:
-        server.shutdown()
+    with serve_hub() as found:
+        monkeypatch.setattr(constants, "ENDPOINT", found.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        yield found
 
 
 def test_the_hub_gets_the_model_its_tokenizer_and_its_card_and_no_state_of_the_trainer(
@@ -428,3 +343,68 @@ def test_the_hub_gets_the_model_its_tokenizer_and_its_card_and_no_state_of_the_t
     assert hub.tokens == {"Bearer hf_x"}
     assert "hf_x" not in "".join(content.decode(errors="replace") for content in hub.files.values())
     assert os.listdir(folder)
+
+
+# --- the upload at the end of a run (output.hub)
+
+
+def train_for_the_hub(folder: Path, name: str, **keywords: Any) -> Any:
+    base = str(folder / "bases" / "tiny")
+    if not Path(base).exists():
+        write_base(Path(base), TEMPLATE)
+    settings = {"max_steps": 1, "batch_size": 4, "log_level": "error", "backend": "local"}
+    return nemo_rl.train(base, ROWS, algorithm="sft", output_dir=folder / name, hub="me/tiny", **settings, **keywords)
+
+
+def test_a_run_that_names_a_repository_is_uploaded_at_its_end(
+    folder: Path, hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_environment")
+    found = train_for_the_hub(folder, "for-the-hub")
+    assert found.hub_url == f"{hub.endpoint}/me/tiny"
+    assert hub.files["model.safetensors"] == (Path(found.checkpoint_path) / "model.safetensors").read_bytes()
+    assert hub.tokens == {"Bearer hf_of_the_environment"}
+    assert {made.get("visibility", made.get("private")) for made in hub.made} <= {"private", True}, hub.made
+    written = [path for path in (folder / "for-the-hub").rglob("*") if path.is_file()]
+    assert not [path for path in written if b"hf_of_the_environment" in path.read_bytes()]
+
+
+def test_without_a_token_and_without_the_right_nothing_is_trained(
+    folder: Path, hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"output.hub is 'me/tiny', and there is no token; expected .* HF_TOKEN"):
+        train_for_the_hub(folder, "no-token")
+    monkeypatch.setenv("HF_TOKEN", "hf_reads_only")
+    hub.refuses = 403
+    with pytest.raises(ValueError, match=r"the hub refuses an upload to 'me/tiny' \(output.hub\): HTTP 403"):
+        train_for_the_hub(folder, "no-right", hub_private=False)
+    assert not (folder / "no-token").exists()
+    assert not (folder / "no-right").exists()
+    assert hub.files == {}
+
+
+def test_an_upload_that_fails_leaves_the_result_and_says_how_to_try_again(
+    folder: Path, hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+
+    class Breaks(nemo_rl.Callback):
+        def on_train_end(self, trainer: Any, result: Any) -> None:
+            hub.refuses = 403
+
+    with pytest.warns(
+        UserWarning, match=r"(?s)was not uploaded to me/tiny .*result.push_to_hub\('me/tiny'\) tries again"
+    ):
+        found = train_for_the_hub(folder, "breaks", callbacks=[Breaks()])
+    assert found.hub_url == ""
+    assert Path(found.checkpoint_path).is_dir()
+    hub.refuses = None
+    assert found.push_to_hub("me/tiny").endswith("/me/tiny")
+
+
+@pytest.mark.parametrize("repository", ["tiny", "me/tiny/x", "../tiny", "me tiny/x", "https://huggingface.co/me/tiny"])
+def test_what_is_no_repository_is_refused(folder: Path, repository: str) -> None:
+    with pytest.raises(ValueError, match="hub"):
+        nemo_rl.train("x", ROWS, algorithm="sft", hub=repository, backend="local")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import dataclasses
 import functools
 import importlib.util
 import math
@@ -282,6 +283,16 @@ def test_a_reward_that_fails_raises_with_the_cause_and_the_completion():
             assert f"response: {response!r}" in message
             assert "on_reward_error='zero' or 'drop'" in message
         assert values(runner, "fine") == [1.0]
+
+
+def test_an_error_names_the_step_of_the_run_not_the_one_that_seeds():
+    """Evaluations are seeded as step 0 whenever they are, and steps count from 1."""
+    with running(misbehave, TIMEOUT) as runner:
+        failing = [dataclasses.replace(call, key=(1, 0, 4, 2), step=7) for call in calls("nan")]
+        with pytest.raises(RewardError, match=r"\(step 7, prompt 4, sample 2\)"):
+            runner.score(failing)
+        with pytest.raises(RewardError, match=r"\(tried before the first step, prompt 4, sample 2\)"):
+            runner.score([dataclasses.replace(call, key=(1, 0, 4, 2), step=0) for call in failing])
 
 
 def test_the_error_of_a_raising_reward_shows_the_lines_of_its_author():

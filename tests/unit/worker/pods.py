@@ -30,6 +30,7 @@ import json, os, sys
 import torch, transformers, datasets, transformers.models.qwen2.modeling_qwen2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import nemo_rl.trainers.grpo, nemo_rl.trainers.sft, nemo_rl.worker.run, nemo_rl.data.loading
+import huggingface_hub.constants as hub
 import torch._dynamo, torch.distributed.checkpoint, torch.distributed.fsdp, nemo_rl.run.checkpoint_tensors
 from nemo_rl.worker.__main__ import main
 torch.set_num_threads(1)
@@ -43,6 +44,8 @@ for line in sys.stdin:
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0); os.dup2(out, 1); os.dup2(out, 2)
         os.environ.update(environment)
+        if "HF_ENDPOINT" in environment:  # read at the import, which was before the fork
+            hub.ENDPOINT, hub.HF_HUB_OFFLINE, hub.HF_HUB_DISABLE_XET = environment["HF_ENDPOINT"], False, True
         code = 99
         try:
             code = main()

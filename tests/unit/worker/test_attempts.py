@@ -17,6 +17,7 @@ from nemo_rl.job import names
 from nemo_rl.job.names import ExitCode
 from nemo_rl.job.status import Progress
 from nemo_rl.run.metrics import parse_step_line
+from unit.fake_hub import serve_hub
 from unit.worker import shipped
 from unit.worker.pods import Engine, Pod, mount, surroundings, until
 
@@ -163,6 +164,30 @@ def test_an_attempt_after_success_repeats_the_result_and_trains_nothing(
     assert unbroken.word() == word
     assert "an earlier attempt finished this job after 6 steps" in unbroken.said()
     assert (unbroken.output / "run.json").stat().st_mtime_ns == written
+
+
+def test_a_job_uploads_its_best_checkpoint_and_an_attempt_after_success_only_that(
+    engine: Engine, tiny_model: Path, tmp_path: Path
+):
+    pod = Pod(tmp_path, engine, sft(tiny_model, output={"hub": "team/tiny"}))
+    with serve_hub() as hub:
+        there = {"HF_ENDPOINT": hub.endpoint}
+        assert pod.run(**there) == ExitCode.USER_ERROR
+        assert "there is no token" in (pod.word().message or "")
+        assert not pod.output.exists()
+        assert pod.run(**there, HF_TOKEN="hf_secret") == ExitCode.DONE, pod.said()
+        assert f"nemo-rl: uploaded to {hub.endpoint}/me/tiny" in pod.said()
+        best = pod.path(names.OUTPUT_DIR) / str(pod.word().checkpoint.best)
+        assert hub.files["model.safetensors"] == (best / "model.safetensors").read_bytes()
+        assert hub.tokens == {"Bearer hf_secret"}
+        assert "hf_secret" not in pod.said()
+        written = (pod.output / "run.json").stat().st_mtime_ns
+        # the first upload was cut off, or the hub was away: training is not repeated
+        hub.files.clear()
+        assert pod.run(**there, HF_TOKEN="hf_secret") == ExitCode.DONE, pod.said()
+        assert "an earlier attempt finished this job after 4 steps" in pod.said()
+        assert hub.files["model.safetensors"] == (best / "model.safetensors").read_bytes()
+        assert (pod.output / "run.json").stat().st_mtime_ns == written
 
 
 def test_a_new_job_of_the_same_name_trains_anew_beside_the_old_run(engine: Engine, tiny_model: Path, tmp_path: Path):
