@@ -10,7 +10,7 @@ IN_CLUSTER := $(if $(KUBECONFIG),,$(LAB) run)
 ALONE := tests/e2e/test_startup.py tests/e2e/test_waiting.py
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
-.PHONY: help demo test test-vllm test-vllm-short test-vllm-kills test-trackers architectures test-storage test-storage-kills test-cluster e2e e2e-integrations bench gpu lint docs generate images lab-up lab-deploy lab-down lab-status clean
+.PHONY: help demo test test-readme test-vllm test-vllm-short test-vllm-kills test-trackers architectures test-storage test-storage-kills test-cluster e2e e2e-integrations bench gpu lint docs generate images lab-up lab-deploy lab-down lab-status clean
 help:            ## list the commands
 	@grep -E '^[a-z0-9 -]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 16
 
@@ -44,6 +44,9 @@ endif
 
 e2e-integrations: $(VENV)/.dev            ## the operator with the real Kueue (compiled once from its Go module) beside a real API server
 	$(BIN)/python -m pytest tests/integrations
+
+test-readme: $(VENV)/.dev            ## each command and snippet of the README, in a fresh clone and fresh environments
+	$(BIN)/python -m pytest tests/readme
 
 test-vllm: $(VENV)/.dev            ## rollouts by a real vLLM server on the CPU, in an environment of its own (made once, about 6 GB)
 	$(BIN)/python tests/real_vllm/environment.py

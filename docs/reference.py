@@ -142,8 +142,21 @@ def keywords_page() -> str:
     return (
         "# Keywords\n\nOf `train()`, the trainers and `create_trainer()`, with the field of `spec` that each one is. "
         "`train()` takes `backend`, `validation_dataset`, `tokenizer`, `name`, `namespace`, `secrets` and `wait` "
-        f"besides.\n\n{keywords_table()}"
+        f"besides. Each has an address of its own: `keywords/#max_steps`.\n\n{with_anchors(keywords_table())}"
     )
+
+
+def with_anchors(table: str) -> str:
+    """The table with an anchor at each keyword, by its name; where two sections have the same one, the second gets `-2`."""
+    seen: dict[str, int] = {}
+
+    def row(found: re.Match[str]) -> str:
+        name = found[1]
+        seen[name] = seen.get(name, 0) + 1
+        anchor = name if seen[name] == 1 else f"{name}-{seen[name]}"
+        return f'| <a id="{anchor}"></a>`{name}` |'
+
+    return re.sub(r"^\| `(\w+)` \|", row, table, flags=re.MULTILINE)
 
 
 def data_shapes_page() -> str:

@@ -23,6 +23,11 @@ def test_the_site_builds_without_a_warning(tmp_path: Path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
     assert (tmp_path / "site" / "index.html").exists()
+    notebook = (tmp_path / "site" / "on_a_cluster" / "index.html").read_text()
+    assert "nemo-rl: Succeeded: training ended" in notebook
+    assert notebook.count("<progress") >= 6
+    assert "&lt;progress" not in notebook
+    assert "```" not in notebook
     remote = re.findall(
         r'<(?:script|link)[^>]*(?:src|href)="(https?://[^"]+)"', (tmp_path / "site/index.html").read_text()
     )
@@ -33,6 +38,32 @@ def test_the_reference_is_what_the_code_says():
     pages = load(DOCS / "reference.py").pages()
     there = {path.name: path.read_text(encoding="utf-8") for path in (DOCS / "reference").glob("*.md")}
     assert there == pages, "run python docs/reference.py"
+
+
+def test_pictures_are_light_and_ask_no_other_server():
+    """docs/pictures.py makes them."""
+    found = {path.name: path.read_bytes() for path in (DOCS / "assets").iterdir()}
+    pictures = {"terminal.svg", "arithmetic.svg", "notebook.png", "site.png", "site-phone.png"}
+    assert pictures <= set(found)
+    assert sum(map(len, found.values())) < 600_000
+    for name in pictures:
+        if name.endswith(".svg"):
+            urls = re.findall(rb"""(?:src|href)=["'](https?:[^"']+)|url\((?!#)([^)]+)""", found[name])
+            assert urls == [], name
+            assert b"/tmp/" not in found[name], f"{name} shows a place of the machine that made it"
+    pages = [ROOT / "README.md", *DOCS.rglob("*.md")]
+    shown = {
+        Path(place).name for page in pages for place in re.findall(r"\]\(([\w./-]+\.(?:svg|png))\)", page.read_text())
+    }
+    assert pictures <= shown
+
+
+def test_every_keyword_has_an_address():
+    from nemo_rl.api.keywords import keywords
+
+    found = re.findall(r'<a id="([\w-]+)"></a>', (DOCS / "reference" / "keywords.md").read_text(encoding="utf-8"))
+    assert set(keywords()) <= set(found)
+    assert len(found) == len(set(found))
 
 
 def test_every_page_is_in_the_navigation():
