@@ -10,7 +10,7 @@ IN_CLUSTER := $(if $(KUBECONFIG),,$(LAB) run)
 ALONE := tests/e2e/test_startup.py tests/e2e/test_waiting.py
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
-.PHONY: help demo test test-readme test-vllm test-vllm-short test-vllm-kills test-trackers architectures test-storage test-storage-kills test-cluster e2e e2e-integrations bench gpu lint docs generate images lab-up lab-deploy lab-down lab-status clean
+.PHONY: help demo test test-readme test-vllm test-vllm-short test-vllm-kills test-trackers architectures test-storage test-storage-kills test-cluster e2e e2e-integrations bench soak gpu lint docs generate images lab-up lab-deploy lab-down lab-status clean
 help:            ## list the commands
 	@grep -E '^[a-z0-9 -]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 16
 
@@ -65,6 +65,9 @@ test-trackers: $(VENV)/.dev            ## W&B, MLflow and Trackio without a netw
 
 bench: $(VENV)/.dev            ## speed and memory as ratios against TRL
 	$(BIN)/python benchmarks/engine.py
+
+soak: $(VENV)/.dev            ## a long life of the control plane under faults (MINUTES=120 JOBS=5000); writes benchmarks/results/soak.md
+	$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),120) --jobs $(or $(JOBS),5000)
 
 gpu: $(VENV)/.dev            ## what a GPU must prove, in at most eight minutes on one card; writes benchmarks/results/gpu-<card>.md
 	$(BIN)/python benchmarks/gpu.py

@@ -127,6 +127,12 @@ async def run(
         token_file = TOKEN_FILE if in_cluster and TOKEN_FILE.exists() else None
         tls = info.as_ssl_context()
         await api.connect(Access(info.server, tls, info.as_http_headers(), token_file))
+
+        async def renew() -> None:
+            if found := kopf.login_with_kubeconfig(**kwargs):
+                await api.connect(Access(found.server, found.as_ssl_context(), found.as_http_headers()))
+
+        api.renew = None if in_cluster else renew
         session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ssl=tls), headers=info.as_http_headers(), proxy=info.proxy_url
         )

@@ -52,3 +52,32 @@ def test_killing_the_operator_in_the_middle_of_training_is_invisible_to_the_job(
     assert status["attempt"] == 1
     assert [pod["metadata"]["uid"] for pod in job.pods()] == [pod]
     assert job.phases == ["Starting", "Running", "Succeeded"]
+
+
+def test_memory_raised_while_suspended_gives_the_result_of_a_job_that_had_it_from_the_start(
+    scene: Scene, tmp_path: Path
+):
+    steps, more = 12, {"memory": "3Gi"}
+    roomy = scene.apply(scene.manifests.grpo("roomy", steps=steps, resources=more))
+    short = scene.apply(scene.manifests.grpo("short", steps=steps, pause=0.05, resources={"memory": "2Gi"}))
+    short.reached(2)
+    refused = scene.kubectl(
+        "patch", "rlj", "short", "--type=merge", "-p", '{"spec": {"resources": {"memory": "3Gi"}}}', check=False
+    )
+    assert "spec.resources may change only while the job is suspended" in refused
+    short.patch(suspend=True)
+    saved = short.phase("Suspended")["checkpoint"]["latestStep"]
+    assert 2 <= saved < steps
+    short.patch(resources=more)
+    short.patch(suspend=False)
+    status = short.phase("Succeeded")
+    assert status["attempts"][1]["fromStep"] == saved
+    assert short.pod(attempt=2)["spec"]["containers"][0]["resources"]["limits"]["memory"] == "3Gi"
+    ends = [roomy.phase("Succeeded"), status]
+    runs = [job.read_output(tmp_path / job.name) for job in (roomy, short)]
+    whole, resumed = (metrics_of(run) for run in runs)
+    assert [record["step"] for record in resumed] == list(range(1, steps + 1)), "each step once"
+    assert resumed == whole
+    kept = [run.parent / end["result"]["checkpoint"]["latest"] for run, end in zip(runs, ends, strict=True)]
+    weights, same = ((checkpoint / "model.safetensors").read_bytes() for checkpoint in kept)
+    assert weights == same

@@ -10,7 +10,7 @@ import asyncio
 import json
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ CONNECTIONS = 32
 TIMEOUT = aiohttp.ClientTimeout(total=30, sock_connect=5)
 TOKEN_SECONDS = 60.0
 """How long a token read from the pod's volume is used; the kubelet renews it there."""
+RENEW_SECONDS = 5.0
+"""Between two tries to log in anew where the API server does not know us any more."""
 PAGE = 500
 KUEUE_VERSIONS = ("v1beta2", "v1beta1")
 """That the operator speaks, the best first."""
@@ -68,6 +70,9 @@ class Api:
         self._token, self._token_until = "", 0.0
         self.answered: Callable[[bool], None] = lambda reached: None
         """Told after each call whether the API server answered."""
+        self.renew: Callable[[], Awaitable[object]] | None = None
+        """Logs in anew: a kubeconfig may hold another certificate by now. Watches notice only when they end, in minutes."""
+        self._renewed = -RENEW_SECONDS
         self.kueue_version = ""
         """Version of Kueue's API that is used; empty where it is not served."""
         self.latency = 0.0
@@ -259,6 +264,9 @@ class Api:
             metrics.API_SECONDS.labels(verb).observe(took)
             self.answered(0 < code < 500)
         answer = _parse(content)
+        if code == 401 and self.renew and time.monotonic() - self._renewed >= RENEW_SECONDS:
+            self._renewed = time.monotonic()
+            await self.renew()
         if code >= 300:
             raise ApiError(code, str(answer.get("reason", "")), str(answer.get("message", ""))[:2000])
         return answer
