@@ -280,7 +280,8 @@ class Forwarder:
             return
         both = {writer, there[1]}
         self.writers |= both
-        await asyncio.gather(self._copy(reader, there[1]), self._copy(there[0], writer))
+        with contextlib.suppress(asyncio.CancelledError):  # at the end of the soak
+            await asyncio.gather(self._copy(reader, there[1]), self._copy(there[0], writer))
         self.writers -= both
 
     @staticmethod
