@@ -42,7 +42,7 @@ endif
 	$(IN_CLUSTER) $(BIN)/python -m pytest $(ALONE)
 	$(IN_CLUSTER) $(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore %) tests/e2e
 
-e2e-integrations: $(VENV)/.dev            ## the operator with the real Kueue (compiled once from its Go module) beside a real API server
+e2e-integrations: $(VENV)/.dev            ## the real Kueue and Prometheus (compiled once from Go modules) beside a real API server: queues, alerts
 	$(BIN)/python -m pytest tests/integrations
 
 test-readme: $(VENV)/.dev            ## each command and snippet of the README, in a fresh clone and fresh environments

@@ -36,9 +36,7 @@ class TrainMetrics:
         ProcessCollector(registry=self._registry)
         self._step = Gauge("nemo_rl_train_step", "Optimizer steps done, over all attempts.", registry=self._registry)
         self._total = Gauge("nemo_rl_train_total_steps", "Optimizer steps that the run takes.", registry=self._registry)
-        self._time = Gauge(
-            "nemo_rl_train_last_step_timestamp_seconds", "When the last step ended.", registry=self._registry
-        )
+        self._time: Gauge | None = None
         self._tokens = Counter("nemo_rl_train_tokens", "Tokens processed by this process.", registry=self._registry)
         self._errors = Counter(
             "nemo_rl_train_reward_errors", "Rewards that failed in this process.", registry=self._registry
@@ -60,6 +58,12 @@ class TrainMetrics:
 
     def step_ended(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._step.set(step)
+        if self._time is None:  # before the first step there is no such time; 0 would be an hour of standstill, and more
+            self._time = Gauge(
+                "nemo_rl_train_last_step_timestamp_seconds",
+                "When the last step of this process ended.",
+                registry=self._registry,
+            )
         self._time.set(time.time())
         self._tokens.inc(_finite(metrics.get("tokens")))
         self._errors.inc(_finite(metrics.get("reward_errors")))

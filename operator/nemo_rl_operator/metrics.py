@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from nemo_rl.job.status import Cause
+
 REGISTRY = CollectorRegistry()
 _PREFIX = "nemo_rl_operator"
 _FAST = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
@@ -37,3 +39,11 @@ EVENTS_DROPPED = Counter(
     f"{_PREFIX}_events_dropped", "Kubernetes Events not posted, to spare the API.", registry=REGISTRY
 )
 PROGRESS_PULLS = Counter(f"{_PREFIX}_progress_pulls", "Reads of /progress by result.", ["result"], registry=REGISTRY)
+
+# A counter that first appears when something has happened has not grown in Prometheus' eyes: what alerts count begins at 0.
+for _result in ("ok", "retry", "error"):
+    RECONCILES.labels(_result)
+for _cause in ("Succeeded", *Cause):
+    ATTEMPTS.labels(str(_cause))
+for _result in ("ok", "unreachable", "invalid"):
+    PROGRESS_PULLS.labels(_result)

@@ -1,4 +1,4 @@
-"""Fixtures: what tests/cluster has, and Kueue beside its API server."""
+"""Fixtures: what tests/cluster has, and Kueue beside its API server; Prometheus is compiled too."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from cluster.conftest import (
 )
 from cluster.server import Cluster
 from lab import kueue as lab_kueue
+from lab import prometheus as lab_prometheus
 from lab.settings import LabError
 from nemo_rl.job import names
 
@@ -42,12 +43,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Compiles Kueue before the time limits of single tests begin to count."""
+    """Compiles Kueue and Prometheus before the time limits of single tests begin to count."""
     if (
         any(Path(__file__).parent in item.path.parents for item in session.items)
         and not session.config.option.collectonly
     ):
         lab_kueue.ensure()
+        lab_prometheus.ensure()
 
 
 @pytest.fixture(scope="session")

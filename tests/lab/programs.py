@@ -36,9 +36,13 @@ PROGRAMS: dict[str, tuple[str, str, Path]] = {
     "helm": ("helm", "helm.sh/helm/v3/cmd/helm", BIN),
     "kueue": ("kueue", "sigs.k8s.io/kueue/cmd/kueue", BIN),
     "versitygw": ("versitygw", "github.com/versity/versitygw/cmd/versitygw", BIN),
+    "prometheus": ("prometheus", "github.com/prometheus/prometheus/cmd/prometheus", BIN),
+    "promtool": ("prometheus", "github.com/prometheus/prometheus/cmd/promtool", BIN),
 }
+TAGS = {"prometheus": "remove_all_sd,enable_kubernetes_sd"}
+"""Build tags of a module: Prometheus finds its targets by the API server alone; the clients of clouds cost minutes."""
 CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kubectl")
-NODE = tuple(name for name in PROGRAMS if name not in ("helm", "kueue", "versitygw"))
+NODE = tuple(name for name, (module, _, _) in PROGRAMS.items() if module in ("kubernetes", "pause", "coredns"))
 
 
 def path(name: str) -> Path:
@@ -85,7 +89,8 @@ def _build_one(name: str) -> None:
     unfinished = folder / f".{name}.{os.getpid()}"
     begin = time.monotonic()
     # etcd's main package is in a folder called v3, so every output is named
-    command = ["go", "build", "-trimpath", "-buildvcs=false", "-ldflags", flags, "-o", str(unfinished), package]
+    command = ["go", "build", "-trimpath", "-buildvcs=false", "-ldflags", flags, f"-tags={TAGS.get(module, '')}"]
+    command += ["-o", str(unfinished), package]
     result = subprocess.run(
         command, cwd=SOURCE / "build" / module, env=os.environ | {"CGO_ENABLED": "0"}, stderr=subprocess.PIPE, text=True
     )

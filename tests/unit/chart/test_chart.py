@@ -146,6 +146,16 @@ def test_policies_select_what_the_operator_really_labels():
     assert monitor["selector"]["matchLabels"][names.LABEL_COMPONENT] == names.COMPONENT_TRAINER
 
 
+def test_metrics_are_for_those_who_are_named():
+    def ingress(**values: object) -> list[dict]:
+        (policy,) = of_kind(render({"networkPolicy": values}), "NetworkPolicy")
+        return policy["spec"]["ingress"]
+
+    peer = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    assert ingress() == [{"ports": [{"port": "health"}]}]
+    assert ingress(metricsFrom=[peer])[1:] == [{"ports": [{"port": "metrics"}], "from": [peer]}]
+
+
 def test_the_doctor_finds_the_operator_by_its_label():
     from nemo_rl.cli import cluster_checks
 

@@ -68,6 +68,20 @@ def test_every_metric_of_operator_and_trainer_is_on_the_dashboard():
     assert {n for n in served - shown if not n.endswith("_created")} == set()
 
 
+def test_what_alerts_count_is_served_from_the_operators_start():
+    """A counter that appears together with what it counts has not grown: the first failures would raise no alert."""
+    from prometheus_client import generate_latest
+
+    from nemo_rl.job.status import Cause
+    from nemo_rl_operator import metrics
+
+    families = text_string_to_metric_families(generate_latest(metrics.REGISTRY).decode())
+    served = {(s.name, value) for f in families for s in f.samples for value in s.labels.values()}
+    ended = {("nemo_rl_operator_attempts_ended_total", cause) for cause in ("Succeeded", *Cause)}
+    looked_at = {("nemo_rl_operator_reconciles_total", result) for result in ("ok", "retry", "error")}
+    assert ended | looked_at <= served
+
+
 def test_causes_in_alerts_are_causes_of_attempts():
     from nemo_rl.job.status import Cause
 

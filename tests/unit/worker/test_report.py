@@ -146,5 +146,14 @@ def test_counters_add_up_over_steps():
     assert "nemo_rl_train_reward 0.5" in text
 
 
+def test_before_the_first_step_there_is_no_time_of_the_last_one():
+    """0 would be a standstill of decades, and raise an alert while the model is still being loaded."""
+    series = TrainMetrics()
+    series.begin(0, 10)
+    assert b"last_step_timestamp" not in series.text()
+    series.step_ended(1, {})
+    assert b"\nnemo_rl_train_last_step_timestamp_seconds 1." in series.text()
+
+
 def test_a_folder_without_checkpoints_has_none(tmp_path: Path):
     assert phases.read_checkpoints(tmp_path / "run", tmp_path, "grpo") is None
