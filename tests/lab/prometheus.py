@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lab import programs
-from lab.control_plane import ControlPlane, free_ports
+from lab.control_plane import ControlPlane
 from lab.settings import LabError
+from ports import free_ports
 
 Object = dict[str, Any]
 START_SECONDS = 90
