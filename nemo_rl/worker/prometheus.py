@@ -58,7 +58,7 @@ class TrainMetrics:
 
     def step_ended(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._step.set(step)
-        if self._time is None:  # before the first step there is no such time; 0 would be an hour of standstill, and more
+        if self._time is None:  # before the first step there is no such time, and 0 would look like a long standstill
             self._time = Gauge(
                 "nemo_rl_train_last_step_timestamp_seconds",
                 "When the last step of this process ended.",

@@ -24,7 +24,7 @@ import yaml
 
 from charts import CHART, render
 from cluster.api import Object, eventually
-from cluster.kubelet import Kubelet, PlayedPod
+from cluster.kubelet import NODE, Kubelet, PlayedPod
 from cluster.operator_process import Operator, Operators
 from cluster.scene import Scene
 from cluster.server import Cluster
@@ -39,7 +39,7 @@ __all__ = ["engine", "tiny_model"]
 pytestmark = pytest.mark.timeout(900)  # the first test waits until both trainers have begun
 SECONDS = 120.0
 OPERATOR_PORT = 9090
-HELD_AT = 3
+HELD_AT, HOLD_SECONDS = 3, 1800
 VALUES = {
     "crds": {"enabled": False},
     "metrics": {
@@ -130,6 +130,9 @@ def scraped(
         ]
         plane.launch("deployments")
         ending.callback(plane.kill, "deployments")
+        # the pods' node: a pod on a node that is not there is in no EndpointSlice
+        cluster.api.create("nodes", None, {"metadata": {"name": NODE}})
+        ending.callback(cluster.api.delete, "nodes", None, NODE)
         objects = render(VALUES | {"watchNamespaces": [scene.namespace]}, namespace=scene.namespace)
         deployed = [o for o in objects if o["kind"] in ("ServiceAccount", "Deployment", "Service")]
         cluster.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(deployed))
@@ -161,7 +164,9 @@ def scraped(
         scene.submit("sft", algorithm="sft")
         scene.attempt(1, "grpo", 1).run()
         for name, spec in trainers.items():
-            process = Pod(tmp_path_factory.mktemp(name), engine, spec).start(HOLD_AT=str(HELD_AT))
+            process = Pod(tmp_path_factory.mktemp(name), engine, spec).start(
+                HOLD_AT=str(HELD_AT), HOLD_SECONDS=str(HOLD_SECONDS)
+            )
             ending.callback(process.end)
             ending.callback(process.stop, 9)
             process.wait_at_gate()

@@ -16,7 +16,7 @@ class Gate:
             return
         folder = Path(os.environ["GATE"])
         (folder / "reached").touch()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + float(os.environ.get("HOLD_SECONDS", "60"))
         while not (folder / "open").exists():
             assert time.monotonic() < deadline, "nobody opened the gate"
             time.sleep(0.01)
