@@ -43,8 +43,8 @@ HELD_AT, HOLD_SECONDS = 3, 1800
 VALUES = {
     "crds": {"enabled": False},
     "metrics": {
-        "serviceMonitor": {"enabled": True, "interval": "1s"},
-        "podMonitor": {"enabled": True, "interval": "1s"},
+        "serviceMonitor": {"enabled": True, "interval": "3s"},
+        "podMonitor": {"enabled": True, "interval": "3s"},
         "rules": {"enabled": True},
     },
 }
