@@ -152,7 +152,7 @@ def scraped(
         network.ports[f"{pod.address}:{OPERATOR_PORT}"] = lambda: operator.metrics_port
         pod.run()
 
-        validated: Object = {"evalEvery": 1, "saveEvery": 1, "maxSteps": 100}
+        validated: Object = {"evalEvery": 1, "saveEvery": 1, "maxSteps": 100, "maxEpochs": 100}
         settings = grpo(tiny_model, **validated) | {"validationDataset": {"inline": PROMPTS[:2]}}
         settings["grpo"] |= {"beta": 0.01}
         trainers = {"grpo": settings}
