@@ -42,8 +42,11 @@ endif
 	$(IN_CLUSTER) $(BIN)/python -m pytest $(ALONE)
 	$(IN_CLUSTER) $(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore %) tests/e2e
 
-e2e-integrations: $(VENV)/.dev            ## the real Kueue and Prometheus (compiled once from Go modules) beside a real API server: queues, alerts
+e2e-integrations: $(VENV)/.dev            ## real Kueue, Prometheus and kube-network-policies (compiled once from Go modules): queues, alerts, who reaches whom
 	$(BIN)/python -m pytest tests/integrations
+	$(LAB) up
+	$(LAB) deploy
+	$(LAB) run $(BIN)/python -m pytest tests/enforced
 
 test-readme: $(VENV)/.dev            ## each command and snippet of the README, in a fresh clone and fresh environments
 	$(BIN)/python -m pytest tests/readme

@@ -18,6 +18,8 @@ TRAINER = "trainer_image/Dockerfile"
 OPERATOR = "trainer_image/operator.Dockerfile"
 SECURITY = "pod-security.kubernetes.io/enforce=restricted"
 WAIT = "120s"
+SCRAPES = {"lab/scrapes": "yes"}
+"""Label of the namespaces from where metrics are scraped."""
 
 
 def deploy() -> None:
@@ -61,6 +63,8 @@ def install(trainer: str, operator: str) -> None:
         values += [f"{key}.repository={repository}", f"{key}.tag={tag}"]
     chart = PROJECT / "charts/nemo-rl-operator"
     sets = [word for value in values for word in ("--set-string", value)]
+    scraper = {"namespaceSelector": {"matchLabels": SCRAPES}}
+    sets += ["--set-json", f"networkPolicy.metricsFrom={json.dumps([scraper])}"]
     command = [
         *(programs.path("helm"), f"--kubeconfig={KUBECONFIG}", "upgrade", "--install", RELEASE, chart),
         *("--namespace", NAMESPACE, "--wait", f"--timeout={WAIT}", *sets),

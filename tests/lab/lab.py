@@ -12,6 +12,7 @@ lab.py base                  make the base image localhost/python:3.11
 lab.py image TAG FOLDER ...  build a Dockerfile (further options go to buildah) and load it into the node
 lab.py deploy                build the project's images, load them, install the operator: what has changed
 lab.py kueue                 install Kueue, by its own chart
+lab.py policies [off]        enforce NetworkPolicies, by kube-network-policies
 lab.py load TAG ...          load images that were built before into the node
 lab.py extend NAME=COUNT     advertise a resource on the node, for example nvidia.com/gpu=4
 lab.py kill PROGRAM [SIGNAL] signal one of the node's programs; it is started again
@@ -29,7 +30,7 @@ from pathlib import Path
 # as a script, this file's own folder comes first in the path, where `lab` would be this file
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from lab import cluster, control_plane_process, deploy, forward, images, kueue, node, programs  # noqa: E402
+from lab import cluster, control_plane_process, deploy, forward, images, kueue, network_policies, node, programs  # noqa: E402
 from lab.settings import CONTROL_PLANE, KUBECONFIG, LabError, fail, say  # noqa: E402
 
 
@@ -44,6 +45,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     verbs.add_parser("base")
     verbs.add_parser("deploy")
     verbs.add_parser("kueue")
+    verbs.add_parser("policies").add_argument("state", nargs="?", default="on", choices=("on", "off"))
     builder = verbs.add_parser("image")
     builder.add_argument("tag")
     builder.add_argument("folder")
@@ -94,6 +96,8 @@ def run(given: argparse.Namespace, rest: list[str]) -> None:
             deploy.deploy()
         case "kueue":
             kueue.install()
+        case "policies":
+            network_policies.on() if given.state == "on" else network_policies.off()
         case "load":
             for tag in given.tags:
                 images.load(tag)

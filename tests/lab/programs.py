@@ -37,6 +37,7 @@ PROGRAMS: dict[str, tuple[str, str, Path]] = {
     "kueue": ("kueue", "sigs.k8s.io/kueue/cmd/kueue", BIN),
     "versitygw": ("versitygw", "github.com/versity/versitygw/cmd/versitygw", BIN),
     "prometheus": ("prometheus", "github.com/prometheus/prometheus/cmd/prometheus", BIN),
+    "netpol": ("kube-network-policies", "sigs.k8s.io/kube-network-policies/cmd", BIN),
     "promtool": ("prometheus", "github.com/prometheus/prometheus/cmd/promtool", BIN),
 }
 TAGS = {"prometheus": "remove_all_sd,enable_kubernetes_sd"}
