@@ -13,7 +13,6 @@ import pytest
 
 from e2e.conftest import TEST_SECONDS, manifests, new_scene, operator, pytest_runtest_makereport
 from lab import network_policies
-from lab.control_plane import die_with_parent
 from lab.settings import KUBECONFIG, LabError
 
 __all__ = ["manifests", "new_scene", "operator", "pytest_runtest_makereport"]
@@ -54,13 +53,14 @@ def enforced() -> Iterator[None]:
         ending.callback(remove_outside)
         remove_outside()
         make_outside()
-        listen = ("ip", "netns", "exec", "outside", sys.executable, "-c", LISTEN, *map(str, OUTSIDE_PORTS))
+        code = f"{LISTEN}\nimport os; sys.stdin.read(); os._exit(0)"  # it ends with these tests, however they end
+        listen = ("ip", "netns", "exec", "outside", sys.executable, "-c", code, *map(str, OUTSIDE_PORTS))
         process = subprocess.Popen(
-            network_policies.nsenter(*listen), stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent
+            network_policies.nsenter(*listen), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        assert process.stdin and process.stdout
         ending.callback(process.wait)
-        ending.callback(process.kill)
-        assert process.stdout
+        ending.callback(process.stdin.close)
         assert process.stdout.readline() == "listens\n"
         yield
 

@@ -86,7 +86,7 @@ class ControlPlane:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=_die_with_parent,
             )
 
     def kill(self, name: str) -> None:
@@ -209,7 +209,7 @@ class ControlPlane:
         }
 
 
-def die_with_parent() -> None:
+def _die_with_parent() -> None:
     """Asks the kernel to end this process when the thread that started it ends: nothing outlives a killed test run."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

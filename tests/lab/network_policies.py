@@ -82,7 +82,7 @@ def off() -> None:
 
 
 def inside(*command: object, check: bool = True) -> None:
-    """Runs a command in the network and the mounts of the node, which are those of this machine but for /run."""
+    """Runs a command in the node's network, and in its mounts, which are those of this machine but for /run and /proc."""
     if check:
         sh(*nsenter(*command))
     else:
@@ -90,7 +90,7 @@ def inside(*command: object, check: bool = True) -> None:
 
 
 def nsenter(*command: object) -> list[str]:
-    return ["nsenter", f"--target={cluster.state()['init']}", "--net", "--mount", "--", *map(str, command)]
+    return ["nsenter", f"--target={cluster.state()['init']}", "--net", "--mount", "--pid", "--", *map(str, command)]
 
 
 def manifest() -> str:
