@@ -21,6 +21,10 @@ class Missing(StorageError):
     """There is no such object."""
 
 
+class Damaged(StorageError):
+    """What the store has is not what was saved: missing, of another size or with another digest. Asking again does not help."""
+
+
 _CAUSES: tuple[tuple[str, str, bool], ...] = (
     # what the answer holds, the sentence, whether waiting may help
     (
@@ -90,7 +94,8 @@ def in_words(error: BaseException, doing: str, uri: str) -> StorageError:
     absent = isinstance(error, FileNotFoundError)
     if absent and not any(re.search(pattern, text) for pattern, *_ in _CAUSES[:5]):
         return Missing(f"cannot {doing} {uri}: there is no such object")
-    if kind in ("AlreadyExistsError", "PreconditionError"):
+    # What replaces an object on condition and finds no bucket is told of a condition that failed.
+    if kind in ("AlreadyExistsError", "PreconditionError") and not re.search(_CAUSES[0][0], text):
         return Conflict(f"cannot {doing} {uri}: somebody else wrote it first")
     for pattern, sentence, transient in _CAUSES:
         if re.search(pattern, text):

@@ -111,8 +111,18 @@ class Store:
 
     def stat(self, path: str) -> Object | None:
         """What is known of an object without reading it; None where there is none."""
+
+        def head() -> Any:
+            try:
+                return self._obstore.head(self._inner, self._key(path))
+            except Exception as error:
+                if type(in_words(error, "look at", path)) in (StorageError, Missing):
+                    # The answer to HEAD has no body that says why (404: no object, or no bucket?): ask for what has one.
+                    self._obstore.get(self._inner, self._key(path), options={"range": (0, 1)})
+                raise
+
         try:
-            found = self._patiently("look at", path, lambda: self._obstore.head(self._inner, self._key(path)))
+            found = self._patiently("look at", path, head)
         except Missing:
             return None
         return Object(path, int(found["size"]), str(found["e_tag"] or ""))
@@ -188,15 +198,19 @@ class Store:
     def probe(self) -> None:
         """Proves that objects can be written, read, deleted, and written on condition; StorageError says what cannot."""
         path, content = f"{PROBE}-{os.getpid()}-{random.getrandbits(64):016x}", b"nemo-rl was here"
-        self.create(path, content)
-        try:
+
+        def overwritten() -> bool:
             try:
                 self._obstore.put(self._inner, self._key(path), b"another content", mode="create")
+                return True
             except Exception as error:
-                told = in_words(error, "write", self._name(path))
-                if not isinstance(told, Conflict):
-                    raise told from None
-            else:
+                if isinstance(in_words(error, "write", self._name(path)), Conflict):
+                    return False
+                raise
+
+        self.create(path, content)
+        try:
+            if self._patiently("write", path, overwritten):
                 raise StorageError(
                     f"{self.uri}: this store has no conditional writes (it overwrote an object that was to be written only if "
                     "new), so two writers could not be kept apart; expected a store that knows If-None-Match and If-Match, "

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nemo_rl.errors import StorageError
-from nemo_rl.storage.errors import Conflict
+from nemo_rl.storage.errors import Conflict, Damaged
 from nemo_rl.storage.store import PART_BYTES, Store
 
 FILES_AT_ONCE = 2
@@ -42,15 +42,15 @@ def digest(path: Path) -> str:
 
 
 def checked(entries: Any, what: str) -> list[File]:
-    """The files that a manifest names. StorageError for what is none, or names a path that leads out of its folder."""
+    """The files that a manifest names. Damaged for what is none, or names a path that leads out of its folder."""
     try:
         found = [File(str(e["path"]), int(e["size"]), str(e["sha256"])) for e in entries]
     except (TypeError, KeyError, ValueError):
-        raise StorageError(f"{what}: found no list of files with path, size and sha256; it was damaged") from None
+        raise Damaged(f"{what}: found no list of files with path, size and sha256; it was damaged") from None
     for file in found:
         name = PurePosixPath(file.path)
         if name.is_absolute() or not name.parts or ".." in name.parts or file.size < 0 or "\\" in file.path:
-            raise StorageError(f"{what} names {file.path!r}, which is not in its folder; somebody else wrote it")
+            raise Damaged(f"{what} names {file.path!r}, which is not in its folder; somebody else wrote it")
     return found
 
 
@@ -74,7 +74,7 @@ def upload(store: Store, files: Iterable[tuple[str, Path]], stop: Callable[[], N
 def download(store: Store, files: list[File], folder: Path, progress: Progress = lambda done, total: None) -> None:
     """Fetches these files into `folder`. What is there and right is kept; half a file goes on where it broke off.
 
-    StorageError for a file of another size or digest than named, and then nothing of that name stays.
+    Damaged for a file that is missing or of another size or digest than named, and then nothing of that name stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
     total = sum(file.size for file in files)
@@ -107,9 +107,9 @@ def _fetch(store: Store, file: File, target: Path, progress: Callable[[int], Non
         resumed = part.stat().st_size if part.exists() else 0
         found = store.stat(file.path)
         if found is None:
-            raise StorageError(f"{store.uri}/{file.path} is missing")
+            raise Damaged(f"{store.uri}/{file.path} is missing")
         if found.size != file.size:
-            raise StorageError(f"{store.uri}/{file.path} has {found.size} bytes, but was saved with {file.size}")
+            raise Damaged(f"{store.uri}/{file.path} has {found.size} bytes, but was saved with {file.size}")
         try:
             read = _ranges(store, file, found.version, part, resumed, progress)
         except Conflict:
@@ -120,9 +120,7 @@ def _fetch(store: Store, file: File, target: Path, progress: Callable[[int], Non
         part.unlink()  # what was resumed may be of an older version; what was read in one go is not
         if not resumed or attempt:
             break
-    raise StorageError(
-        f"{store.uri}/{file.path} is damaged: its content is not the one that was saved (another SHA-256)"
-    )
+    raise Damaged(f"{store.uri}/{file.path} is damaged: its content is not the one that was saved (another SHA-256)")
 
 
 def _ranges(store: Store, file: File, version: str, part: Path, begin: int, progress: Callable[[int], None]) -> str:

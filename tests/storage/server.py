@@ -76,18 +76,28 @@ def serving(folder: Path) -> Iterator[S3]:
 
 # --- faults -----------------------------------------------------------------------------------------------------------
 
-REASONS = {
-    503: b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>",
-    400: b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>",
-    507: b"<Error><Code>QuotaExceeded</Code><Message>The quota is used up.</Message></Error>",
+ANSWERS = {
+    "503": (503, "SlowDown", "Please reduce your request rate."),
+    "expired": (400, "ExpiredToken", "The provided token has expired."),
+    "full": (507, "QuotaExceeded", "The quota is used up."),
+    "denied": (403, "AccessDenied", "Access Denied."),
+    "skewed": (
+        403,
+        "RequestTimeTooSkewed",
+        "The difference between the request time and the server's time is too large.",
+    ),
+    "region": (400, "AuthorizationHeaderMalformed", "The region is wrong; expecting 'eu-north-1'."),
+    "bucket": (404, "NoSuchBucket", "The specified bucket does not exist."),
+    "key": (403, "InvalidAccessKeyId", "The access key that was given does not exist."),
 }
+"""Faults that are an answer in the server's place: status, code and message."""
 
 
 @dataclass
 class Faults:
     """A proxy before an S3 server. `choose` is asked for each request: None passes it on.
 
-    "503", "expired", "full": an answer in the server's place; "reset": the connection is cut; "lost": the server does it, and
+    One of ANSWERS: that answer in the server's place; "reset": the connection is cut; "lost": the server does it, and
     its answer is cut; "truncated": half of the answer's body, then a cut; "slow": half a second late; "kill", "killed": as "reset"
     and as "lost", and `kill` is called before the cut.
     """
@@ -118,8 +128,8 @@ class Faults:
                         faults.kill()
                     return self._cut()
                 body = self.rfile.read(length)
-                if fault in ("503", "expired", "full"):
-                    return self._answer({"503": 503, "expired": 400, "full": 507}[fault])
+                if fault in ANSWERS:
+                    return self._answer(*ANSWERS[fault])
                 if fault == "slow":
                     time.sleep(0.5)
                 headers = dict(self.headers.items())
@@ -152,9 +162,10 @@ class Faults:
                     return self._cut()
                 self.wfile.write(content)
 
-            def _answer(self, status: int) -> None:
+            def _answer(self, status: int, code: str, message: str) -> None:
                 self.send_response(status)
-                content = b"" if self.command == "HEAD" else REASONS[status]
+                text = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
+                content = b"" if self.command == "HEAD" else text.encode()
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)

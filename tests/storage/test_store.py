@@ -178,6 +178,16 @@ def test_wrong_settings_are_told_with_the_cure(store_environment, monkeypatch, c
     assert "not-a-secret-of-anybody" not in str(told.value)
 
 
+@pytest.mark.parametrize("work", ["stat", "list", "read", "write", "create", "delete"])
+def test_whatever_is_asked_first_the_cause_is_told(store_environment, monkeypatch, work):
+    """Also by requests whose answers have no body."""
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    store = Store("s3://bucket/first", patience=0.5)
+    arguments = {"list": (), "write": ("a", b"b"), "create": ("a", b"b"), "delete": (["a"],)}.get(work, ("a",))
+    with pytest.raises(StorageError, match="the secret key is not the one of this access key"):
+        getattr(store, work)(*arguments)
+
+
 def test_a_bucket_that_is_not_there(store_environment):
     with pytest.raises(StorageError, match="there is no such bucket"):
         Store("s3://no-such-bucket/folder", patience=0.5).probe()

@@ -25,9 +25,10 @@ from nemo_rl.run.stored.head import (
     manifest_of,
 )
 from nemo_rl.run.stored.lease import HeadLease
-from nemo_rl.storage.errors import Conflict, Unavailable
+from nemo_rl.storage.errors import Conflict, Damaged
+from nemo_rl.storage.sender import Sender
 from nemo_rl.storage.store import Store, walk
-from nemo_rl.storage.transfer import File, checked, digest, download, upload
+from nemo_rl.storage.transfer import File, checked, digest, download
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class PublishedCheckpoints:
         self.rank, self.carries = rank, carries
         self.node, self.nodes = 0, 1
         self._lease = lease
+        self._sender = Sender()
         self._saving: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._whole: set[str] = set()
@@ -69,7 +71,10 @@ class PublishedCheckpoints:
         return news
 
     def bring(self, names: list[str]) -> str | None:
-        """Fetches the first of these checkpoints that is whole; one that is damaged is passed over with a warning."""
+        """Fetches the first of these checkpoints that is whole; one that is damaged is passed over with a warning.
+
+        StorageError where it cannot be read: then nobody knows what it is, and a run that went on without it would lose it.
+        """
         for name in names:
             entry = next((e for e in self.entries() if e["name"] == name), None)
             if entry is None:
@@ -81,9 +86,7 @@ class PublishedCheckpoints:
                 _fetch(self._store(entry["folder"]), entry, target)
                 self._whole.add(name)
                 return name
-            except Unavailable:
-                raise
-            except StorageError as error:
+            except Damaged as error:
                 logger.warning("passed over the checkpoint %s in %s: %s", name, self._lease.uri, error)
                 for path in (target, _aside(target)):
                     shutil.rmtree(path, ignore_errors=True)
@@ -96,6 +99,7 @@ class PublishedCheckpoints:
         if not self.carries:
             return
         self.wait()
+        self._sender.start()
         arguments = (path, step, metric, keep, frozenset(always))
         self._saving = threading.Thread(target=self._publish_safely, args=arguments, name="nemo-rl-save", daemon=True)
         self._saving.start()
@@ -127,6 +131,7 @@ class PublishedCheckpoints:
         if self._saving is not None:
             self._saving.join()
             self._saving = None
+        self._sender.close()
         if self._failure is not None:
             logger.warning("the last checkpoint could not be written to %s: %s", self._lease.uri, self._failure)
 
@@ -147,7 +152,7 @@ class PublishedCheckpoints:
         files = list(walk(path))
         if self.rank != 0:
             files = [(name, file) for name, file in files if name != "state.json"]
-        sent = upload(store, files, self._lease.check)
+        sent = self._sender.upload(store, files, self._lease.check)
         if self.rank != 0:
             store.write(f"{PARTS}/{self.node}.json", encoded([vars(file) for file in sent]))
             shutil.rmtree(path, ignore_errors=True)  # another node's folder would only fill up
