@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import random
 import re
@@ -94,6 +95,43 @@ def example(heading: str) -> str:
     match = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert match, heading
     return match[1]
+
+
+def with_files(code: str, folder: str = "") -> str:
+    """The example with files in place of the data sets' names, which need a hub; nothing else is changed."""
+    code = code.replace('"nvidia/HelpSteer2"', f'"{folder}helpsteer2.jsonl"')
+    return re.sub(
+        r'"nvidia/OpenMathInstruct-2"(.*?)\n *split="train_1M",', rf'"{folder}openmath.jsonl"\1', code, flags=re.DOTALL
+    )
+
+
+def write_data(folder: Path) -> None:
+    """The files of `with_files`, and the rows of "Your own prompts" as prompts.jsonl."""
+    assigned = {
+        ast.unparse(node.targets[0]): node.value
+        for node in ast.parse(example("Your own prompts")).body
+        if isinstance(node, ast.Assign)
+    }
+    found = {"helpsteer2": helpsteer2(24), "openmath": openmath(48), "prompts": ast.literal_eval(assigned["prompts"])}
+    for name, rows in found.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def in_store(code: str, hub: str, output: str, more: str = "") -> str:
+    """The example with its model, its data and its output in an object store: `hub` has what the names in it mean.
+
+    `more`: further keywords of the call.
+    """
+    code = re.sub(r'"(Qwen/[^"]+)"', rf'"{hub}/\1"', with_files(code, f"{hub}/"))
+    code = code.replace("    prompts,\n", f'    "{hub}/prompts.jsonl",\n')
+    code = re.sub(r'\n *output_dir="[^"]*",', "", code).replace("outputs/helpsteer2-grpo/", "")
+    (call,) = (
+        n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "nemo_rl.train"
+    )
+    lines = code.splitlines(keepends=True)
+    end = sum(len(line) for line in lines[: (call.end_lineno or 0) - 1]) + (call.end_col_offset or 0) - 1
+    before = code[:end].rstrip().rstrip(",")
+    return f'{before}, output_dir="{output}"{more}{code[end:]}'
 
 
 def write_models(folder: Path) -> None:

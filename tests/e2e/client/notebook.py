@@ -5,16 +5,14 @@ Tests run it; with NEMO_RL_WRITE_NOTEBOOK=1 they keep it, with its outputs, as d
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import nbclient
 import nbformat
 
-from documented import EXAMPLES, ROOT, example, helpsteer2, openmath, write_models
+from documented import EXAMPLES, ROOT, example, with_files, write_data, write_models
 
 NOTEBOOK = ROOT / "docs" / "on_a_cluster.ipynb"
 CELL_SECONDS = 600
@@ -28,19 +26,10 @@ AFTERWARDS = """## Afterwards
 Jobs stay on the cluster until they are deleted, and can be found by name from anywhere."""
 
 
-def local_names(code: str) -> str:
-    """The example with files in place of the data sets' names, which need a hub; nothing else is changed."""
-    code = code.replace('"nvidia/HelpSteer2"', '"helpsteer2.jsonl"')
-    return re.sub(
-        r'"nvidia/OpenMathInstruct-2"(.*?)\n *split="train_1M",', r'"openmath.jsonl"\1', code, flags=re.DOTALL
-    )
-
-
 def write_inputs(folder: Path) -> None:
     """What the names in the examples mean."""
     write_models(folder)
-    for name, rows in (("helpsteer2", helpsteer2(24)), ("openmath", openmath(48))):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_data(folder)
 
 
 def build() -> nbformat.NotebookNode:
@@ -49,7 +38,7 @@ def build() -> nbformat.NotebookNode:
     for heading in EXAMPLES:
         cells += [
             nbformat.v4.new_markdown_cell(f"## {heading}"),
-            nbformat.v4.new_code_cell(local_names(example(heading))),
+            nbformat.v4.new_code_cell(with_files(example(heading))),
         ]
     cells += [nbformat.v4.new_markdown_cell(AFTERWARDS), nbformat.v4.new_code_cell("nemo_rl.jobs()")]
     for number, cell in enumerate(cells):

@@ -11,7 +11,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from documented import EXAMPLES, example
+from documented import EXAMPLES, example, with_files
 from e2e.client import notebook
 from e2e.client.desk import Desk, Program
 from e2e.scene import SECONDS
@@ -33,7 +33,7 @@ def scripts(desk: Desk, inputs: Path) -> dict[str, Program]:
         folder.mkdir()
         for one in ("Qwen", "helpsteer2.jsonl", "openmath.jsonl"):
             (folder / one).symlink_to(inputs / one)
-        (folder / "example.py").write_text(notebook.local_names(example(heading)))
+        (folder / "example.py").write_text(with_files(example(heading)))
         if number >= 2:
             found[EXAMPLES[number - 2]].end(2 * SECONDS)
         found[heading] = Program(
