@@ -196,6 +196,13 @@ def _bundle_rules() -> list[Schema]:
             ".callbacks",
         )
     )
+    rules.append(
+        _rule(
+            "self.bundles.all(b, size(b.configMaps) > 0) || (has(self.output) && has(self.output.uri))",
+            "a bundle without configMaps is read from the store of output.uri; give one",
+            ".bundles",
+        )
+    )
     return rules
 
 

@@ -81,6 +81,10 @@ MAX_NESTING = 32
 MAX_BUNDLE_PARTS = 64
 """ConfigMaps of all bundles of a job together; one bundle of the greatest size has 19."""
 MAX_BUNDLE_BYTES = 16 * 1024 * 1024
+"""Of a bundle in ConfigMaps. The archive of a larger one lies in the store that the job writes to."""
+MAX_STORED_BUNDLE_BYTES = 256 * 1024 * 1024
+STORED_BUNDLES = ".bundles"
+"""Folder below output.uri with the archives of bundles, named by their digests. No job can have this name."""
 BUNDLE_PART_BYTES = 900 * 1000
 BUNDLE_WAIT_SECONDS = 600
 
@@ -155,6 +159,11 @@ def network_policy(job: str, uid: str) -> str:
 def device_claim(number: int) -> str:
     """Of the claims of devices of a pod, the one with this number, as pod and container name it."""
     return f"devices-{number}"
+
+
+def stored_bundle(sha256: str) -> str:
+    """Where below output.uri the archive with this digest is."""
+    return f"{STORED_BUNDLES}/{sha256}.tar.gz"
 
 
 def bundle_part(index: int) -> str:

@@ -163,14 +163,14 @@ class CallbackSpec(Section):
 
 
 class BundleSpec(Section):
-    """Files shipped by the client: a tar.gz cut over immutable ConfigMaps, named by its digest."""
+    """Files shipped by the client: a tar.gz cut over immutable ConfigMaps or, where it is large, in the output's store."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
     """Name by which reward, callbacks, dataset and model refer to it."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """SHA-256 of the whole archive; the pod checks it before it unpacks."""
-    config_maps: Annotated[list[ObjectName], Field(min_length=1, max_length=32)]
-    """Names of the ConfigMaps that hold the parts, in order."""
+    config_maps: Annotated[list[ObjectName], Field(max_length=32)] = []
+    """Names of the ConfigMaps that hold the parts, in order. Default none: the archive is below output.uri, as .bundles/SHA256.tar.gz."""
     python: Annotated[str, Field(pattern=r"^3\.\d+$")] | None = None
     """Python minor version that the bundle needs; only where it holds pickles."""
 
@@ -883,6 +883,11 @@ class RLTrainingJobSpec(Section):
         known = {bundle.name for bundle in self.bundles}
         if len(known) < len(self.bundles):
             raise ValueError("two bundles have the same name; names must differ")
+        homeless = [bundle.name for bundle in self.bundles if not bundle.config_maps]
+        if homeless and self.output.uri is None:
+            raise ValueError(
+                f"bundle {homeless[0]!r} has no configMaps; expected their names, or an output.uri in whose store its archive is"
+            )
         for where, reference in self._bundle_references():
             if reference not in known:
                 raise ValueError(

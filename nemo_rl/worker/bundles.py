@@ -33,7 +33,8 @@ __path__: list[str] = []
 SHIPPED = f"{__name__}.at_"
 MANIFEST = "bundle.json"
 FORMAT = 1
-MAX_UNPACKED_BYTES = 8 * names.MAX_BUNDLE_BYTES
+TIMES_UNPACKED = 8
+MAX_UNPACKED_BYTES = TIMES_UNPACKED * names.MAX_BUNDLE_BYTES
 """Bytes of all files of a bundle together: what a small model or a large list of rows needs, and no zip bomb."""
 MAX_FILES = 10_000
 _TAR_OVERHEAD = 4096 * MAX_FILES
@@ -64,10 +65,17 @@ def open_bundle(
     that the job names for pickles) is not this one, BundleError if parts are missing or the archive is unsafe.
     """
     check_python(python, name)
-    data = join_parts(root / name)
+    return open_archive(name, sha256, join_parts(root / name), target)
+
+
+def open_archive(name: str, sha256: str, data: bytes, target: Path, limit: int = MAX_UNPACKED_BYTES) -> Path:
+    """Unpacks the archive `data`, wherever it comes from, into target/name and returns that folder. `limit`: of all bytes in it.
+
+    Raises BundleDigestMismatch if it is not the one of `sha256`, BundleError if it is unsafe.
+    """
     check_digest(data, sha256, name)
     folder = target / name
-    unpack(data, folder)
+    unpack(data, folder, limit)
     return folder
 
 
@@ -93,8 +101,8 @@ def check_digest(data: bytes, sha256: str, name: str) -> None:
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise BundleDigestMismatch(
-            f"bundle {name!r}: found sha256 {found} ({len(data)} bytes), expected {sha256}; its ConfigMaps were "
-            f"changed or mixed up, and nothing was unpacked. Delete the job and submit it again"
+            f"bundle {name!r}: found sha256 {found} ({len(data)} bytes), expected {sha256}; its ConfigMaps, or its object "
+            f"in the store, were changed or mixed up, and nothing was unpacked. Delete the job and submit it again"
         )
 
 
@@ -116,7 +124,7 @@ class _Capped(io.RawIOBase):
 
     def __init__(self, stream: Any, limit: int) -> None:
         self._stream = stream
-        self._left = limit
+        self._left = self._limit = limit
 
     def readable(self) -> bool:
         return True
@@ -125,15 +133,15 @@ class _Capped(io.RawIOBase):
         data: bytes = self._stream.read(min(size, self._left + 1) if size >= 0 else self._left + 1)
         self._left -= len(data)
         if self._left < 0:
-            raise BundleError(f"the bundle unpacks to more than {MAX_UNPACKED_BYTES} bytes; refused")
+            raise BundleError(f"the bundle unpacks to more than {self._limit} bytes; refused")
         return data
 
 
-def unpack(data: bytes, folder: Path) -> None:
+def unpack(data: bytes, folder: Path, limit: int = MAX_UNPACKED_BYTES) -> None:
     """Writes the files of a tar.gz into the new or empty `folder`.
 
     Only plain files with relative names are accepted: no links, devices, absolute paths or `..`; at most
-    MAX_UNPACKED_BYTES in MAX_FILES files. BundleError otherwise.
+    `limit` bytes in MAX_FILES files. BundleError otherwise.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
@@ -142,15 +150,13 @@ def unpack(data: bytes, folder: Path) -> None:
     try:
         with (
             gzip.GzipFile(fileobj=io.BytesIO(data)) as inflated,
-            tarfile.open(fileobj=_Capped(inflated, MAX_UNPACKED_BYTES + _TAR_OVERHEAD), mode="r|") as archive,
+            tarfile.open(fileobj=_Capped(inflated, limit + _TAR_OVERHEAD), mode="r|") as archive,
         ):
             for member in archive:
                 count += 1
                 written += member.size
-                if count > MAX_FILES or written > MAX_UNPACKED_BYTES:
-                    raise BundleError(
-                        f"the bundle holds more than {MAX_FILES} files or {MAX_UNPACKED_BYTES} bytes; refused"
-                    )
+                if count > MAX_FILES or written > limit:
+                    raise BundleError(f"the bundle holds more than {MAX_FILES} files or {limit} bytes; refused")
                 path = _safe_path(member, folder)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 content = archive.extractfile(member)

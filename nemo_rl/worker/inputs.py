@@ -11,18 +11,23 @@ from typing import Any
 
 from nemo_rl.backends.local import load_callback
 from nemo_rl.errors import DatasetError
-from nemo_rl.job import names
+from nemo_rl.job import names, uris
 from nemo_rl.job.spec import BundleSpec, CallbackSpec, DatasetSpec, RLTrainingJobSpec
+from nemo_rl.storage.cache import cached
+from nemo_rl.storage.errors import Damaged
+from nemo_rl.storage.store import Store
 from nemo_rl.trainers.callbacks import HOOKS
-from nemo_rl.worker.bundles import load_entry, open_bundle
+from nemo_rl.worker.bundles import TIMES_UNPACKED, BundleError, check_python, load_entry, open_archive, open_bundle
 from nemo_rl.worker.job import Pod
 
 PVC = "pvc://"
 BUNDLE = "bundle://"
 
 
-def open_bundles(specs: Iterable[BundleSpec], pod: Pod) -> dict[str, Path]:
+def open_bundles(specs: Iterable[BundleSpec], pod: Pod, uri: str | None = None) -> dict[str, Path]:
     """Checks and unpacks the job's bundles; returns the folder of each by its name. Raises as `bundles.open_bundle`.
+
+    Those without ConfigMaps are read from the store below `uri`, once per node; StorageError where it is not reached.
 
     The folders are named by content: a resumed run must find its model under the same path, and of several processes in
     one pod the first to be ready wins.
@@ -33,7 +38,10 @@ def open_bundles(specs: Iterable[BundleSpec], pod: Pod) -> dict[str, Path]:
     for spec in specs:
         aside = Path(tempfile.mkdtemp(dir=root))
         try:
-            open_bundle(spec.name, spec.sha256, aside, root=pod.path(names.BUNDLE_DIR), python=spec.python)
+            if spec.config_maps:
+                open_bundle(spec.name, spec.sha256, aside, root=pod.path(names.BUNDLE_DIR), python=spec.python)
+            else:
+                _open_stored(spec, uri, aside)
             folder = root / spec.sha256[:16]
             try:
                 os.rename(aside, folder)
@@ -44,6 +52,31 @@ def open_bundles(specs: Iterable[BundleSpec], pod: Pod) -> dict[str, Path]:
             shutil.rmtree(aside, ignore_errors=True)
         found[spec.name] = folder / spec.name
     return found
+
+
+def _open_stored(spec: BundleSpec, uri: str | None, target: Path) -> None:
+    """What comes from the store is believed for its digest alone, which is in the frozen job."""
+    check_python(spec.python, spec.name)
+    if uri is None:
+        raise BundleError(f"bundle {spec.name!r} has neither ConfigMaps nor a store in which its archive could be")
+    path = names.stored_bundle(spec.sha256)
+    again = f"delete {uris.joined(uri, path)} if it is there, and submit the job again"
+    found = Store(uri).stat(path)
+    if found is None:
+        raise BundleError(
+            f"bundle {spec.name!r} is not in the store: found no object {uris.joined(uri, path)}; {again}"
+        )
+    if found.size > names.MAX_STORED_BUNDLE_BYTES:
+        raise BundleError(
+            f"bundle {spec.name!r} in the store has {found.size} bytes, more than the {names.MAX_STORED_BUNDLE_BYTES} that one "
+            f"may have; {again}"
+        )
+    try:
+        folder = cached(uri, [found], digests={path: spec.sha256}, keep_others=True)
+    except Damaged as error:
+        raise BundleError(f"bundle {spec.name!r} was not unpacked: {error}; {again}") from None
+    data = (folder / path).read_bytes()
+    open_archive(spec.name, spec.sha256, data, target, TIMES_UNPACKED * names.MAX_STORED_BUNDLE_BYTES)
 
 
 def resolve(spec: RLTrainingJobSpec, bundles: Mapping[str, Path], pod: Pod) -> RLTrainingJobSpec:

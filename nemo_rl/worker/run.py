@@ -117,7 +117,7 @@ def _attempt(job: Job, pod: Pod, report: Report) -> TerminationMessage:
         from nemo_rl.api.hub import make_ready
 
         make_ready(spec.output)
-    bundles = inputs.open_bundles(spec.bundles, pod)
+    bundles = inputs.open_bundles(spec.bundles, pod, job.spec.output.uri)
     spec = inputs.resolve(spec, bundles, pod)
     if pod.rank != 0:
         spec.training.log_level = "error"  # rank 0 speaks for all

@@ -524,6 +524,8 @@ def _volumes(resource: Resource, spec: RLTrainingJobSpec) -> tuple[list[Object],
         secret = {"secretName": names.run_secret(resource.name, resource.uid), "defaultMode": 0o440}
         found.append(({"name": "run", "secret": secret}, names.TOKEN_DIR, True))
     for number, bundle in enumerate(spec.bundles):
+        if not bundle.config_maps:
+            continue  # the pod reads it from the store
         parts = [
             {"configMap": {"name": part, "items": [{"key": names.BUNDLE_KEY, "path": names.bundle_part(index)}]}}
             for index, part in enumerate(bundle.config_maps)

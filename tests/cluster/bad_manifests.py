@@ -86,7 +86,10 @@ BAD = [
     bad("model of an unknown bundle", "spec.model", "spec.bundles", model="bundle://weights"),
     bad("callback of an unknown bundle", "spec.callbacks", "spec.bundles", callbacks=[{"bundle": "code"}]),
     bad(
-        "bundle without parts", "configMaps", "at least 1", bundles=[{"name": "c", "sha256": DIGEST, "configMaps": []}]
+        "bundle that lies nowhere",
+        "spec.bundles",
+        "output.uri",
+        bundles=[{"name": "c", "sha256": DIGEST, "configMaps": []}],
     ),
     bad("bundle of no digest", "sha256", "match", bundles=[{"name": "c", "sha256": "abc", "configMaps": ["p"]}]),
     bad("two bundles of one name", "spec.bundles[1]", "Duplicate value", bundles=[bundle("c", 1), bundle("c", 2)]),

@@ -50,6 +50,10 @@ class Contents:
                 bundle.config_maps = archives[bundle.name].config_map_names
         return replace(self, spec=spec, archives=archives)
 
+    def stored(self) -> dict[str, Archive]:
+        """The archives that are too large for ConfigMaps, by where they lie below output.uri."""
+        return {names.stored_bundle(a.sha256): a for a in self.archives.values() if a.stored}
+
     def config_maps(self) -> list[dict[str, Any]]:
         return unique_config_maps(self.archives.values())
 
@@ -73,6 +77,7 @@ class _Packing:
         self.found = Contents(run.spec)
         self.bundles: list[BundleSpec] = list(run.spec.bundles)
         self.changes: dict[str, Any] = {}
+        self.limit = names.MAX_STORED_BUNDLE_BYTES if run.spec.output.uri else names.MAX_BUNDLE_BYTES
 
     def finish(self) -> Contents:
         if self.bundles != list(self.run.spec.bundles):
@@ -99,7 +104,7 @@ class _Packing:
         elif "://" not in reference:
             folder = Path(reference).expanduser()
             if folder.is_dir():
-                self.changes["model"] = self._add_data(MODEL_BUNDLE, ship_directory(folder))
+                self.changes["model"] = self._add_data(MODEL_BUNDLE, ship_directory(folder, limit=self.limit))
             elif reference.startswith(_RELATIVE):
                 raise ValueError(
                     f"model {reference!r} is not a folder on this machine; expected a hub name, a folder with a model, "
@@ -119,7 +124,7 @@ class _Packing:
         with tempfile.TemporaryDirectory(prefix="nemo-rl-model-") as folder:
             model.save_pretrained(folder)
             self.run.tokenizer.save_pretrained(folder)
-            return self._add_data(MODEL_BUNDLE, ship_directory(folder))
+            return self._add_data(MODEL_BUNDLE, ship_directory(folder, limit=self.limit))
 
     # --- data
 
@@ -146,7 +151,7 @@ class _Packing:
             rows = load_rows(live, needed=needed)
             if key == "dataset":
                 self.found.rows = list(rows[:_TRIAL_ROWS])
-            self.changes[key] = DatasetSpec(path=self._add_data(bundle, ship_rows(rows, what)))
+            self.changes[key] = DatasetSpec(path=self._add_data(bundle, ship_rows(rows, what, self.limit)))
             return
         if spec is None:
             return
@@ -161,7 +166,7 @@ class _Packing:
         if file.is_file():
             if key == "dataset":
                 self.found.rows = list(_first_rows(file))
-            path = self._add_data(bundle, ship_file(file, what))
+            path = self._add_data(bundle, ship_file(file, what, self.limit))
             self.changes[key] = DatasetSpec.model_validate(
                 {name: getattr(spec, name) for name in spec.model_fields_set} | {"path": path}
             )
@@ -182,7 +187,7 @@ class _Packing:
         if size <= names.MAX_INLINE_ROWS:
             return
         given = {name: getattr(spec, name) for name in spec.model_fields_set - {"inline"}}
-        path = self._add_data(bundle, ship_rows(rows, what))
+        path = self._add_data(bundle, ship_rows(rows, what, self.limit))
         self.changes[key] = DatasetSpec.model_validate(given | {"path": path})
         self.found.notes.append(f"{what} has {size / 1e3:.0f} kB of inline rows; they travel as a file")
 
@@ -201,7 +206,7 @@ class _Packing:
         if found.how == "function":
             kept["function"] = found.function
         else:
-            self._add(REWARD_BUNDLE, found.archive, found.python)
+            self._add(REWARD_BUNDLE, found.packed(self.limit), found.python)
             kept |= {"bundle": REWARD_BUNDLE, "entrypoint": found.entrypoint}
         self.changes["reward"] = kept
 
@@ -214,7 +219,7 @@ class _Packing:
                 shipped.append(CallbackSpec(function=found.function))
                 continue
             bundle = f"callback-{number}"
-            self._add(bundle, found.archive, found.python)
+            self._add(bundle, found.packed(self.limit), found.python)
             shipped.append(CallbackSpec(bundle=bundle, entrypoint=found.entrypoint))
         if shipped:
             self.changes["callbacks"] = [*self.run.spec.callbacks, *shipped]

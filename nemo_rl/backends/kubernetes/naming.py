@@ -25,7 +25,7 @@ def spec_digest(spec: RLTrainingJobSpec) -> str:
     content = spec.model_dump(mode="json", by_alias=True, exclude=_CHANGEABLE)
     content.get("output", {}).pop("serveUntil", None)
     for bundle in content.get("bundles", ()):
-        del bundle["configMaps"]  # where they lie; what they hold is in their digest
+        bundle.pop("configMaps", None)  # where they lie; what they hold is in their digest
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_CHARACTERS]
 

@@ -29,10 +29,12 @@ from nemo_rl.backends.kubernetes.job import Job
 from nemo_rl.backends.kubernetes.naming import ANNOTATION_COLLECTED, LABEL_DIGEST, job_name, spec_digest
 from nemo_rl.backends.kubernetes.progress import TransferBar
 from nemo_rl.backends.kubernetes.trial import try_reward
-from nemo_rl.job import names
+from nemo_rl.errors import StorageError
+from nemo_rl.job import names, uris
 from nemo_rl.job.manifest import Manifest
 from nemo_rl.job.reading import read_spec
 from nemo_rl.job.spec import OutputSpec
+from nemo_rl.storage.store import Store
 
 _FINISHED = ("Succeeded", "Failed")
 _CLEARING_SECONDS, _CLEARING_PAUSE = 30.0, 0.5
@@ -57,6 +59,7 @@ def start(run: Run) -> Job:
     else:
         name, phase = existing["metadata"]["name"], existing.get("status", {}).get("phase", "Pending")
         say(f"found this very job as {cluster.namespace}/{name} ({phase}); following it instead of starting another")
+        upload_to_store(contents, say)
         upload(cluster, contents.for_job(name), existing, say)
     job = Job(
         cluster,
@@ -100,6 +103,11 @@ def dry_run(run: Run) -> str:
             "# The ConfigMaps below are the code and data of the job. Made by hand, they stay when the job is deleted; then:\n"
             f"# kubectl{where} delete configmaps -l {names.LABEL_JOB}={name}\n"
         )
+    for path, archive in contents.stored().items():
+        documents[0] += (
+            f"# {len(archive.data) / 1e6:.1f} MB of code and data, SHA-256 {archive.sha256}, are too large for a ConfigMap and not "
+            f"in here: the job reads them from {uris.joined(str(contents.spec.output.uri), path)}, where train() puts them\n"
+        )
     return "---\n".join(documents)
 
 
@@ -121,6 +129,7 @@ def submit(cluster: Cluster, contents: Contents, run: Run, say: Callable[[str], 
         taken = {job["metadata"]["name"] for job in _same(cluster, digest)}
         name = job_name(contents.spec, _model_name(run), taken)
     contents = contents.for_job(name)
+    upload_to_store(contents, say)  # no pod waits for these: they are there before the job is
     body = build(contents, run, name, cluster.namespace).to_dict()
     # Without force: fields that somebody else has set under this name are a conflict, not ours to change.
     created: Object = cluster.request(
@@ -139,6 +148,32 @@ def submit(cluster: Cluster, contents: Contents, run: Run, say: Callable[[str], 
         _delete_quietly(cluster, created)
         raise
     return created
+
+
+def upload_to_store(contents: Contents, say: Callable[[str], None]) -> None:
+    """Writes the archives that are too large for ConfigMaps to the store that the job writes to, unless they are there.
+
+    ClusterError, in words, where this machine cannot write there.
+    """
+    uri = contents.spec.output.uri
+    archives = contents.stored()
+    if uri is None or not archives:
+        return
+    try:
+        store = Store(uri, patience=min(30.0, Store(uri).patience))
+        for path, archive in archives.items():
+            size = f"{len(archive.data) / 1e6:.1f} MB of code and data"
+            if (there := store.stat(path)) is not None and there.size == len(archive.data):
+                say(f"{size} are in {uri} already; nothing was uploaded")
+                continue
+            store.write(path, archive.data)
+            say(f"uploaded {size} to {uris.joined(uri, path)}, where they stay for further jobs")
+    except (StorageError, ImportError) as error:
+        raise ClusterError(
+            f"code and data of this run are too large for ConfigMaps ({names.MAX_BUNDLE_BYTES / 1e6:.0f} MB) and go to the store "
+            f"that it writes to, but this machine cannot: {error}. Give it the store's credentials, or put the data there or "
+            "on a volume yourself and name them by their address"
+        ) from None
 
 
 def upload(cluster: Cluster, contents: Contents, job: Object, say: Callable[[str], None]) -> int:

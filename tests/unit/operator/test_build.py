@@ -271,6 +271,11 @@ def test_bundles_are_mounted_part_by_part_in_order() -> None:
     assert f"{names.BUNDLE_DIR}/code" in mounts(bundles=[{"name": "code", "sha256": "0" * 64, "configMaps": ["b-0"]}])
 
 
+def test_a_bundle_in_the_store_is_not_mounted() -> None:
+    made = pod(bundles=[{"name": "code", "sha256": "0" * 64}], output={"uri": "s3://bucket/results"})
+    assert not [v for v in made["volumes"] if v["name"].startswith("bundle")]
+
+
 def test_claims_of_model_and_data_are_mounted_once_and_read_only() -> None:
     made = container(model="pvc://data/model", dataset={"path": "pvc://data/rows.jsonl"})
     found = [m for m in made["volumeMounts"] if m["mountPath"].startswith(names.CLAIMS_DIR)]

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from nemo_rl.backends.kubernetes.ship.errors import ShipError
 from nemo_rl.job import names
 from nemo_rl.job.spec import BundleSpec
-from nemo_rl.worker.bundles import MAX_FILES, MAX_UNPACKED_BYTES
+from nemo_rl.worker.bundles import MAX_FILES, TIMES_UNPACKED
 
 _MB = 1_000_000
 _LEVEL = 6
@@ -23,6 +23,13 @@ _ALTERNATIVES = (
     "for data and models give a name on the hub, or put them on a volume and give pvc://claim/path; for a local "
     "model or data set that is in the image, give its path there"
 )
+
+
+def _alternatives(limit: int) -> str:
+    if limit >= names.MAX_STORED_BUNDLE_BYTES:
+        return _ALTERNATIVES
+    store = f"with output_dir='s3://…' (or gs://, az://) up to {names.MAX_STORED_BUNDLE_BYTES / _MB:.0f} MB travel by that store"
+    return f"{_ALTERNATIVES}; {store}"
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,11 @@ class Archive:
     """Beginning of the names of its ConfigMaps: those of a job begin with the job's name, and belong to it alone."""
 
     @property
+    def stored(self) -> bool:
+        """Whether it is too large for ConfigMaps, and goes to the store that the job writes to."""
+        return len(self.data) > names.MAX_BUNDLE_BYTES
+
+    @property
     def parts(self) -> list[bytes]:
         """The archive in pieces that each fit a ConfigMap, in order."""
         size = names.BUNDLE_PART_BYTES
@@ -42,7 +54,9 @@ class Archive:
 
     @property
     def config_map_names(self) -> list[str]:
-        """<prefix>-<first 12 digits of the sha256>-<index>: the same content has the same names."""
+        """<prefix>-<first 12 digits of the sha256>-<index>: the same content has the same names. None where it is stored."""
+        if self.stored:
+            return []
         return [f"{self.prefix}-{self.sha256[:12]}-{i}" for i in range(len(self.parts))]
 
     def spec(self, name: str, python: str | None = None) -> BundleSpec:
@@ -50,7 +64,7 @@ class Archive:
         return BundleSpec(name=name, sha256=self.sha256, config_maps=self.config_map_names, python=python)
 
     def config_maps(self) -> list[dict[str, Any]]:
-        """Manifests of the ConfigMaps, without namespace and owners, which the caller adds."""
+        """Manifests of the ConfigMaps, without namespace and owners, which the caller adds. None where it is stored."""
         return [
             {
                 "apiVersion": "v1",
@@ -59,22 +73,22 @@ class Archive:
                 "immutable": True,
                 "binaryData": {names.BUNDLE_KEY: base64.b64encode(part).decode("ascii")},
             }
-            for name, part in zip(self.config_map_names, self.parts, strict=True)
+            for name, part in zip(self.config_map_names, () if self.stored else self.parts, strict=True)
         ]
 
 
 class _Limited(io.RawIOBase):
     """Keeps what is written, up to the size of a bundle."""
 
-    def __init__(self) -> None:
-        self.data = bytearray()
+    def __init__(self, limit: int) -> None:
+        self.data, self.limit = bytearray(), limit
 
     def writable(self) -> bool:
         return True
 
     def write(self, block: Any) -> int:
         self.data += block
-        if len(self.data) > names.MAX_BUNDLE_BYTES:
+        if len(self.data) > self.limit:
             raise _TooLarge
         return len(block)
 
@@ -83,20 +97,21 @@ class _TooLarge(Exception):
     pass
 
 
-def pack(files: Mapping[str, bytes | Path], what: str = "the bundle") -> Archive:
+def pack(files: Mapping[str, bytes | Path], what: str = "the bundle", limit: int | None = None) -> Archive:
     """The archive of `files` (name in the bundle → content, or a file to read); equal files give equal bytes.
 
-    ShipError, naming `what` and the alternatives, above MAX_BUNDLE_BYTES compressed or MAX_UNPACKED_BYTES in all; files
-    are read piece by piece, and no further than that.
+    ShipError, naming `what` and the alternatives, above `limit` bytes compressed (default MAX_BUNDLE_BYTES) or eight times as
+    many in all; files are read piece by piece, and no further than that.
     """
+    limit = limit or names.MAX_BUNDLE_BYTES
     sizes = {name: _size(content) for name, content in files.items()}
     total = sum(sizes.values())
-    if total > MAX_UNPACKED_BYTES or len(files) > MAX_FILES:
+    if total > TIMES_UNPACKED * limit or len(files) > MAX_FILES:
         raise ShipError(
-            f"{what}: found {total / _MB:.1f} MB in {len(files)} files, at most {MAX_UNPACKED_BYTES / _MB:.0f} MB in "
-            f"{MAX_FILES} files can travel through the cluster; {_ALTERNATIVES}"
+            f"{what}: found {total / _MB:.1f} MB in {len(files)} files, at most {TIMES_UNPACKED * limit / _MB:.0f} MB in "
+            f"{MAX_FILES} files can travel; {_alternatives(limit)}"
         )
-    out = _Limited()
+    out = _Limited(limit)
     try:
         # Level, time and names are fixed, so that the header depends on nothing but the content.
         with (
@@ -107,8 +122,8 @@ def pack(files: Mapping[str, bytes | Path], what: str = "the bundle") -> Archive
                 _add(archive, name, files[name], sizes[name], what)
     except _TooLarge:
         raise ShipError(
-            f"{what}: found {total / _MB:.1f} MB, which is more than {names.MAX_BUNDLE_BYTES / _MB:.1f} MB compressed, "
-            f"the most that can travel through the cluster; {_ALTERNATIVES}"
+            f"{what}: found {total / _MB:.1f} MB, which is more than {limit / _MB:.1f} MB compressed, the most "
+            f"that can travel; {_alternatives(limit)}"
         ) from None
     data = bytes(out.data)
     return Archive(data, hashlib.sha256(data).hexdigest())

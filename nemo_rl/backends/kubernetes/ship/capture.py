@@ -50,10 +50,14 @@ class Capture:
 
     @functools.cached_property
     def archive(self) -> Archive:
-        """The files as an archive. ShipError if it is too large, or if nothing has to travel."""
+        """The files as an archive for ConfigMaps. ShipError if it is too large, or if nothing has to travel."""
+        return self.packed()
+
+    def packed(self, limit: int | None = None) -> Archive:
+        """The files as an archive of at most `limit` bytes."""
         if not self.files:
             raise ShipError(f"{self.function} is in the image; no bundle is needed for it")
-        return pack(self.files)
+        return pack(self.files, "the code with what it refers to", limit)
 
 
 def capture(obj: Any, name: str = "reward", *, image_python: str | None = None) -> Capture:

@@ -14,7 +14,7 @@ from typing import Any
 from nemo_rl.backends.kubernetes.ship.archive import Archive, pack
 from nemo_rl.backends.kubernetes.ship.errors import ShipError
 from nemo_rl.job import names
-from nemo_rl.worker.bundles import MAX_UNPACKED_BYTES
+from nemo_rl.worker.bundles import TIMES_UNPACKED
 
 ROWS_FILE = "rows.jsonl"
 
@@ -31,7 +31,9 @@ class DataBundle:
         return f"bundle://{bundle}/{self.file}".rstrip("/")
 
 
-def ship_rows(rows: Iterable[Mapping[str, Any]], what: str = "the dataset") -> DataBundle:
+def ship_rows(
+    rows: Iterable[Mapping[str, Any]], what: str = "the dataset", limit: int = names.MAX_BUNDLE_BYTES
+) -> DataBundle:
     """Rows as JSON lines that read back exactly equal. ShipError names the row, column and type that JSON lacks."""
     out = io.BytesIO()
     for number, row in enumerate(rows):
@@ -43,11 +45,11 @@ def ship_rows(rows: Iterable[Mapping[str, Any]], what: str = "the dataset") -> D
             _check(value, what, number, column)
         out.write(json.dumps(dict(row), ensure_ascii=False, allow_nan=False).encode("utf-8", "surrogatepass"))
         out.write(b"\n")
-        if out.tell() > MAX_UNPACKED_BYTES:
+        if out.tell() > TIMES_UNPACKED * limit:
             break  # pack says it, with the alternatives
     if not out.tell():
         raise ShipError(f"{what}: found no rows, expected at least one")
-    return DataBundle(pack({ROWS_FILE: out.getvalue()}, what), ROWS_FILE)
+    return DataBundle(pack({ROWS_FILE: out.getvalue()}, what, limit), ROWS_FILE)
 
 
 def _check(value: Any, what: str, row: int, column: str) -> None:
@@ -83,17 +85,17 @@ def _check(value: Any, what: str, row: int, column: str) -> None:
     )
 
 
-def ship_file(path: str | Path, what: str = "the dataset") -> DataBundle:
+def ship_file(path: str | Path, what: str = "the dataset", limit: int = names.MAX_BUNDLE_BYTES) -> DataBundle:
     """One local file of a kind that the trainer reads. ShipError if it is missing, of another kind, or too large."""
     file = Path(path)
     if not file.is_file():
         raise ShipError(f"{what}: found no file at {path}; give an existing file, a hub name, or pvc://claim/path")
     if not file.name.lower().endswith(names.DATA_FILE_NAMES):
         raise ShipError(f"{what}: found {file.name}, expected a file that ends in {', '.join(names.DATA_SUFFIXES)}")
-    return DataBundle(pack({file.name: file}, f"{what} {path}"), file.name)
+    return DataBundle(pack({file.name: file}, f"{what} {path}", limit), file.name)
 
 
-def ship_directory(path: str | Path, what: str = "the model") -> DataBundle:
+def ship_directory(path: str | Path, what: str = "the model", limit: int = names.MAX_BUNDLE_BYTES) -> DataBundle:
     """A local model directory, without hidden files; links are followed. ShipError if it holds no files or too much."""
     folder = Path(path)
     if not folder.is_dir():
@@ -108,4 +110,4 @@ def ship_directory(path: str | Path, what: str = "the model") -> DataBundle:
             files[file.relative_to(folder).as_posix()] = file
     if not files:
         raise ShipError(f"{what}: found no files in {path}, expected config.json and weights")
-    return DataBundle(pack(files, f"{what} {path}"), "")
+    return DataBundle(pack(files, f"{what} {path}", limit), "")
