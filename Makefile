@@ -10,7 +10,7 @@ IN_CLUSTER := $(if $(KUBECONFIG),,$(LAB) run)
 ALONE := tests/e2e/test_startup.py tests/e2e/test_waiting.py
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
-.PHONY: help demo test test-readme test-vllm test-vllm-short test-vllm-kills test-trackers architectures test-storage test-storage-kills test-cluster e2e e2e-integrations bench soak gpu lint docs generate images lab-up lab-deploy lab-down lab-status clean
+.PHONY: help demo test test-readme test-vllm test-vllm-short test-vllm-kills test-trackers test-ui architectures test-storage test-storage-kills test-cluster e2e e2e-integrations bench soak gpu lint docs generate images lab-up lab-deploy lab-down lab-status clean
 help:            ## list the commands
 	@grep -E '^[a-z0-9 -]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 16
 
@@ -65,6 +65,9 @@ test-vllm-kills: $(VENV)/.dev            ## vLLM and the trainer, each killed 20
 
 test-trackers: $(VENV)/.dev            ## W&B, MLflow and Trackio without a network, in an environment of their own (made once, 0.4 GB)
 	$(BIN)/python tests/trackers/environment.py -m pytest tests/trackers
+
+test-ui: $(VENV)/.dev            ## the web page in a real browser (Debian: chromium), in an environment of its own (made once, 0.2 GB)
+	$(BIN)/python tests/ui/environment.py -m pytest tests/ui
 
 bench: $(VENV)/.dev            ## speed and memory as ratios against TRL
 	$(BIN)/python benchmarks/engine.py

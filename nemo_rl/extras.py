@@ -22,6 +22,7 @@ _BROUGHT_BY = {
     "pandas": "datasets",
     "sklearn": "math_verify",
     "mlflow": "mlflow_skinny",
+    "anyio": "starlette",
 }
 """Packages that come with another one."""
 
@@ -59,6 +60,7 @@ def extra_of(module: str) -> str | None:
         "trackio",
         "demo",
         "notebook",
+        "ui",
         "object-storage",
         "worker",
     ):

@@ -445,6 +445,56 @@ def cp(
 
 
 @app.command()
+def ui(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Folders with runs of this machine. [default: the cluster, where there is a context, and ./outputs]",
+            metavar="FOLDER",
+        ),
+    ] = None,
+    namespace: _Namespace = None,
+    all_namespaces: Annotated[bool, typer.Option("--all-namespaces", "-A", help="List the jobs of all.")] = False,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(help="0 takes a free one. [default: 8642, or a free one]", min=0, max=65535)
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Another name by which the page is called. Repeatable.", metavar="NAME")
+    ] = None,
+    viewer_tokens: Annotated[
+        bool, typer.Option("--viewer-tokens", help="Ask the cluster with the token that each viewer brings.")
+    ] = False,
+    api_server: Annotated[
+        str | None, typer.Option(help="With --viewer-tokens: its address. [default: as a pod is told]", metavar="URL")
+    ] = None,
+    certificate_authority: Annotated[
+        Path | None, typer.Option(help="With --viewer-tokens: a file with the certificates to trust.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Show jobs and runs on a web page: phases, curves, samples, attempts, logs. Nothing on it changes a job.
+
+    The address that is printed holds a token, without which nobody else on this machine sees anything. The cluster is asked
+    with your own rights.
+    """
+    from nemo_rl.cli import jobs
+    from nemo_rl.ui.serve import Options, serve
+
+    options = Options(
+        folders=tuple(folders or ()),
+        namespace=namespace,
+        all_namespaces=all_namespaces,
+        host=host,
+        port=port,
+        allowed_hosts=tuple(allow_host or ()),
+        viewer_tokens=viewer_tokens,
+        api_server=api_server,
+        certificate_authority=certificate_authority,
+    )
+    raise typer.Exit(jobs.guarded(lambda: serve(options)))
+
+
+@app.command()
 def doctor(
     uri: Annotated[
         str | None, typer.Argument(help="Address of an object store to try instead: s3://bucket/folder")

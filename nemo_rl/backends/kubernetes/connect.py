@@ -195,6 +195,29 @@ def connect(namespace: str | None = None) -> Cluster:
     return Cluster(api, context, namespace or found or "default")
 
 
+def connect_with_token(token: str, server: str | None = None, authority: Path | None = None) -> Cluster:
+    """The cluster with the rights of a bearer token, and of nothing else that is here. ClusterError where no address is known.
+
+    `server` and `authority` (a file with certificates) are by default those that a pod is told.
+    """
+    from kubernetes import client
+
+    if server is None:
+        host, port = (os.environ.get(f"KUBERNETES_SERVICE_{part}") for part in ("HOST", "PORT"))
+        if not host or not port:
+            raise ClusterError(
+                "the address of the API server is not known: expected KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT, as "
+                "in a pod; give --api-server https://HOST:PORT"
+            )
+        server = f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
+    configuration = client.Configuration()
+    configuration.host = server.rstrip("/")
+    configuration.ssl_ca_cert = str(authority) if authority is not None else None
+    configuration.api_key = {"authorization": token}
+    configuration.api_key_prefix = {"authorization": "Bearer"}
+    return Cluster(client.ApiClient(configuration), server, "default")
+
+
 def probe(timeout: float, namespace: str | None = None) -> tuple[bool, str]:
     """(whether jobs can be submitted, one line that says why). Never raises."""
     try:

@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[list[str], str | None]] = {
     "resume": (["x"], "kubernetes"),
     "rm": (["x"], "kubernetes"),
     "cp": (["x"], "kubernetes"),
+    "ui": (["./model"], "ui"),
     "crd": ([], None),
     "version": ([], None),
     "doctor": ([], "engine"),
