@@ -10,7 +10,7 @@ IN_CLUSTER := $(if $(KUBECONFIG),,$(LAB) run)
 ALONE := tests/e2e/test_startup.py tests/e2e/test_waiting.py
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
-.PHONY: help demo test test-readme test-vllm test-vllm-short test-vllm-kills test-trackers test-ui architectures test-storage test-storage-kills test-cluster e2e e2e-integrations bench soak gpu lint docs generate images lab-up lab-deploy lab-down lab-status clean
+.PHONY: help demo test test-readme test-vllm test-vllm-short test-vllm-kills test-trackers test-ui architectures test-storage test-storage-kills test-cluster e2e e2e-integrations bench soak gpu lint docs generate images image-ui lab-up lab-deploy lab-down lab-status clean
 help:            ## list the commands
 	@grep -E '^[a-z0-9 -]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 16
 
@@ -92,6 +92,10 @@ generate: $(VENV)/.dev            ## write every generated file anew: crds/, dep
 images:            ## the trainer and the operator image, with docker or another builder (BUILDER=...)
 	$(BUILDER) build -f trainer_image/Dockerfile -t nemo-rl-trainer:$(VERSION) .
 	$(BUILDER) build -f trainer_image/operator.Dockerfile -t nemo-rl-operator:$(VERSION) .
+
+image-ui: $(VENV)/.dev            ## the image of the web page (ui of the chart); npm fetches its libraries first
+	$(BIN)/python nemo_rl/ui/libraries.py nemo_rl/ui/vendor
+	$(BUILDER) build -f trainer_image/ui.Dockerfile -t nemo-rl-ui:$(VERSION) .
 
 lab-up lab-deploy lab-down lab-status:            ## a real single-node Kubernetes on this machine (root, Linux, Go)
 	$(LAB) $(@:lab-%=%)

@@ -117,6 +117,46 @@ def test_the_deployment_starts_the_operator_as_its_command_line_wants():
     assert environment["NEMO_RL_OPERATOR_METRICS_PORT"] == ports["metrics"]
 
 
+def test_the_page_is_off_and_where_it_is_on_has_no_rights_and_is_started_as_its_command_wants():
+    assert not [found for found in render() if "ui" in found["metadata"]["name"].split("-")]
+    values = {"ui": {"enabled": True, "hosts": ["jobs.example.com"], "from": [{"podSelector": {}}]}}
+    before, objects = render(), render(values)
+    added = [found for found in objects if found not in before]
+    assert sorted(found["kind"] for found in added) == ["Deployment", "NetworkPolicy", "Service"]
+    deployment, policy, service = (of_kind(added, kind)[0] for kind in ("Deployment", "NetworkPolicy", "Service"))
+    pod = deployment["spec"]["template"]
+    assert pod["spec"]["automountServiceAccountToken"] is False
+    assert "serviceAccountName" not in pod["spec"]
+    assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+    [container] = pod["spec"]["containers"]
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    for chooser in (
+        deployment["spec"]["selector"]["matchLabels"],
+        policy["spec"]["podSelector"]["matchLabels"],
+        service["spec"]["selector"],
+    ):
+        assert chooser.items() <= pod["metadata"]["labels"].items()
+    operator = next(found for found in of_kind(before, "Deployment"))["spec"]["selector"]["matchLabels"]
+    assert not operator.items() <= pod["metadata"]["labels"].items()
+    python, module, program, command, *options = container["command"]
+    assert (python, module, program, command) == ("python", "-m", "nemo_rl.cli.main", "ui")
+    assert "--viewer-tokens" in options
+    assert "--allow-host=jobs.example.com" in options
+    from typer.main import get_command
+
+    from nemo_rl.cli.main import app
+
+    known = {word for option in get_command(app).commands["ui"].params for word in option.opts}
+    assert {option.split("=")[0] for option in options} <= known
+    [authority] = [option.split("=")[1] for option in options if option.startswith("--certificate-authority=")]
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert authority == f"{mounts['authority']}/ca.crt"
+    assert policy["spec"]["ingress"][0]["from"] == [{"podSelector": {}}]
+    closed = [found for found in render({"ui": {"enabled": True}}) if found["kind"] == "NetworkPolicy"]
+    assert [found["spec"]["ingress"] for found in closed if found["metadata"]["name"].endswith("-ui")] == [[]]
+
+
 def test_two_releases_share_no_name():
     def identities(release: str, namespace: str) -> set[tuple[str, str, str]]:
         values = {"watchNamespaces": [namespace], "crds": {"enabled": False}, "userRoles": {"create": False}}

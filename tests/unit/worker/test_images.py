@@ -11,8 +11,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "trainer_image"
-DOCKERFILES = ["Dockerfile", "operator.Dockerfile"]
-REQUIREMENTS = {"Dockerfile": "requirements.txt", "operator.Dockerfile": "operator-requirements.txt"}
+DOCKERFILES = ["Dockerfile", "operator.Dockerfile", "ui.Dockerfile"]
+REQUIREMENTS = {
+    "Dockerfile": "requirements.txt",
+    "operator.Dockerfile": "operator-requirements.txt",
+    "ui.Dockerfile": "ui-requirements.txt",
+}
 
 Instruction = tuple[str, str]
 
@@ -111,6 +115,7 @@ def test_the_listed_requirements_are_those_of_the_project():
 
     assert listed("requirements.txt") == wanted("engine", "object-storage", "worker", "lora", "tensorboard")
     assert listed("operator-requirements.txt") == wanted("operator") - {"kubernetes"}
+    assert listed("ui-requirements.txt") == wanted("ui", "kubernetes")
 
 
 def test_every_requirement_is_pinned():
@@ -119,8 +124,9 @@ def test_every_requirement_is_pinned():
         assert distributions((FOLDER / file).read_text().splitlines()) <= pinned
 
 
-def test_the_operators_image_has_no_torch():
-    assert "torch" not in (FOLDER / "operator-requirements.txt").read_text()
+@pytest.mark.parametrize("file", ["operator-requirements.txt", "ui-requirements.txt"])
+def test_the_images_of_operator_and_page_have_no_torch(file: str):
+    assert "torch" not in (FOLDER / file).read_text()
 
 
 def test_the_trainers_volumes_are_where_the_operator_mounts_them():
