@@ -89,9 +89,10 @@ docs: $(VENV)/.dev            ## the documentation as a site in site/; a warning
 generate: $(VENV)/.dev            ## write every generated file anew: crds/, deploy/base, docs/reference, tables of the README
 	$(BIN)/python tests/generated.py
 
-images:            ## the trainer and the operator image, with docker or another builder (BUILDER=...)
+images:            ## the images of trainer, operator and rollout replicas, with docker or another builder (BUILDER=...)
 	$(BUILDER) build -f trainer_image/Dockerfile -t nemo-rl-trainer:$(VERSION) .
 	$(BUILDER) build -f trainer_image/operator.Dockerfile -t nemo-rl-operator:$(VERSION) .
+	$(BUILDER) build -f trainer_image/rollout.Dockerfile -t nemo-rl-rollout:$(VERSION) .
 
 image-ui: $(VENV)/.dev            ## the image of the web page (ui of the chart); npm fetches its libraries first
 	$(BIN)/python nemo_rl/ui/libraries.py nemo_rl/ui/vendor

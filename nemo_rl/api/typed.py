@@ -183,7 +183,7 @@ class Settings(TypedDict, total=False):
     rollout_python: str | PathLike[str] | None
     """Python interpreter that has vLLM 0.30 to 0.33: a server is started with it beside the trainer and ends with the run. vLLM needs another torch, so it is never the trainer's own interpreter."""
     rollout: Literal["in_process", "vllm"] | Mapping[str, Any] | None
-    """What samples the completions of grpo; in Python a mapping such as {"engine": "vllm", "urls": […]}. Default: the processes that train."""
+    """What samples the completions of grpo; in Python a mapping such as {"engine": "vllm", "replicas": 2}. Default: the processes that train."""
     cache: Mapping[str, Any]
     """Where hub downloads are kept."""
     image: str | None

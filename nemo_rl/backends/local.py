@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_rl.backends import Run
 from nemo_rl.errors import DatasetError
 from nemo_rl.extras import require
-from nemo_rl.job import uris
+from nemo_rl.job import names, uris
 from nemo_rl.job.spec import CallbackSpec, OutputSpec, ResourcesSpec, RLTrainingJobSpec
 
 if TYPE_CHECKING:
@@ -113,6 +113,15 @@ def check_places(run: Run) -> None:
     """Refuses what only a cluster has, and what is not where the job says: ValueError, DatasetError for a missing file."""
     if not run.wait:
         raise ValueError("wait=False needs the kubernetes backend, but this run is local; leave wait at True")
+    if (
+        run.spec.rollout is not None
+        and run.spec.rollout.replicas
+        and names.ROLLOUT_ADDRESSES_VARIABLE not in os.environ
+    ):
+        raise ValueError(
+            "rollout replicas are pods on a cluster, but this run is local; give rollout_python, an interpreter that has vLLM, "
+            "or urls of servers"
+        )
     for field, reference in _references(run.spec):
         if reference.startswith(("pvc://", "bundle://")):
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable
 from enum import IntEnum
@@ -127,11 +128,18 @@ def wait(name: str, namespace: str | None, timeout: float | None, as_json: bool)
     return exit_code_of(job.resource)
 
 
-def logs(name: str, namespace: str | None, follow: bool, as_json: bool) -> int:
-    """The log of the newest attempt; with -o json the steps in it, one object a line."""
+def logs(name: str, namespace: str | None, follow: bool, as_json: bool, role: str = "trainer") -> int:
+    """The log of the newest attempt; with -o json the steps in it, one object a line. `role` rollout-1: of that replica."""
     from nemo_rl.run.metrics import parse_step_line
 
+    replica = re.fullmatch(r"rollout(?:-(\d+))?", role)
+    if replica is None and role != "trainer":
+        raise ValueError(f"--role {role} is none; expected trainer, rollout (the first replica) or rollout-1")
     job = _attach(name, namespace)
+    if replica is not None:
+        for line in job.replica_logs(int(replica[1] or 0), follow=follow):
+            print(line, flush=True)
+        return JobExit.DONE
     for line in job.logs(follow=follow):
         if not as_json:
             print(line, flush=True)
@@ -148,6 +156,12 @@ def cancel(names: Iterable[str], namespace: str | None, as_json: bool) -> int:
 
 def resume(names: Iterable[str], namespace: str | None, as_json: bool) -> int:
     return _each(names, namespace, lambda job: job.resume(), "goes on", as_json)
+
+
+def scale(name: str, replicas: int, namespace: str | None, as_json: bool) -> int:
+    """Changes the number of a job's rollout replicas."""
+    done = f"gets {replicas} rollout replica{'s' if replicas != 1 else ''}"
+    return _each([name], namespace, lambda job: job.scale(replicas), done, as_json)
 
 
 def remove(names: Iterable[str], namespace: str | None, as_json: bool) -> int:
@@ -247,6 +261,15 @@ def _words(job: Any, status: JobStatus) -> list[str]:
     if status.progress:
         metrics = " ".join(f"{name}={value}" for name, value in status.progress.metrics.items())
         lines.append(f"  step {status.progress.text} {metrics}".rstrip())
+    if status.bottleneck:
+        lines.append(f"  waits for {status.bottleneck.phase}: {status.bottleneck.advice or status.bottleneck.share}")
+    if status.rollout:
+        lines.append(f"  rollout replicas: {status.rollout.ready} of {status.rollout.replicas} ready")
+        for member in status.rollout.members:
+            said = [f"version {member.weight_version}"] if member.weight_version is not None else []
+            said += [f"{member.tokens_per_second} tokens/s"] if member.tokens_per_second is not None else []
+            said += [member.message] if member.message else []
+            lines.append(f"    {member.name}: {', '.join([member.state, *said])}")
     for attempt in status.attempts:
         ended = f"{attempt.cause or 'live'}{f': {attempt.message}' if attempt.message else ''}"
         lines.append(f"  attempt {attempt.number}: {ended}")

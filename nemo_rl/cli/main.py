@@ -398,13 +398,27 @@ def wait(
 def logs(
     name: _Name,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    role: Annotated[str, typer.Option(help="trainer, rollout (the first replica) or rollout-1.")] = "trainer",
     namespace: _Namespace = None,
     output: _Output = Output.text,
 ) -> None:
-    """Print the log of a job's first pod; with -o json its steps, one object a line."""
+    """Print the log of a job's first pod; with -o json its steps, one object a line. --role rollout-1: of that replica."""
     from nemo_rl.cli import jobs
 
-    raise typer.Exit(jobs.guarded(lambda: jobs.logs(name, namespace, follow, output is Output.json)))
+    raise typer.Exit(jobs.guarded(lambda: jobs.logs(name, namespace, follow, output is Output.json, role)))
+
+
+@app.command()
+def scale(
+    name: _Name,
+    replicas: Annotated[int, typer.Argument(min=1, help="How many rollout replicas the job shall have.")],
+    namespace: _Namespace = None,
+    output: _Output = Output.text,
+) -> None:
+    """Change the number of a job's rollout replicas, also while it trains."""
+    from nemo_rl.cli import jobs
+
+    raise typer.Exit(jobs.guarded(lambda: jobs.scale(name, replicas, namespace, output is Output.json)))
 
 
 @app.command()

@@ -26,7 +26,7 @@ Schema = dict[str, Any]
 
 MUTABLE = frozenset(
     {"spec.suspend", "spec.backoffLimit", "spec.activeDeadlineSeconds", "spec.ttlSecondsAfterFinished"}
-    | {"spec.output.serveUntil"}
+    | {"spec.output.serveUntil", "spec.rollout.replicas"}
 )
 """All that may change after creation, at any time."""
 
@@ -286,6 +286,32 @@ RULES: dict[str, list[Schema]] = {
         ),
     ],
     "callbacks[]": [_exactly_one("function", "bundle")],
+    "rollout": [
+        _rule(
+            "!has(self.engine) || self.engine != 'vllm' || (has(self.python) ? 1 : 0) + (has(self.urls) && self.urls.size() > 0 ? 1 : 0) + "
+            "(has(self.replicas) ? 1 : 0) == 1",
+            "engine vllm needs one of python, urls and replicas; give exactly one of them",
+        ),
+        _rule(
+            "!has(self.replicas) || (has(self.engine) && self.engine == 'vllm')",
+            "replicas are vLLM servers, but engine is in_process; set engine to vllm",
+            ".replicas",
+        ),
+        _rule(
+            "!has(self.replicas) || !has(self.weightTransfer) || self.weightTransfer != 'files'",
+            "replicas share no folder with the trainer; use weightTransfer http, or leave it out",
+            ".weightTransfer",
+        ),
+        _rule(
+            "has(self.replicas) || (!has(self.image) && (!has(self.gpusPerReplica) || self.gpusPerReplica == 1))",
+            "image and gpusPerReplica belong to replicas; give replicas, or leave them out",
+        ),
+        _rule(
+            "has(self.replicas) == has(oldSelf.replicas)",
+            "spec.rollout.replicas may change, but neither come nor go; set spec.suspend to free all pods",
+            ".replicas",
+        ),
+    ],
     "env[]": [
         _exactly_one("value", "valueFrom"),
         _rule(
@@ -366,6 +392,8 @@ COLUMNS = (
     ("GPUs", ".status.gpus", "integer", 1),
     ("Queue", r".metadata.labels.kueue\.x-k8s\.io/queue-name", "string", 1),
     ("Attempt", ".status.attempt", "integer", 1),
+    ("Replicas", ".status.rollout.text", "string", 1),
+    ("Waits-For", ".status.bottleneck.phase", "string", 1),
     ("Reason", ".status.reason", "string", 1),
     ("Checkpoint", ".status.checkpoint.latest", "string", 1),
 )
@@ -427,7 +455,14 @@ def crd() -> Schema:
         "served": True,
         "storage": True,
         "schema": {"openAPIV3Schema": root},
-        "subresources": {"status": {}},
+        "subresources": {
+            "status": {},
+            "scale": {
+                "specReplicasPath": ".spec.rollout.replicas",
+                "statusReplicasPath": ".status.rollout.replicas",
+                "labelSelectorPath": ".status.rollout.selector",
+            },
+        },
         "additionalPrinterColumns": columns,
     }
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from enum import IntEnum
 
 GROUP = "nemo-rl.io"
@@ -34,12 +35,16 @@ ANNOTATION_WORKLOAD = "kueue.x-k8s.io/workload"
 KUEUE_GROUP = "kueue.x-k8s.io"
 COMPONENT_TRAINER = "trainer"
 COMPONENT_FILES = "files"
+COMPONENT_ROLLOUT = "rollout"
 ANNOTATION_JOB_INDEX = "batch.kubernetes.io/job-completion-index"
 
 TRAINER_CONTAINER = "trainer"
 TRAINER_PORT = 8080
 """The pod with index 0 serves /progress, /metrics and /healthz here."""
 RENDEZVOUS_PORT = 29400
+ROLLOUT_CONTAINER = "rollout"
+ROLLOUT_PORT = 8000
+"""Where a rollout replica listens: first what waits for a trainer, then its vLLM server."""
 FILES_PORT = 8081
 """The file server of the `x-files` pod, on its loopback only."""
 
@@ -53,9 +58,12 @@ JOB_DIGEST_VARIABLE = "NEMO_RL_JOB_SHA256"
 POD_DIR = "/var/run/nemo-rl"
 """Where a pod has the rest of what is its own."""
 TOKEN_KEY = "token"
+ROLLOUT_TOKEN_KEY = "rollout"
+"""Another random word in the same Secret, by which trainer and rollout replicas know each other. It travels, unlike the first."""
 TOKEN_DIR = f"{POD_DIR}/run"
 TOKEN_FILE = f"{TOKEN_DIR}/{TOKEN_KEY}"
 """The job's random secret, by which its ranks know each other; from a Secret of the job that the operator makes."""
+ROLLOUT_TOKEN_FILE = f"{TOKEN_DIR}/{ROLLOUT_TOKEN_KEY}"
 TOKEN_VARIABLE = "NEMO_RL_TOKEN_FILE"
 """Another file with the secret, for ranks outside of a pod."""
 BUNDLE_DIR = f"{POD_DIR}/bundles"
@@ -95,6 +103,11 @@ IMAGE_VARIABLE = "NEMO_RL_TRAINER_IMAGE"
 """Environment variable of the operator with the trainer image of jobs that name none."""
 NETWORK_VARIABLE = "NEMO_RL_OPERATOR_NETWORK"
 """Environment variable of the operator: what else reaches and is reached by the pods of a job; empty: no NetworkPolicy."""
+ROLLOUT_IMAGE_VARIABLE = "NEMO_RL_ROLLOUT_IMAGE"
+"""Environment variable of the operator with the image of rollout replicas of jobs that name none."""
+ROLLOUT_ADDRESSES_VARIABLE = "NEMO_RL_ROLLOUT_REPLICAS"
+"""Environment variable of trainer pods: host:port, or several with commas; the addresses of each host are rollout replicas."""
+ROLLOUT_MODULE = "nemo_rl.rollout.vllm.replica"
 WORKER_MODULE = "nemo_rl.worker"
 LAUNCH_MODULE = "nemo_rl.worker.launch"
 PROBE_MODULE = "nemo_rl.worker.probe"
@@ -113,6 +126,7 @@ INFO_CONFIG_MAP = "nemo-rl-info"
 
 _UID_CHARACTERS = 8
 _DIGEST_CHARACTERS = 8
+_ROLLOUT_CHARACTERS = 44
 
 
 class ExitCode(IntEnum):
@@ -150,6 +164,14 @@ def frozen_job(job: str, digest: str = "") -> str:
 def run_secret(job: str, uid: str) -> str:
     """Of this very job: the operator may not read Secrets, so it could not tell one of an earlier job of the name."""
     return f"{job}-run-{uid[:_UID_CHARACTERS]}"
+
+
+def rollout(job: str) -> str:
+    """StatefulSet and Service of the rollout replicas, whose pods add their number. The controller puts it with a digest of
+    its own into a label of 63 characters, so that a long name is cut, and told apart by a digest."""
+    if len(job) > _ROLLOUT_CHARACTERS:
+        job = f"{job[: _ROLLOUT_CHARACTERS - 9]}-{hashlib.sha256(job.encode()).hexdigest()[:8]}"
+    return f"{job}-rollout"
 
 
 def network_policy(job: str, uid: str) -> str:

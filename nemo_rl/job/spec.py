@@ -356,6 +356,24 @@ class GRPOSpec(Section):
         return self.advantage_statistics or ("leave_one_out" if self.use_leave_one_out_baseline else "group")
 
 
+Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$", max_length=20)]
+
+MAX_REPLICAS = 64
+
+
+class ReplicaResourcesSpec(Section):
+    """What each rollout replica asks of the cluster, beside its GPUs."""
+
+    cpu: Quantity | None = None
+    """CPUs of each replica, request and limit alike. Default none asked."""
+    memory: Quantity | None = None
+    """Memory of each replica, request and limit alike. Default: 1Gi is asked for, without a limit."""
+    ephemeral_storage: Quantity | None = None
+    """Disk of each replica's node, which holds one version of the weights at a time, request and limit alike. Default: 1Gi is asked for, without a limit."""
+    shared_memory: Quantity = "1Gi"
+    """Size of /dev/shm. Default 1Gi."""
+
+
 class RolloutSpec(Section):
     """What samples the completions of GRPO: the processes that train, or vLLM servers that get each version of the weights."""
 
@@ -367,6 +385,14 @@ class RolloutSpec(Section):
         list[Annotated[str, Field(pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$", max_length=500)]], Field(max_length=64)
     ] = []
     """Addresses of servers that somebody else runs by nemo_rl.rollout.vllm.serve; the environment variable NEMO_RL_ROLLOUT_TOKEN holds their token. Default none."""
+    replicas: Annotated[int, Field(ge=1, le=MAX_REPLICAS)] | None = None
+    """Rollout pods that the operator runs for this job, each with a vLLM server. May change while the job runs: kubectl scale rlj/NAME --replicas=4. They take the job's placement (nodeSelector, tolerations, …), and none of its env. Default none."""
+    gpus_per_replica: Annotated[int, Field(ge=0, le=64)] = 1
+    """GPUs of each replica (resources.gpuResource), over which its model is split; 0 samples on the CPU. Default 1."""
+    resources: ReplicaResourcesSpec = ReplicaResourcesSpec()
+    """What each replica asks of the cluster, beside its GPUs."""
+    image: Annotated[str, Field(min_length=1, max_length=500)] | None = None
+    """Image of the replicas. Default: the one the operator was installed with."""
     weight_transfer: Literal["auto", "http", "files", "adapter"] = "auto"
     """How servers get weights: they pull them from the trainer (http), read them in a folder that both see (files), or get the LoRA adapter alone (adapter). auto takes the adapter where there is one, files beside the trainer, else http. Default auto."""
     mismatch_limit: Annotated[float, Field(gt=0, le=10)] | None = None
@@ -382,16 +408,29 @@ class RolloutSpec(Section):
 
     @model_validator(mode="after")
     def _one_place(self) -> RolloutSpec:
+        places = [f for f in ("python", "urls", "replicas") if getattr(self, f)]
         if self.engine == "in_process":
-            given = [f for f in ("python", "urls") if getattr(self, f)]
-            if given:
-                raise ValueError(f"{given[0]} belongs to engine vllm, but engine is in_process; set engine to vllm")
-        elif (self.python is None) == (not self.urls):
-            found = "both" if self.urls else "neither"
+            if places:
+                raise ValueError(f"{places[0]} belongs to engine vllm, but engine is in_process; set engine to vllm")
+        elif len(places) != 1:
+            found = f"{len(places)} of them ({', '.join(places)})" if places else "none of them"
             raise ValueError(
-                f"engine vllm needs python, an interpreter that has vLLM, or urls of servers; found {found}; give one of them"
+                "engine vllm needs python, an interpreter that has vLLM, urls of servers, or replicas, a number of pods on a "
+                f"cluster; found {found}; give one of them"
+            )
+        if self.replicas is None:
+            given = [name for name in _OF_REPLICAS if getattr(self, name) != type(self).model_fields[name].default]
+            if given:
+                raise ValueError(f"{given[0]} belongs to replicas, which is not given; give replicas, or leave it out")
+        elif self.weight_transfer == "files":
+            raise ValueError(
+                "found weight_transfer files with replicas, which share no folder with the trainer; use http, or leave "
+                "weight_transfer out"
             )
         return self
+
+
+_OF_REPLICAS = ("gpus_per_replica", "resources", "image")
 
 
 class DPOSpec(Section):
@@ -412,9 +451,6 @@ class SFTSpec(Section):
 
     train_on_prompt: bool = False
     """Train on the prompt's tokens too, not only on completions and assistant turns. Default false."""
-
-
-Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$", max_length=20)]
 
 
 def _store(value: str) -> str:
@@ -755,7 +791,7 @@ class RLTrainingJobSpec(Section):
     grpo: GRPOSpec | None = None
     """Settings of GRPO; refused with another algorithm. Default: the defaults of its fields."""
     rollout: RolloutSpec | None = None
-    """What samples the completions of grpo; in Python a mapping such as {"engine": "vllm", "urls": […]}. Default: the processes that train."""
+    """What samples the completions of grpo; in Python a mapping such as {"engine": "vllm", "replicas": 2}. Default: the processes that train."""
     dpo: DPOSpec | None = None
     """Settings of DPO; refused with another algorithm. Default: the defaults of its fields."""
     sft: SFTSpec | None = None

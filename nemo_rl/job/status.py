@@ -24,6 +24,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.alias_generators import to_camel
 
 from nemo_rl.job import decode, names
+from nemo_rl.job.spec import MAX_REPLICAS
 from nemo_rl.job.text import clean
 
 MAX_METRICS = 64
@@ -40,6 +41,7 @@ class Cause(StrEnum):
     USER_ERROR = "UserError"
     BAD_DATA = "BadData"
     NON_FINITE = "NonFiniteTraining"
+    WEIGHT_SYNC_MISMATCH = "WeightSyncMismatch"
     INVALID_SPEC = "InvalidSpec"
     INVALID_IMAGE = "InvalidImageName"
     DEADLINE = "DeadlineExceeded"
@@ -51,6 +53,7 @@ class Cause(StrEnum):
     START_FAILED = "StartFailed"
     NO_RESULT = "NoResult"
     STALLED = "Stalled"
+    ROLLOUT_LOST = "RolloutLost"
     ERROR = "Error"
     UNKNOWN = "Unknown"
 
@@ -204,6 +207,85 @@ class Checkpoint(Wire):
     """What made it the best, for example reward=0.61."""
 
 
+MemberState = Literal["Pending", "Loading", "Ready", "Updating", "Refused", "Lost"]
+
+
+def _tolerant(value: Any) -> Any:
+    """What a pod says of its replicas, without those that do not fit: one must not hide the others."""
+    if not isinstance(value, list):
+        return value
+    found = []
+    for one in value[:MAX_REPLICAS]:
+        try:
+            found.append(ServerReport.of_a_pod(one))
+        except ValidationError:
+            continue
+    return found
+
+
+class ServerReport(Wire):
+    """What the trainer knows of one rollout server: it alone sees whether one has the weights, and has passed the gate."""
+
+    address: Annotated[str, _cut(128), Field(max_length=128)]
+    """Host and port."""
+    state: MemberState
+    """Loading, Ready, Updating, Refused or Lost."""
+    weight_version: Count | None = None
+    """Optimizer step of the weights that it has proved to have."""
+    tokens_per_second: Count | None = None
+    """Tokens that it sampled in a second of the last rollouts."""
+    message: Text | None = None
+    """Why it is in this state, in one sentence."""
+
+
+Servers = Annotated[list[ServerReport], Field(max_length=MAX_REPLICAS)]
+
+
+class RolloutMember(Wire):
+    """One rollout replica of the job."""
+
+    name: Annotated[str, Field(max_length=253)]
+    """Name of its pod."""
+    state: MemberState
+    """Pending (its pod does not run), Loading, Ready, Updating, Refused (it has other weights, and gets no requests) or Lost."""
+    weight_version: Count | None = None
+    """Optimizer step of the weights that it has proved to have."""
+    tokens_per_second: Count | None = None
+    """Tokens that it sampled in a second of the last rollouts."""
+    message: Text | None = None
+    """Why it is in this state, in one sentence."""
+
+
+class RolloutStatus(Wire):
+    """The rollout replicas of the job."""
+
+    replicas: Count = 0
+    """Replicas that are asked of the cluster."""
+    ready: Count = 0
+    """Replicas that have the weights of now, have passed the gate, and get requests."""
+    text: Text | None = None
+    """Both for people, for example 1/2."""
+    weight_version: Count | None = None
+    """Newest optimizer step whose weights a replica has proved to have."""
+    selector: Annotated[str, Field(max_length=512)] | None = None
+    """Label selector of the replicas' pods, for the scale subresource."""
+    missing_since: Time | None = None
+    """Since when a replica has no pod, or when that was last looked into."""
+    members: Annotated[list[RolloutMember], Field(max_length=MAX_REPLICAS)] = []
+    """Each replica, by number."""
+
+
+class Bottleneck(Wire):
+    """What takes most of a step, over the last steps."""
+
+    phase: Literal["Rollout", "Reward", "Training", "WeightSync", "Data"]
+    """Rollout, Reward, Training, WeightSync or Data (what is none of the others)."""
+    share: Annotated[str, _cut(8), Field(max_length=8)]
+    """Its share of a step, for example 0.71."""
+    advice: Text | None = None
+    """What takes so long, and what would help, in one sentence."""
+
+
 class Progress(Wire):
     """How far training is; served by the pod with index 0 at /progress, and copied to the status every few seconds.
 
@@ -230,6 +312,10 @@ class Progress(Wire):
     """When the step ended (RFC 3339)."""
     checkpoint: Annotated[Checkpoint | None, Field(exclude=True)] = None
     """Checkpoints so far; the status shows them beside the progress."""
+    rollout: Annotated[Servers | None, BeforeValidator(_tolerant), Field(exclude=True)] = None
+    """Rollout servers as the trainer sees them; the status shows them beside the progress."""
+    bottleneck: Annotated[Bottleneck | None, Field(exclude=True)] = None
+    """What takes most of a step; the status shows it beside the progress."""
 
     @model_validator(mode="before")
     @classmethod
@@ -434,6 +520,10 @@ class JobStatus(Wire):
     """What the algorithm is judged by, as text: reward of grpo, loss of sft, preference accuracy of dpo."""
     checkpoint: Checkpoint | None = None
     """The checkpoints so far."""
+    rollout: RolloutStatus | None = None
+    """The rollout replicas, where the job has some and they run."""
+    bottleneck: Bottleneck | None = None
+    """What takes most of a step of grpo, over the last steps."""
     result: Result | None = None
     """The outcome of a job that succeeded."""
     failure: Failure | None = None

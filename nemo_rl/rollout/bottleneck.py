@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 PHASES = ("rollout", "reward", "training", "sync", "other")
@@ -102,3 +103,59 @@ def advice(phases: Phases, *, servers: int, reward_workers: int, ranks: int, on_
     if longest == "other" or saved < WORTH_SAYING:
         return sentence
     return f"{sentence}: {best.what} would save about {saved:.0%}"
+
+
+STATUS_NAMES = {
+    "rollout": "Rollout",
+    "reward": "Reward",
+    "training": "Training",
+    "sync": "WeightSync",
+    "other": "Data",
+}
+"""How the status of a job calls the phases."""
+SLOW_SERVER = 0.5
+"""A server that samples less than this share of what the median of the others does is the bottleneck of rollouts."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What takes most of a step: the phase as a status calls it, its share of a step, and one sentence."""
+
+    phase: str
+    share: float
+    advice: str
+
+
+def bottleneck(
+    phases: Phases,
+    server_rates: Sequence[Mapping[str, Any]] = (),
+    *,
+    servers: int,
+    reward_workers: int,
+    ranks: int,
+    on_policy: bool = False,
+) -> Verdict:
+    """What takes most of a step. `server_rates`: of each rollout server its address, and the tokens_per_second that it
+    sampled where that was measured: where rollouts take longest and one server lags behind the others, it is named."""
+    shares = phases.shares()
+    longest = max(PHASES, key=lambda phase: shares[phase])
+    sentence = advice(phases, servers=servers, reward_workers=reward_workers, ranks=ranks, on_policy=on_policy)
+    if longest == "rollout" and (slow := slow_server(server_rates)):
+        sentence = f"{_NAMES[longest]} {shares[longest]:.0%} of a step: {slow}"
+    return Verdict(STATUS_NAMES[longest], shares[longest], sentence)
+
+
+def slow_server(server_rates: Sequence[Mapping[str, Any]]) -> str:
+    """The slowest of several servers in words, where it is far slower than the others; else empty."""
+    rates = sorted(
+        (float(one["tokens_per_second"]), str(one["address"]))
+        for one in server_rates
+        if one.get("tokens_per_second") is not None
+    )
+    if len(rates) < 2:
+        return ""
+    usual = median(rate for rate, _ in rates[1:])
+    rate, address = rates[0]
+    if rate >= SLOW_SERVER * usual:
+        return ""
+    return f"rollout server {address} samples {rate:.0f} tokens a second, the others {usual:.0f}; replace it"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -24,7 +25,7 @@ from nemo_rl.model.policy import Policy
 from nemo_rl.objectives.advantages import flat_groups, group_advantages
 from nemo_rl.objectives.correction import Correction, importance_weights, mismatch
 from nemo_rl.objectives.losses import kl_estimate, kl_loss, policy_loss, token_weights
-from nemo_rl.rollout.bottleneck import Phases, advice
+from nemo_rl.rollout.bottleneck import Phases, Verdict, bottleneck
 from nemo_rl.rollout.in_process.engine import InProcess, end_tokens
 from nemo_rl.rollout.in_process.proof import prove_rollouts
 from nemo_rl.rollout.protocol import Completion, Request, RolloutEngine, Sampling
@@ -37,6 +38,8 @@ from nemo_rl.trainers.loading import Loaded
 from nemo_rl.trainers.rollouts import MiniBatch, Rollouts, TokenSums, mean_parts
 
 PREFLIGHT_ROWS = 4
+BOTTLENECK_STEPS, BOTTLENECK_AFTER = 10, 3
+"""Of so many last steps the bottleneck is found, once there are so many."""
 ADVICE_AFTER = 10
 """Steps of this process after which the display says what takes longest."""
 
@@ -50,7 +53,10 @@ class GRPOTrainer(Trainer):
     """What samples before it is needed, where `max_staleness` allows that."""
     _saved_ahead: list[dict[str, Any]]
     reward_sum = 0.0
-    _phases: Phases | None = None
+    servers: Sequence[Mapping[str, Any]] = ()
+    """What is known of each rollout server, where others sample."""
+    bottleneck: Verdict | None = None
+    """What took most of the last steps."""
     _phase_steps = 0
     reward_steps = 0
 
@@ -477,6 +483,7 @@ class GRPOTrainer(Trainer):
     def _start(self, data: Prepared, validation: Prepared | None) -> None:
         settings = self.settings
         self.data = data
+        self._phases: deque[Phases] = deque(maxlen=BOTTLENECK_STEPS)
         self.end_ids = end_tokens(self.policy.causal, self.tokenizer)
         self.decoder = Decoder(self.tokenizer, self.end_ids, self._stop_tokens())
         self._hidden_tokens: set[int] = set()
@@ -543,7 +550,12 @@ class GRPOTrainer(Trainer):
             log_file=self.run_dir / "rollout" / "vllm.log",
             poll=self.poll,
             note=self.display.note,
+            tell=self.note_servers,
         )
+
+    def note_servers(self, servers: list[dict[str, Any]]) -> None:
+        """Told what is known of each rollout server, from any thread of the first rank. For those who watch a trainer."""
+        self.servers = servers
 
     def _release(self) -> None:
         if self.ahead is not None:
@@ -595,19 +607,25 @@ class GRPOTrainer(Trainer):
         self._observe_phases(metrics)
 
     def _observe_phases(self, metrics: dict[str, Any]) -> None:
-        """Says once what takes longest, and what would help. The seconds of each phase are in the metrics."""
+        """Finds what took longest in the last steps, and what would help, and says so once. The seconds are in the metrics."""
         phases = Phases.of(metrics)
         if phases is None:
             return
-        self._phases = phases if self._phases is None else self._phases + phases
+        self._phases.append(phases)
         self._phase_steps += 1
+        if len(self._phases) < BOTTLENECK_AFTER:
+            return
+        found = sum(list(self._phases)[1:], self._phases[0])
+        rollout = self.config.rollout
+        servers = (
+            max(1, len(getattr(self.rollout_engine, "members", ()))) if rollout and rollout.engine == "vllm" else 0
+        )
+        workers = self.config.reward.workers if self.config.reward is not None else 1
+        on_policy = self.ahead is None and not self.settings.dynamic_sampling_rounds
+        setup = {"servers": servers, "reward_workers": workers, "ranks": self.ranks.size, "on_policy": on_policy}
+        self.bottleneck = bottleneck(found, self.servers, **setup)
         if self._phase_steps == ADVICE_AFTER:
-            rollout = self.config.rollout
-            servers = max(1, len(rollout.urls)) if rollout is not None and rollout.engine == "vllm" else 0
-            workers = self.config.reward.workers if self.config.reward is not None else 1
-            on_policy = self.ahead is None and not self.settings.dynamic_sampling_rounds
-            setup = {"servers": servers, "reward_workers": workers, "ranks": self.ranks.size}
-            self.display.note(advice(self._phases, **setup, on_policy=on_policy))
+            self.display.note(self.bottleneck.advice)
 
     def take_checkpoint_metric(self) -> float | None:
         """Returns the mean reward since the checkpoint before."""

@@ -13,7 +13,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nemo_rl
-from nemo_rl.errors import DatasetError, NonFiniteTraining, RewardError, StorageError, TrainingInterrupted
+from nemo_rl.errors import (
+    DatasetError,
+    NonFiniteTraining,
+    RewardError,
+    RolloutLost,
+    StorageError,
+    TrainingInterrupted,
+    WeightSyncMismatch,
+)
 from nemo_rl.job.names import ExitCode
 from nemo_rl.job.status import TRACEBACK_LINES, Cause, Checkpoint, TerminationMessage, stacks_together
 from nemo_rl.storage.errors import Conflict, Unavailable
@@ -65,6 +73,10 @@ def meaning(error: BaseException) -> tuple[int, str]:
         return ExitCode.BAD_DATA, Cause.BAD_DATA
     if isinstance(error, NonFiniteTraining):
         return ExitCode.NON_FINITE, Cause.NON_FINITE
+    if isinstance(error, WeightSyncMismatch):
+        return ExitCode.USER_ERROR, Cause.WEIGHT_SYNC_MISMATCH
+    if isinstance(error, RolloutLost):
+        return OTHER, Cause.ROLLOUT_LOST
     if isinstance(error, RewardError | BundleError | TypeError | ValueError | ImportError) or _is_users(error):
         return ExitCode.USER_ERROR, Cause.USER_ERROR
     return OTHER, type(error).__name__

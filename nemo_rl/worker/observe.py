@@ -37,6 +37,7 @@ class Observer(Callback):
 
     def on_step_end(self, trainer: Any, step: int, metrics: dict[str, Any]) -> None:
         self._report.step_ended(step, metrics)
+        self._report.bottleneck(getattr(trainer, "bottleneck", None))
         self._metrics.step_ended(step, metrics)
         if self._first:
             self._first = False
@@ -125,6 +126,10 @@ def observed(trainer: type[Trainer], report: Report, observer: Observer) -> type
                 path = super().save_to(*args, **kwargs)
             observer.saved(self, report.seconds[phases.SAVING] - before)
             return path
+
+        def note_servers(self, servers: list[dict[str, Any]]) -> None:
+            super().note_servers(servers)
+            report.servers(servers)
 
         def poll(self) -> None:
             report.beat()

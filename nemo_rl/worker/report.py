@@ -11,11 +11,11 @@ import datetime
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_rl.job.status import Checkpoint, Progress
+from nemo_rl.job.status import Bottleneck, Checkpoint, Progress, ServerReport
 from nemo_rl.run.checkpoint import best_of, find_checkpoints
 from nemo_rl.run.metrics import LINE_ORDER
 from nemo_rl.run.stored.checkpoints import PublishedCheckpoints
@@ -64,6 +64,8 @@ class Report:
         self._checkpoint: Checkpoint | None = None
         self._ends: deque[float] = deque(maxlen=PACE_STEPS + 1)
         self._pace: float | None = None
+        self._servers: list[ServerReport] | None = None
+        self._bottleneck: Bottleneck | None = None
 
     # --- written by the training thread
 
@@ -112,6 +114,16 @@ class Report:
     def saved(self, checkpoint: Checkpoint | None) -> None:
         self._checkpoint = checkpoint
 
+    def servers(self, servers: Sequence[Mapping[str, Any]]) -> None:
+        """What is known of each rollout server."""
+        self._servers = [ServerReport.model_validate(one) for one in servers]
+
+    def bottleneck(self, verdict: Any) -> None:
+        """What takes most of a step; None where that is not known."""
+        if verdict is not None:
+            share = f"{verdict.share:.2f}"
+            self._bottleneck = Bottleneck(phase=verdict.phase, share=share, advice=verdict.advice)
+
     # --- read by anyone
 
     @property
@@ -140,6 +152,8 @@ class Report:
             metrics=shown_metrics(self._metrics),
             time=self._step_time,
             checkpoint=self._checkpoint,
+            rollout=self._servers,
+            bottleneck=self._bottleneck,
         )
 
     def quiet(self) -> tuple[float, float]:

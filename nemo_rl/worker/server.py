@@ -42,10 +42,13 @@ class ReportServer(ThreadingHTTPServer):
 
 
 def encode(progress: Progress) -> bytes:
-    """JSON of a progress, with the checkpoint that a dump of the model leaves to the status."""
+    """JSON of a progress, with what a dump of the model leaves to other parts of the status."""
     found = progress.model_dump(mode="json", by_alias=True, exclude_none=True)
-    if progress.checkpoint is not None:
-        found["checkpoint"] = progress.checkpoint.model_dump(mode="json", by_alias=True, exclude_none=True)
+    for name in ("checkpoint", "bottleneck"):
+        if (part := getattr(progress, name)) is not None:
+            found[name] = part.model_dump(mode="json", by_alias=True, exclude_none=True)
+    if progress.rollout is not None:
+        found["rollout"] = [one.model_dump(mode="json", by_alias=True, exclude_none=True) for one in progress.rollout]
     return json.dumps(found).encode()
 
 

@@ -42,6 +42,7 @@ class Options:
     namespaces: Sequence[str] = ()
     image: str = ""
     network: str = ""
+    rollout_image: str = ""
     workers: int = 16
     health_port: int = 8080
     metrics_port: int = 9090
@@ -68,6 +69,7 @@ class Operator:
             self._health,
             image=options.image,
             network=options.network,
+            rollout_image=options.rollout_image,
             busy=self._busy,
         )
         self._resync = Resync(

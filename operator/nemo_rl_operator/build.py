@@ -8,7 +8,15 @@ from typing import Any
 
 from nemo_rl.job import names
 from nemo_rl.job.names import ExitCode
-from nemo_rl.job.spec import DEFAULT_REQUESTS, DatasetSpec, EnvVar, RLTrainingJobSpec, Toleration, VolumeSpec
+from nemo_rl.job.spec import (
+    DEFAULT_REQUESTS,
+    DatasetSpec,
+    EnvVar,
+    RLTrainingJobSpec,
+    RolloutSpec,
+    Toleration,
+    VolumeSpec,
+)
 from nemo_rl_operator import frozen
 from nemo_rl_operator.fingerprint import fingerprint
 from nemo_rl_operator.observe import MAIN_POD_SET, Assignment, Queueing, Resource
@@ -29,6 +37,11 @@ EXIT_BARRIER_SECONDS = 15
 
 VOLUME_PREFIX = "volume-"
 """How the names of a job's own volumes begin in its pods, apart from those that each pod has."""
+REPLICA_PROBES = 6
+"""Probes in a row that a rollout replica may leave unanswered, once it has served: while it loads weights it is busy."""
+REPLICA_GRACE_SECONDS = 10
+"""A rollout replica has nothing to save; what was asked of it is asked of another."""
+
 PROBE_SECONDS = 30
 """Between two probes of a trainer; each is a small program in its container."""
 
@@ -109,11 +122,12 @@ def network_policy(resource: Resource, network: str) -> Object | None:
 
 
 def run_secret(resource: Resource, spec: RLTrainingJobSpec) -> Object | None:
-    """The Secret by which the pods of a job of several nodes know each other; whoever makes it draws the token.
+    """The Secret by which the pods of a job of several nodes, or with rollout replicas, know each other; whoever makes it
+    draws the tokens.
 
     It is written once and never read back: the operator may create Secrets, and nothing else.
     """
-    if spec.resources.nodes == 1:
+    if not _has_secret(spec):
         return None
     return {
         "apiVersion": "v1",
@@ -122,6 +136,15 @@ def run_secret(resource: Resource, spec: RLTrainingJobSpec) -> Object | None:
         "type": "Opaque",
         "immutable": True,
     }
+
+
+def _has_secret(spec: RLTrainingJobSpec) -> bool:
+    return spec.resources.nodes > 1 or num_replicas(spec) > 0
+
+
+def num_replicas(spec: RLTrainingJobSpec) -> int:
+    """Rollout replicas that the job asks for; 0 where something else samples."""
+    return (spec.rollout.replicas or 0) if spec.rollout is not None else 0
 
 
 def service(resource: Resource, spec: RLTrainingJobSpec) -> Object | None:
@@ -308,7 +331,11 @@ def trainer_pod(resource: Resource, spec: RLTrainingJobSpec, number: int, image:
         "imagePullPolicy": spec.image_pull_policy or "IfNotPresent",
         "command": command(resource, spec, number),
         "args": [f"{names.JOB_DIGEST_OPTION}={frozen.digest(frozen.text(resource, spec))}"],
-        "env": [*_environment(spec), {"name": names.ATTEMPT_VARIABLE, "value": str(number)}],
+        "env": [
+            *_environment(spec),
+            {"name": names.ATTEMPT_VARIABLE, "value": str(number)},
+            *_replica_addresses(resource, spec),
+        ],
         "ports": [{"name": "progress", "containerPort": names.TRAINER_PORT}],
         **_probes(spec),
         "resources": _resources(spec),
@@ -411,6 +438,122 @@ def files_pod(resource: Resource, spec: RLTrainingJobSpec, image: str) -> Object
     placement = _placement(spec) | {"affinity": near}
     meta = _meta(resource, names.files_pod(resource.name), component=names.COMPONENT_FILES)
     return {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": pod | placement}
+
+
+# --- rollout replicas
+
+
+def _replica_addresses(resource: Resource, spec: RLTrainingJobSpec) -> list[Object]:
+    """Where the trainer finds the replicas: it asks DNS, for it has no access to the API."""
+    if not num_replicas(spec):
+        return []
+    value = f"{names.rollout(resource.name)}:{names.ROLLOUT_PORT}"
+    return [{"name": names.ROLLOUT_ADDRESSES_VARIABLE, "value": value}]
+
+
+def replica_selector(resource: Resource) -> dict[str, str]:
+    return {names.LABEL_JOB_UID: resource.uid, names.LABEL_COMPONENT: names.COMPONENT_ROLLOUT}
+
+
+def replica_service(resource: Resource) -> Object:
+    """Headless Service whose name has the addresses of all replicas, ready or not: the trainer knows best which are."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": _meta(resource, names.rollout(resource.name)),
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": replica_selector(resource),
+            "ports": [{"name": "rollout", "port": names.ROLLOUT_PORT}],
+        },
+    }
+
+
+def replica_set(resource: Resource, spec: RLTrainingJobSpec, image: str) -> Object:
+    """StatefulSet of the rollout replicas. It outlives attempts; its pods hold nothing that the trainer does not give them."""
+    name = names.rollout(resource.name)
+    pod_labels = spec.labels | labels(resource, names.COMPONENT_ROLLOUT)
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "StatefulSet",
+        "metadata": _meta(resource, name, component=names.COMPONENT_ROLLOUT),
+        "spec": {
+            "serviceName": name,
+            "replicas": num_replicas(spec),
+            "podManagementPolicy": "Parallel",
+            "revisionHistoryLimit": 1,
+            "selector": {"matchLabels": replica_selector(resource)},
+            "template": {
+                "metadata": {"labels": pod_labels, **({"annotations": spec.annotations} if spec.annotations else {})},
+                "spec": replica_pod(resource, spec, image),
+            },
+        },
+    }
+
+
+def replica_pod(resource: Resource, spec: RLTrainingJobSpec, image: str) -> Object:
+    """Spec of a rollout replica: it waits until a trainer of its job tells it which model to serve."""
+    rollout = spec.rollout or RolloutSpec()
+    ask = rollout.resources
+    wanted = {
+        "cpu": ask.cpu,
+        "memory": ask.memory,
+        "ephemeral-storage": ask.ephemeral_storage,
+        spec.resources.gpu_resource: str(rollout.gpus_per_replica) if rollout.gpus_per_replica else None,
+    }
+    given = {name: amount for name, amount in wanted.items() if amount}
+    program = ["python3", "-m", names.ROLLOUT_MODULE, f"--token-file={names.ROLLOUT_TOKEN_FILE}"]
+    ask_it = {"exec": {"command": [*program, "--probe"]}, "timeoutSeconds": 20, "periodSeconds": PROBE_SECONDS}
+    secret = {
+        "secretName": names.run_secret(resource.name, resource.uid),
+        "items": [{"key": names.ROLLOUT_TOKEN_KEY, "path": names.ROLLOUT_TOKEN_KEY}],
+        "defaultMode": 0o440,
+    }
+    volumes: list[tuple[Object, str, bool]] = [
+        ({"name": "run", "secret": secret}, names.TOKEN_DIR, True),
+        ({"name": "home", "emptyDir": {}}, names.HOME_DIR, False),
+        ({"name": "tmp", "emptyDir": {}}, "/tmp", False),
+        ({"name": "cache", "emptyDir": {}}, names.CACHE_DIR, False),
+        ({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": ask.shared_memory}}, "/dev/shm", False),
+    ]
+    container = {
+        "name": names.ROLLOUT_CONTAINER,
+        "image": rollout.image or image,
+        "imagePullPolicy": spec.image_pull_policy or "IfNotPresent",
+        "command": program,
+        "env": [
+            *_scratch_environment(),
+            {"name": "HF_HOME", "value": f"{names.CACHE_DIR}/huggingface"},
+            {"name": "XDG_CACHE_HOME", "value": f"{names.CACHE_DIR}/xdg"},
+            {"name": "PYTHONUNBUFFERED", "value": "1"},
+        ],
+        "ports": [{"name": "rollout", "containerPort": names.ROLLOUT_PORT}],
+        # while it waits or loads it is not healthy yet, and that takes as long as the trainer takes
+        "startupProbe": {**ask_it, "failureThreshold": -(-spec.startup_timeout_seconds // PROBE_SECONDS) + 1},
+        "livenessProbe": {**ask_it, "failureThreshold": REPLICA_PROBES},
+        "resources": {"requests": DEFAULT_REQUESTS | given, **({"limits": given} if given else {})},
+        "volumeMounts": [
+            {"name": volume["name"], "mountPath": path, **({"readOnly": True} if read_only else {})}
+            for volume, path, read_only in volumes
+        ],
+        "securityContext": _container_security(),
+    }
+    pod: Object = {
+        "restartPolicy": "Always",
+        "terminationGracePeriodSeconds": REPLICA_GRACE_SECONDS,
+        **_pod_security(),
+        "containers": [container],
+        "volumes": [volume for volume, _, _ in volumes],
+    }
+    if spec.runtime_class_name:
+        pod["runtimeClassName"] = spec.runtime_class_name
+    return pod | _placement(spec)
+
+
+def replica_content(resource: Resource, spec: RLTrainingJobSpec, image: str) -> str:
+    """Fingerprint of the StatefulSet of replicas, as the operator makes it."""
+    return fingerprint(replica_set(resource, spec, image)["spec"])
 
 
 def _pod_security() -> Object:
@@ -520,7 +663,7 @@ def _volumes(resource: Resource, spec: RLTrainingJobSpec) -> tuple[list[Object],
             False,
         ),
     ]
-    if spec.resources.nodes > 1:
+    if _has_secret(spec):
         secret = {"secretName": names.run_secret(resource.name, resource.uid), "defaultMode": 0o440}
         found.append(({"name": "run", "secret": secret}, names.TOKEN_DIR, True))
     for number, bundle in enumerate(spec.bundles):

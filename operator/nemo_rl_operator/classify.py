@@ -20,7 +20,7 @@ Verdict = Literal["fatal", "counted", "free"]
 FATAL = frozenset(
     {
         *(Cause.USER_ERROR, Cause.BAD_DATA, Cause.NON_FINITE, Cause.INVALID_SPEC, Cause.INVALID_IMAGE),
-        *(Cause.DEADLINE, Cause.BUNDLES_MISSING, Cause.NAME_CONFLICT),
+        *(Cause.DEADLINE, Cause.BUNDLES_MISSING, Cause.NAME_CONFLICT, Cause.WEIGHT_SYNC_MISMATCH),
     }
 )
 FREE = frozenset(
@@ -147,6 +147,10 @@ def _failure(pod: PodView, asked: bool) -> tuple[tuple[int, str], Outcome]:
         message = termination.message
     if termination and cause is Cause.ERROR and termination.cause == Cause.STALLED:
         cause, rank = Cause.STALLED, 2
+    elif termination and cause is Cause.ERROR and termination.cause == Cause.ROLLOUT_LOST:
+        cause = Cause.ROLLOUT_LOST
+    elif termination and cause is Cause.USER_ERROR and termination.cause == Cause.WEIGHT_SYNC_MISMATCH:
+        cause = Cause.WEIGHT_SYNC_MISMATCH
     elif termination and termination.cause == FOLLOWED and rank == 4:
         rank = 5
     found = Outcome(

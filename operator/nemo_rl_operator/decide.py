@@ -21,6 +21,7 @@ from nemo_rl_operator.policies import (
     lost,
     outcome,
     queue,
+    replicas,
     restored,
     retry,
     running,
@@ -53,6 +54,7 @@ CHECKLIST: tuple[Callable[[Plan], bool], ...] = (
     retry.wait_out,
     accept.hold_invalid,
     start.wait_for_bundles,
+    replicas.check,
     queue.wait_for_admission,
     start.confirm_end,
     start.start,
@@ -96,5 +98,6 @@ def decide(snapshot: Snapshot, now: datetime) -> Decision:
         deadline.wake(plan)
         queue.report_ready(plan)
     serve.serve(plan)
+    replicas.keep(plan)
     plan.status.observed_generation = snapshot.resource.generation
     return Decision(plan.status, tuple(plan.actions), tuple(plan.events), plan.wake, frozenset(plan.needs))

@@ -15,7 +15,7 @@ from nemo_rl.job.text import one_line
 from nemo_rl_operator import build, children, frozen, kueue, reasons
 from nemo_rl_operator.observe import Blocked, Resource
 from nemo_rl_operator.pending import from_warning
-from nemo_rl_operator.plan import Action, Create, Delete, Kind, Report
+from nemo_rl_operator.plan import Action, Create, Delete, Kind, Report, Update
 from nemo_rl_operator.runtime import timestamps
 from nemo_rl_operator.runtime.cache import Cache
 from nemo_rl_operator.runtime.client import Api, ApiError, Object
@@ -55,6 +55,8 @@ class Executor:
         for action in actions:
             if isinstance(action, Delete):
                 await self._delete(resource, action)
+            elif isinstance(action, Update):
+                await self._update(resource, action)
         creations = [a for a in actions if isinstance(a, Create)]
         first = [a for a in creations if a.kind not in (Kind.JOB, Kind.POD)]
         there: dict[Kind, Object] = {}
@@ -99,6 +101,14 @@ class Executor:
         if left.get("kind") == "Status":  # gone at once
             self._forget(resource, action)
         self._remember(action.kind, left)
+
+    async def _update(self, resource: Resource, action: Update) -> None:
+        """Change an object, if it is still the one that was seen; that it is gone, or another's, shows at the next look."""
+        try:
+            await self._api.update(action.kind, resource.namespace, action.name, action.uid, {"spec": action.spec})
+        except ApiError as error:
+            if error.status not in (404, 409):
+                raise
 
     async def _create(self, resource: Resource, action: Create, there: dict[Kind, Object]) -> Blocked | None:
         """Make it. What is there already and says the same goes into `there`."""
@@ -199,10 +209,11 @@ class Executor:
 
 
 def _with_token(action: Create) -> Object:
-    """The object as it is made: a Secret with a token that nobody else knows."""
+    """The object as it is made: a Secret with tokens that nobody else knows."""
     if action.kind is not Kind.SECRET:
         return action.body
-    return {**action.body, "stringData": {names.TOKEN_KEY: secrets.token_hex(TOKEN_BYTES)}}
+    keys = (names.TOKEN_KEY, names.ROLLOUT_TOKEN_KEY)
+    return {**action.body, "stringData": {key: secrets.token_hex(TOKEN_BYTES) for key in keys}}
 
 
 def _volumes_of_images(job: Object) -> set[str]:

@@ -181,7 +181,8 @@ def _fixed(spec: Object) -> Object:
         section: Any = found
         for name in sections:
             section = section.get(name) or {}
-        section.pop(last, None)
+        if section.pop(last, None) is not None and path == "spec.rollout.replicas":
+            section[last] = 1  # that there are some never changes, and how many a trainer sees for itself
     return {name: value for name, value in found.items() if value != {} or spec.get(name) == {}}
 
 

@@ -91,6 +91,10 @@ def run(
             help="JSON with the rules ingress and egress of a NetworkPolicy for each job, beside its own pods; empty: none.",
         ),
     ] = "",
+    rollout_image: Annotated[
+        str,
+        typer.Option(envvar=names.ROLLOUT_IMAGE_VARIABLE, help="Image of rollout replicas of jobs that name none."),
+    ] = "",
     workers: Annotated[
         int, typer.Option(envvar="NEMO_RL_OPERATOR_WORKERS", min=1, max=256, help="Jobs reconciled at once.")
     ] = 16,
@@ -123,6 +127,7 @@ def run(
         namespaces=namespace or (),
         image=image,
         network=network,
+        rollout_image=rollout_image,
         workers=workers,
         health_port=health_port,
         metrics_port=metrics_port,

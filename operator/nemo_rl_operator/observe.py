@@ -99,16 +99,16 @@ class AttemptView:
 
 @dataclass(frozen=True, slots=True)
 class PodView:
-    """A pod of an attempt, or the file server."""
+    """A pod of an attempt, the file server, or a rollout replica."""
 
     name: str
     uid: str
     owner: str
     """Uid of the RLTrainingJob that it belongs to, by its label."""
     controller: str
-    """Uid of the Job that made it; empty where nothing or somebody else did."""
+    """Uid of the Job or StatefulSet that made it; empty where nothing or somebody else did."""
     attempt: int
-    """0 for the file server."""
+    """0 for the file server and for replicas."""
     index: int
     phase: str
     """Of the trainer's container: Running while it runs and ended when it has, whatever containers of others do."""
@@ -141,11 +141,31 @@ class PodView:
     """Which init container failed, and how, in words."""
     init_waiting: str = ""
     """Which init container the trainer waits for, and why, in words."""
+    replica: bool = False
+    """Whether it is a rollout replica; `index` is its number then."""
+    restarts: int = 0
+    """How often the container of a replica was started anew."""
+    last_end: str = ""
+    """How the container of a replica ended the last time, in words."""
 
     @property
     def terminal(self) -> bool:
         """Whether the trainer has ended."""
         return self.phase in ENDED
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSetView:
+    """The StatefulSet of the job's rollout replicas."""
+
+    name: str
+    uid: str
+    owner: str
+    """Uid of the RLTrainingJob that controls it."""
+    deleting: bool
+    replicas: int
+    content: str
+    """Fingerprint of what it runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +248,15 @@ class Snapshot:
     attempts: Mapping[int, AttemptView] = field(default_factory=dict)
     pods: Mapping[int, tuple[PodView, ...]] = field(default_factory=dict)
     files: PodView | None = None
+    replicas: tuple[PodView, ...] = ()
+    """Pods of the job's rollout replicas, by number."""
+    replica_set: ReplicaSetView | None = None
+    replica_set_read: bool = False
+    """The StatefulSet of the replicas was read just now: `replica_set` is None where there is none."""
+    replica_warning: str = ""
+    """Newest warning Event about that StatefulSet, where it lacks pods: their quota, for example."""
+    rollout_image: str = ""
+    """Image of the replicas of jobs that name none."""
     progress: Progress | None = None
     unreadable: str = ""
     """Why the progress has not been readable for a while; empty where it is, or may be soon."""
@@ -361,6 +390,18 @@ def attempt_view(raw: Raw, known: AttemptView | None = None) -> AttemptView:
     )
 
 
+def replica_set_view(raw: Raw) -> ReplicaSetView:
+    meta, spec = raw["metadata"], raw.get("spec") or {}
+    return ReplicaSetView(
+        name=meta["name"],
+        uid=meta["uid"],
+        owner=_controller(meta).get("uid", ""),
+        deleting=bool(meta.get("deletionTimestamp")),
+        replicas=int(spec.get("replicas", 1)),
+        content=fingerprint(spec),
+    )
+
+
 def workload_view(raw: Raw) -> WorkloadView:
     meta, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
     conditions = {c.get("type"): c for c in status.get("conditions") or ()}
@@ -413,7 +454,8 @@ def pod_view(raw: Raw) -> PodView:
     meta, status = raw["metadata"], raw.get("status") or {}
     labels = meta.get("labels") or {}
     attempt = _number(labels.get(names.LABEL_ATTEMPT))
-    controller = _maker(meta, labels, attempt)
+    replica = not attempt and labels.get(names.LABEL_COMPONENT) == names.COMPONENT_ROLLOUT
+    controller = _maker(meta, labels, attempt, replica)
     trainer = _container(status)
     state = trainer.get("state") or {}
     told = status.get("phase") or "Pending"
@@ -422,6 +464,8 @@ def pod_view(raw: Raw) -> PodView:
     scheduling: Raw = next((c for c in status.get("conditions") or () if c.get("type") == "PodScheduled"), {})
     disruption = _conditions(status).get("DisruptionTarget")
     index = labels.get(names.ANNOTATION_JOB_INDEX) or (meta.get("annotations") or {}).get(names.ANNOTATION_JOB_INDEX)
+    if replica:
+        index = meta["name"].rpartition("-")[2]
     return PodView(
         name=meta["name"],
         uid=meta["uid"],
@@ -451,19 +495,34 @@ def pod_view(raw: Raw) -> PodView:
         scheduled_at=scheduling.get("lastTransitionTime") or "" if scheduling.get("status") == "True" else "",
         init_failure=_init_failure(status),
         init_waiting=_init_waiting(status),
+        replica=replica,
+        restarts=int(trainer.get("restartCount") or 0) if replica else 0,
+        last_end=_last_end(trainer) if replica else "",
     )
 
 
-def _maker(meta: Raw, labels: Mapping[str, str], attempt: int) -> str:
-    """Uid of what made the pod, if that is what makes such pods: the attempt's Job, or the resource (the file server).
+def _maker(meta: Raw, labels: Mapping[str, str], attempt: int, replica: bool) -> str:
+    """Uid of what made the pod, if that is what makes such pods: the attempt's Job, the StatefulSet of the replicas, or the
+    resource (the file server).
 
     Labels can be written by anybody who makes pods. So can an owner, but one that does not exist is the end of a pod:
     the garbage collector deletes it.
     """
     job, found = labels.get(names.LABEL_JOB, ""), _controller(meta)
     kind, name = ("Job", names.attempt_job(job, attempt)) if attempt else (names.KIND, job)
+    if replica:
+        kind, name = "StatefulSet", names.rollout(job)
     wanted = found.get("kind", kind) == kind and found.get("name", name) == name
     return str(found.get("uid") or "") if wanted else ""
+
+
+def _last_end(container: Raw) -> str:
+    """How a container that is started anew ended before, in words; empty where it never did."""
+    ended = ((container.get("state") or {}).get("terminated")) or ((container.get("lastState") or {}).get("terminated"))
+    if not ended:
+        return ""
+    why = f" ({ended['reason']})" if ended.get("reason") not in (None, "", "Error", "Completed") else ""
+    return f"it exited with {ended.get('exitCode')}{why}"
 
 
 def _trainer_phase(phase: str, state: Raw) -> str:
@@ -494,7 +553,7 @@ def _init_waiting(status: Raw) -> str:
 def _container(status: Raw) -> Raw:
     """Status of the trainer's container; what mutating webhooks add beside it is not looked at."""
     found = status.get("containerStatuses") or ()
-    wanted = (names.TRAINER_CONTAINER, names.COMPONENT_FILES)
+    wanted = (names.TRAINER_CONTAINER, names.COMPONENT_FILES, names.ROLLOUT_CONTAINER)
     return next((c for c in found if c.get("name") in wanted), {})
 
 
@@ -575,6 +634,7 @@ def observe(
     begun: int = 0,
     expected: Callable[[Resource, RLTrainingJobSpec, int, str], str] | None = None,
     workload: WorkloadView | None = None,
+    rollout_image: str = "",
 ) -> Snapshot:
     """Put together what belongs to this very job: children of an earlier job of the same name have another owner.
 
@@ -613,7 +673,9 @@ def observe(
         status=status,
         attempts=jobs,
         pods={number: tuple(group) for number, group in by_attempt.items()},
-        files=next((p for p in own if not p.attempt), None),
+        files=next((p for p in own if not p.attempt and not p.replica), None),
+        replicas=tuple(sorted((p for p in own if p.replica), key=lambda p: (p.index, p.name))),
+        rollout_image=rollout_image,
         progress=progress,
         image=image,
         network=network,

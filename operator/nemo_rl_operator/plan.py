@@ -24,6 +24,7 @@ class Kind(Enum):
 
     RESOURCE = (f"apis/{names.API_VERSION}", names.PLURAL)
     JOB = ("apis/batch/v1", "jobs")
+    STATEFUL_SET = ("apis/apps/v1", "statefulsets")
     POD = ("api/v1", "pods")
     CONFIG_MAP = ("api/v1", "configmaps")
     NETWORK_POLICY = ("apis/networking.k8s.io/v1", "networkpolicies")
@@ -69,7 +70,17 @@ class Report:
     """Also give the quota back."""
 
 
-Action = Create | Delete | Report
+@dataclass(frozen=True)
+class Update:
+    """Merge into the specification of the object with this uid; that it is gone is success."""
+
+    kind: Kind
+    name: str
+    uid: str
+    spec: dict[str, Any]
+
+
+Action = Create | Delete | Report | Update
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,7 @@ class Need(Enum):
     WORKLOAD = "the job's Workload"
     QUEUE = "the default queue of the namespace, and the priority, of a job that is to be queued"
     FLAVORS = "the flavors that Kueue assigned"
+    REPLICAS = "the StatefulSet of the job's rollout replicas"
     HELD = "what Kueue says about the attempt's Job, which it queues by itself"
 
 
@@ -151,6 +163,10 @@ class Plan:
         """Pods of any attempt that have not ended, but for those that are given up."""
         found = [pod for pods in self.snapshot.pods.values() for pod in pods if not pod.terminal]
         return [pod for pod in found if not self.given_up(pod)]
+
+    def live_replicas(self) -> list[PodView]:
+        """Rollout replicas that have not ended, but for those whose node is silent: nothing is lost with them."""
+        return [pod for pod in self.snapshot.replicas if not pod.terminal and not self.overdue(pod)]
 
     def overdue(self, pod: PodView) -> bool:
         """Whether a pod should have ended some time ago, and nobody says that it has: its node is silent."""

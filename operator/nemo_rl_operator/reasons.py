@@ -108,7 +108,28 @@ HELD_INVALID_MESSAGE = (
 )
 UNKNOWN_MESSAGE = "{accepted}; ignored are fields that this operator does not know: {fields}"
 
+# rollout replicas
+REPLICAS_MESSAGE = "; {ready} of {replicas} rollout replicas are ready"
+REPLICAS_FIRST_MESSAGE = " ({name}: {message})"
+REPLICA_ABSENT_MESSAGE = "waiting for the StatefulSet controller to make its pod"
+REPLICA_STARTING_MESSAGE = "its pod starts"
+REPLICA_LOADING_MESSAGE = "it loads the model, or waits for the trainer"
+REPLICA_ENDING_MESSAGE = "its pod is being deleted{reason}"
+REPLICA_ENDED_MESSAGE = "{end}, and is started anew (restart {restarts})"
+REPLICAS_ENDING_MESSAGE = "suspending: waiting for rollout replica {pod} to end"
+NO_ROLLOUT_IMAGE_MESSAGE = (
+    "the job asks for rollout replicas, but names no image for them and the operator has no default; give "
+    "spec.rollout.image, or start the operator with --rollout-image"
+)
+REPLICAS_IN_QUEUE_MESSAGE = (
+    "jobs in Kueue's queues cannot have rollout replicas, for which no quota is asked; leave spec.rollout.replicas out, or "
+    "the label kueue.x-k8s.io/queue-name"
+)
+
 # Events
+EVENT_REPLICA_LOST = "ReplicaLost"
+EVENT_REPLICA_REFUSED = "ReplicaRefused"
+EVENT_REPLICA_READY = "ReplicaReady"
 EVENT_STARTED = "AttemptStarted"
 EVENT_ENDED = "AttemptEnded"
 EVENT_CHECKPOINT = "CheckpointSaved"

@@ -49,11 +49,13 @@ class Reconciler:
         *,
         image: str,
         network: str = "",
+        rollout_image: str = "",
         busy: Callable[[], bool],
         clock: Callable[[], datetime] = timestamps.now,
     ) -> None:
         self._api, self._cache, self._progress = api, cache, progress
         self._image, self._network, self._busy, self._clock = image, network, busy, clock
+        self._rollout_image = rollout_image
         self._executor = Executor(api, cache, clock)
         self._writer = StatusWriter(api, cache, events, witness, busy=busy, clock=clock)
         self._warning_events = WarningEvents(api)
@@ -140,6 +142,7 @@ class Reconciler:
             begun=self._writer.begun(key, found.uid),
             expected=build.attempt_content,
             workload=entry.workload,
+            rollout_image=self._rollout_image,
         )
         return replace(snapshot, unreadable=self._progress.unreadable(key), kueue=self._api.kueue_version)
 
@@ -181,6 +184,8 @@ class Reconciler:
             return {"queueing": await kueue.queueing(self._api, snapshot)}
         if need is Need.FLAVORS:
             return {"assignment": await kueue.assignment(self._api, snapshot.workload)}
+        if need is Need.REPLICAS:
+            return await self._read_replicas(key, snapshot)
         return {"held": await kueue.why_held(self._api, namespace, snapshot.attempts[number].uid)}
 
     async def _read_whole(self, key: Key) -> Resource | None:
@@ -219,6 +224,18 @@ class Reconciler:
         for pod_view in list(self._cache.get(key).pods.values()):
             if pod_view.owner == uid and pod_view.attempt == number and pod_view.name not in there:
                 self._cache.remove_pod(key, pod_view.name, pod_view.uid)
+
+    async def _read_replicas(self, key: Key, snapshot: Snapshot) -> dict[str, Any]:
+        """The StatefulSet of the job's replicas, and where it lacks pods, the newest warning about it."""
+        raw = await self._api.get(Kind.STATEFUL_SET, key[0], names.rollout(key[1]))
+        found = observe.replica_set_view(raw) if raw else None
+        warning = ""
+        if found and snapshot.status.rollout and len(snapshot.replicas) < found.replicas:
+            params = {"fieldSelector": f"involvedObject.uid={found.uid},type=Warning", "limit": "50"}
+            events = await self._api.items(Kind.EVENT, key[0], params)
+            last = max(events, key=lambda e: e.get("lastTimestamp") or e.get("eventTime") or "", default=None)
+            warning = f"{last.get('reason')}: {last.get('message')}" if last else ""
+        return {"replica_set": found, "replica_set_read": True, "replica_warning": warning}
 
     async def _read_workload(self, key: Key) -> None:
         """Bring the cache up to date about the job's Workload."""

@@ -130,7 +130,7 @@ class StatusWriter:
             if before and old.get("attempt", start.number) == start.number:
                 return running.QUIET_SECONDS - age  # what every start goes through for a moment
         progress_only = all(
-            old.get(name) == new.get(name) for name in {*old, *new} - {"progress", "checkpoint", "score"}
+            old.get(name) == new.get(name) for name in {*old, *new} - {"progress", "checkpoint", "score", "bottleneck"}
         )
         return DEFER_SECONDS if progress_only and self._busy() else 0.0
 
@@ -179,7 +179,7 @@ class StatusWriter:
             return await self._api.patch_status(*key, version, merge_patch(old, _without_pods(old, new)))
 
 
-_POD_FIELDS = ("progress", "checkpoint", "score")
+_POD_FIELDS = ("progress", "checkpoint", "score", "bottleneck")
 
 
 def _said_by_pods(status: Object) -> Object:
@@ -187,7 +187,9 @@ def _said_by_pods(status: Object) -> Object:
     found = {name: status[name] for name in _POD_FIELDS if name in status}
     result, failure = status.get("result") or {}, status.get("failure") or {}
     found |= {name: result[name] for name in ("metrics",) if result.get(name)}
-    return found | {name: failure[name] for name in ("traceback",) if failure.get(name)}
+    found |= {name: failure[name] for name in ("traceback",) if failure.get(name)}
+    members = (status.get("rollout") or {}).get("members")
+    return found | ({"members": members} if members else {})
 
 
 def _without_pods(old: Object, new: Object) -> Object:
@@ -196,6 +198,8 @@ def _without_pods(old: Object, new: Object) -> Object:
     found |= {name: old[name] for name in _POD_FIELDS if name in old}
     if "result" in found:
         found["result"] = {"totalSteps": found["result"].get("totalSteps", 0)}
+    if "rollout" in found:
+        found["rollout"] = {name: value for name, value in found["rollout"].items() if name != "members"}
     if "failure" in found:
         found["failure"] = {name: value for name, value in found["failure"].items() if name != "traceback"}
     return found

@@ -24,6 +24,7 @@ Found = TypeVar("Found")
 GROUPS = {
     "rltrainingjobs": f"/apis/{names.API_VERSION}",
     "jobs": "/apis/batch/v1",
+    "statefulsets": "/apis/apps/v1",
     **{
         kind: "/apis/kueue.x-k8s.io/v1beta2"
         for kind in ("workloads", "localqueues", "clusterqueues", "resourceflavors", "workloadpriorityclasses")

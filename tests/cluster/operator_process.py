@@ -21,7 +21,12 @@ from ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = "localhost/trainer:test"
-SETTINGS = {names.IMAGE_VARIABLE: IMAGE, "NEMO_RL_OPERATOR_RESYNC_SECONDS": "5"}
+ROLLOUT_IMAGE = "localhost/rollout:test"
+SETTINGS = {
+    names.IMAGE_VARIABLE: IMAGE,
+    names.ROLLOUT_IMAGE_VARIABLE: ROLLOUT_IMAGE,
+    "NEMO_RL_OPERATOR_RESYNC_SECONDS": "5",
+}
 
 
 class Nursery:

@@ -495,3 +495,41 @@ def test_doctor_compares_the_versions_here_and_there(
     assert told["state"] == state, told
     assert "trainer:1" in told["found"]
     assert bool(told["cure"]) == (state != "good")
+
+
+def test_replicas_are_asked_for_listed_scaled_and_read(
+    scene: Scene, namespace: str, operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = submit(namespace, rollout={"engine": "vllm", "replicas": 2, "gpus_per_replica": 0})
+    trainer = scene.attempt(1, job.name).run()
+    pods = [scene.kubelet.named(namespace, f"{names.rollout(job.name)}-{number}").run() for number in (0, 1)]
+    servers = [
+        {"address": f"{pods[0].address}:8000", "state": "Ready", "weightVersion": 3, "tokensPerSecond": 120},
+        {"address": f"{pods[1].address}:8000", "state": "Refused", "message": "differs by 3 nats a token"},
+    ]
+    advice = "rollouts take 71% of a step: another rollout server would save about 24%"
+    trainer.serve(
+        {"step": 3, "rollout": servers, "bottleneck": {"phase": "Rollout", "share": "0.71", "advice": advice}}
+    )
+    scene.until(lambda s: s["rollout"]["ready"] == 1, "one is ready", job.name)
+    said = cli("status", job.name, "-n", namespace).output
+    assert "rollout replicas: 1 of 2 ready" in said
+    assert f"{pods[0].name}: Ready, version 3, 120 tokens/s" in said
+    assert f"{pods[1].name}: Refused, differs by 3 nats a token" in said
+    assert f"waits for Rollout: {advice}" in said
+    done = cli("scale", job.name, 3, "-n", namespace)
+    assert done.exit_code == 0 and "gets 3 rollout replicas" in done.output
+    scene.kubelet.named(namespace, f"{names.rollout(job.name)}-2")
+    read: list[str] = []
+
+    def log(self: Any, pod: str) -> Iterator[bytes]:
+        read.append(pod)
+        yield b"2026-11-29T05:00:00Z starting the vLLM server\n"
+
+    monkeypatch.setattr(follow.PodLogs, "read_now", log)
+    assert cli("logs", job.name, "--role", "rollout-1", "-n", namespace).output == "starting the vLLM server\n"
+    assert read == [pods[1].name]
+    assert "--role trainers is none" in cli("logs", job.name, "--role", "trainers", "-n", namespace).output
+    scene.submit("plain")
+    refused = cli("scale", "plain", 2, "-n", namespace)
+    assert refused.exit_code == 1 and "has no rollout replicas" in refused.output

@@ -20,7 +20,11 @@ from nemo_rl.backends.kubernetes.ship.data import ship_directory
 from nemo_rl.job import names
 
 EXAMPLES = ROOT / "examples"
-RUN_ELSEWHERE = {"demo.py": "make demo", "arithmetic.py": "tests/unit/docs/test_tutorial.py"}
+RUN_ELSEWHERE = {
+    "demo.py": "make demo",
+    "arithmetic.py": "tests/unit/docs/test_tutorial.py",
+    "grpo_replicas.yaml": "tests/cluster/test_replicas.py",
+}
 ROWS: dict[str, list[dict[str, object]]] = {
     "nvidia/HelpSteer2": helpsteer2(8),
     "nvidia/OpenMathInstruct-2": openmath(8),

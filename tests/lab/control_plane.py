@@ -25,6 +25,7 @@ START_SECONDS = 90
 # what a training job needs of the controller manager; the others would only cost memory and time
 CONTROLLERS = (
     "job-controller",
+    "statefulset-controller",
     "garbage-collector-controller",
     "namespace-controller",
     "serviceaccount-controller",

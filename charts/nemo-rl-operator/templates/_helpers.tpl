@@ -77,6 +77,9 @@ capabilities: {drop: [ALL]}
 - apiGroups: [batch]
   resources: [jobs]
   verbs: [get, list, watch, create, delete]
+- apiGroups: [apps]
+  resources: [statefulsets]
+  verbs: [get, create, patch, delete] # one for each job with rollout replicas
 - apiGroups: [""]
   resources: [pods]
   verbs: [get, list, watch, create, delete] # create, delete: the pod that serves a job's output
@@ -91,7 +94,7 @@ capabilities: {drop: [ALL]}
   verbs: [create] # one for each job
 - apiGroups: [""]
   resources: [secrets]
-  verbs: [create] # a random token for each job of several nodes, never read back
+  verbs: [create] # random tokens for each job of several nodes or with rollout replicas, never read back
 - apiGroups: [""]
   resources: [events]
   verbs: [list, create]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import html
+import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,13 @@ from pydantic import ValidationError
 from nemo_rl.backends.kubernetes.connect import MERGE, Cluster, Object, connect, job_path, served
 from nemo_rl.backends.kubernetes.errors import ApiError, ClusterError, JobCancelled, JobNotFound
 from nemo_rl.backends.kubernetes.follow import Follower, PodLogs, first_pod, is_over, show
-from nemo_rl.backends.kubernetes.logs import LineResumer
+from nemo_rl.backends.kubernetes.logs import LineResumer, follow_log
 from nemo_rl.backends.kubernetes.naming import ANNOTATION_COLLECTED
 from nemo_rl.backends.kubernetes.outputs import collect, file_server
 from nemo_rl.backends.kubernetes.screen import Screen, printable
 from nemo_rl.backends.kubernetes.traces import told_here
 from nemo_rl.errors import TrainingFailed
+from nemo_rl.job import names
 from nemo_rl.job.manifest import Manifest
 from nemo_rl.job.names import LABEL_JOB
 from nemo_rl.job.reading import read_spec
@@ -135,6 +137,27 @@ class Job:
             yield from map(printable, resumer.feed(piece))
         yield from map(printable, resumer.finish())
 
+    def replica_logs(self, number: int, follow: bool = False) -> Iterator[str]:
+        """The lines of a rollout replica's log, until now or, with `follow`, until its pod is gone."""
+        self.status()
+        if not (self._resource["spec"].get("rollout") or {}).get("replicas"):
+            raise ClusterError(f"job {self.namespace}/{self.name} has no rollout replicas, and no logs of them")
+        pod, source = f"{names.rollout(self.name)}-{number}", PodLogs(self._cluster)
+        try:
+            if follow:
+                yield from map(printable, follow_log(source, pod, _pause))
+                return
+            resumer = LineResumer()
+            for piece in source.read_now(pod):
+                yield from map(printable, resumer.feed(piece))
+            yield from map(printable, resumer.finish())
+        except ApiError as error:
+            if error.code not in (400, 404):
+                raise
+            raise ClusterError(
+                f"pod {self.namespace}/{pod} does not run ({error.reason}); nemo-rl status {self.name} lists the replicas"
+            ) from None
+
     def to_yaml(self) -> str:
         """The job as YAML that `kubectl apply -f -` takes."""
         meta = self._resource["metadata"]
@@ -220,6 +243,20 @@ class Job:
     def resume(self) -> None:
         """Lets a cancelled job go on from its newest checkpoint."""
         self._suspend(False)
+
+    def scale(self, replicas: int) -> None:
+        """Changes how many rollout replicas the job has, also while it trains. ClusterError for a job that has none."""
+        self.status()
+        if not (self._resource["spec"].get("rollout") or {}).get("replicas"):
+            raise ClusterError(
+                f"job {self.namespace}/{self.name} has no rollout replicas; a new job has them with spec.rollout.replicas"
+            )
+        if replicas < 1:
+            raise ValueError(
+                f"a job with rollout replicas has at least one, found {replicas}; nemo-rl cancel frees all pods"
+            )
+        patch = {"spec": {"rollout": {"replicas": replicas}}}
+        self._resource = self._cluster.request("PATCH", job_path(self.namespace, self.name), patch, content_type=MERGE)
 
     def delete(self) -> None:
         """Deletes the job, its pods and its bundles; the claim with its output stays unless output.retain is false."""
@@ -328,3 +365,9 @@ class Job:
             f"<tr><th style='text-align:left'>{k}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows.items() if v
         )
         return f"<b>{html.escape(self.namespace)}/{html.escape(self.name)}</b><table>{cells}</table>"
+
+
+def _pause(seconds: float) -> bool:
+    """Sleeps, and never gives up: whoever follows a log ends that with Ctrl-C."""
+    time.sleep(seconds)
+    return False

@@ -24,6 +24,8 @@ class Screen:
         self._steps: dict[int, dict[str, Any]] = {}
         self._samples: list[dict[str, Any]] = []
         self._said = ""
+        self._states: dict[str, str] = {}
+        self._bottleneck = ""
         self._open = False
         self._closed = False
 
@@ -37,6 +39,20 @@ class Screen:
         if status.phase != "Running" and said and said != self._said:
             self.note(said)
         self._said = said
+        self._replicas(status)
+
+    def _replicas(self, status: JobStatus) -> None:
+        """Says what became of each rollout replica, when that changes; that weights are on their way is no news."""
+        members = status.rollout.members if status.rollout else []
+        for member in members:
+            state = "Ready" if member.state == "Updating" else member.state
+            if state != self._states.get(member.name):
+                why = f": {member.message}" if member.message and state not in ("Ready", "Loading") else ""
+                self.note(f"rollout replica {member.name}: {state}{why}")
+        self._states = {m.name: "Ready" if m.state == "Updating" else m.state for m in members}
+        if members and status.bottleneck is not None and status.bottleneck.phase != self._bottleneck:
+            self._bottleneck = status.bottleneck.phase
+            self.note(status.bottleneck.advice or f"waits for {status.bottleneck.phase}")
 
     def note(self, text: str) -> None:
         self._display.note(f"nemo-rl: {printable(text)}")

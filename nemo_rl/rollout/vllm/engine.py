@@ -6,9 +6,10 @@ import contextlib
 import copy
 import hashlib
 import logging
+import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from urllib.parse import urlsplit
 import torch
 
 from nemo_rl.errors import RolloutLost, WeightSyncMismatch
-from nemo_rl.job.spec import RolloutSpec
+from nemo_rl.job.spec import MAX_REPLICAS, RolloutSpec
 from nemo_rl.model.packing import TokenSequence, pack
 from nemo_rl.model.policy import Policy
 from nemo_rl.rollout.protocol import Completion, Request, Sampling
@@ -26,8 +27,9 @@ from nemo_rl.rollout.sync import LIMITS, NEW_TOKENS, Verdict, mean_difference, m
 from nemo_rl.rollout.vllm import scratch
 from nemo_rl.rollout.vllm.client import MODEL, Client, RequestRefused, ServerGone
 from nemo_rl.rollout.vllm.fetch import TOKEN_VARIABLE
+from nemo_rl.rollout.vllm.replicas import Replicas, addresses_of_job, token_of_job
 from nemo_rl.rollout.vllm.server import ServerProcess
-from nemo_rl.rollout.vllm.weights import Published, Publisher, ShardServer, own_address
+from nemo_rl.rollout.vllm.weights import Published, Publisher, ShardServer, files_in, own_address
 from nemo_rl.run.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,10 @@ SECONDS_PER_TOKEN = 0.5
 """What a completion may take at most, beside the time that the run waits for a server."""
 HEALTH_EVERY = 10.0
 LOOK_EVERY = 1.0
+MEET_SECONDS = 2.0
+"""How long rollouts wait at their begin for servers to say that they have the weights of now."""
+LATE_SECONDS, LATE_FACTOR = 30.0, 3.0
+"""A server that takes longer to load a version than this, and than so many times the fastest one, is not waited for."""
 PROVED = "+proved"
 """What the first rank adds to the version of a server that has passed the gate; without it no rank takes its tokens."""
 PROBE_LENGTH = 80
@@ -61,10 +67,28 @@ class Member:
     """When a lost one is looked for again, by the monotonic clock."""
     started: set[str] = field(default_factory=set)
     """Processes in which the transfer of weights was set up."""
+    version: int | None = None
+    """The newest one that it has proved to have."""
+    rate: int | None = None
+    """Tokens that it sampled in a second of the last rollouts."""
+    lost: str = ""
+    """How it was lost, in words; empty where it was not."""
+    late: bool = False
+    """Whether it is brought to the weights of now while the others go on."""
+    overdue: bool = False
+    """Whether a load of an earlier version is still under way that took far longer than those of others."""
 
 
 class VLLMRollouts:
     """Implements `RolloutEngine`. The first rank owns the child process, publishes weights and runs the gate."""
+
+    replicas: Replicas | None = None
+    """Finds the job's rollout replicas, where it has some."""
+    spent: Mapping[str, int] = {}
+    """Tokens of each server, by its address, that this rank got since the last update of weights."""
+    sampling_seconds = 0.0
+    """What that took."""
+    tell: Callable[[list[dict[str, Any]]], None] = staticmethod(lambda servers: None)
 
     def __init__(
         self,
@@ -79,14 +103,17 @@ class VLLMRollouts:
         log_file: Path,
         poll: Callable[[], None],
         note: Callable[[str], None],
+        tell: Callable[[list[dict[str, Any]]], None] = lambda _: None,
     ) -> None:
-        """Starts the server, or reaches those of `spec.urls`. `longest`: tokens of the longest prompt and completion together.
+        """Starts the server, or reaches those of `spec.urls`, or the job's replicas. `longest`: tokens of the longest prompt and
+        completion together.
 
-        `probe`: how the run samples. Raises ValueError and RolloutLost, in words.
+        `probe`: how the run samples. `tell` gets what is known of each server, whenever that may have changed, on the first
+        rank and from any thread. Raises ValueError and RolloutLost, in words.
         """
         longest = max(longest, PROBE_LENGTH)
         self.spec, self.ranks, self.end_ids = spec, ranks, end_ids
-        self.poll, self.note = poll, note
+        self.poll, self.note, self.tell = poll, note, tell
         self.version: int | None = None
         self.proved_version = ""
         """What a server tells that has the weights of now and has passed the gate."""
@@ -112,12 +139,15 @@ class VLLMRollouts:
             if self.adapter:  # the server's own weights are the base, which stays as it is
                 self.publisher.write_base(policy.model)
             reached = ranks.first(lambda: self._reach(policy, tokenizer, longest, log_file))
-            token = reached["token"]
+            self.token = reached["token"]
             self.members = [
-                Member(Client(url, token), ADAPTER if self.adapter else model)
+                Member(Client(url, self.token), ADAPTER if self.adapter else model)
                 for url, model in zip(reached["urls"], reached["models"], strict=True)
             ]
-            self.pool = ThreadPoolExecutor(64 * len(self.members), thread_name_prefix="rollout")
+            if spec.replicas and not ranks.is_first:
+                self.replicas = Replicas(addresses_of_job(), self.token)
+            most = MAX_REPLICAS if spec.replicas else len(self.members)
+            self.pool = ThreadPoolExecutor(64 * most, thread_name_prefix="rollout")
         except BaseException:
             self.close()
             raise
@@ -145,6 +175,8 @@ class VLLMRollouts:
         config.architectures = [type(policy.causal).__name__]  # a model made from its configuration alone has none
         config.save_pretrained(model)
         tokenizer.save_pretrained(model)
+        if self.spec.replicas:
+            return self._reach_replicas(policy, longest, model)
         self.process = ServerProcess(str(self.spec.python), model, self._options(policy, longest), log_file)
         self.note(f"starting a vLLM server for rollouts with {self.spec.python}; its log: {log_file}")
         started = time.perf_counter()
@@ -154,6 +186,46 @@ class VLLMRollouts:
             self.shards = ShardServer(self.folder, self.process.token)
         return {"urls": [client.url], "models": [MODEL], "token": self.process.token}
 
+    def _reach_replicas(self, policy: Policy, longest: int, model: Path) -> dict[str, Any]:
+        """Has the job's replicas started, and waits for the first that serves; the others join when they do."""
+        addresses, token = addresses_of_job(), token_of_job()
+        assert self.folder is not None
+        self.shards = shards = ShardServer(self.folder, token, host="")
+        about = {"files": files_in(model), "options": self._options(policy, longest)}
+        if self.spec.gpus_per_replica > 1:
+            about["options"] += ["--tensor-parallel-size", str(self.spec.gpus_per_replica)]
+        self.note(f"waiting for rollout replicas at {addresses}")
+        self.replicas = Replicas(
+            addresses,
+            token,
+            start=lambda url: {"source": f"{shards.url_for(url)}/{model.name}", **about},
+            changed=lambda: self.tell(self.report()),
+        )
+        started = time.perf_counter()
+        self.replicas.wait_for_one(self.spec.timeout_seconds, self.poll)
+        urls = self.replicas.serving()
+        self.note(f"rollout replicas ready after {time.perf_counter() - started:.0f} s: {', '.join(urls)}")
+        return {"urls": urls, "models": [MODEL] * len(urls), "token": token}
+
+    def find_members(self) -> None:
+        """Takes in replicas that serve by now, and forgets those that DNS does not give any more."""
+        if self.replicas is None:
+            return
+        self.replicas.look()
+        members = {member.client.url: member for member in self.members}
+        for url in self.replicas.serving():
+            if url not in members:
+                members[url] = self._new_member(url)
+        listed = set(self.replicas.known)
+        self.members = [m for url, m in sorted(members.items()) if url in listed or m.pending or m in self.returning]
+
+    def _new_member(self, url: str) -> Member:
+        return Member(Client(url, self.token), ADAPTER if self.adapter else MODEL)
+
+    def serves(self, member: Member) -> bool:
+        """Whether it is worth to ask a server that was lost: of replicas that is known."""
+        return self.replicas is None or member.client.url in self.replicas.serving()
+
     def _options(self, policy: Policy, longest: int) -> list[str]:
         length = self.spec.max_model_length or longest
         options = ["--dtype", str(self.dtype).removeprefix("torch."), "--served-model-name", MODEL]
@@ -162,7 +234,8 @@ class VLLMRollouts:
         if (self.probe.top_k is not None or self.probe.top_p < 1.0) and self.probe.temperature == 1.0:
             # processed ones are of what top_k and top_p leave; the trainer's are of the whole distribution
             options += ["--logprobs-mode", "raw_logprobs"]
-        if policy.device.type == "cpu":
+        on_cpu = self.spec.gpus_per_replica == 0 if self.spec.replicas else policy.device.type == "cpu"
+        if on_cpu:
             options += ["--enforce-eager", "--max-num-seqs", "64", "--kv-cache-memory-bytes", str(CPU_CACHE_BYTES)]
         else:
             options += ["--gpu-memory-utilization", str(self.spec.gpu_memory_fraction)]
@@ -190,6 +263,7 @@ class VLLMRollouts:
         if self.version == version:
             return {}
         started = time.perf_counter()
+        self._measure_rates()
         published = self.publisher.publish(policy.model, version, adapter=self.adapter)
         published_at = time.perf_counter()
         self.version, self._expected = None, []  # until servers have passed the gate
@@ -197,8 +271,12 @@ class VLLMRollouts:
             self.published = published
         probes = self.ranks.first(lambda: self._load_everywhere())
         loaded_at = time.perf_counter()
+        self._follow([url for url, *_ in probes])
+        members = {member.client.url: member for member in self.members}
         verdicts = []
-        for member, (name, completions, failure, gone) in zip(self.members, probes, strict=True):
+        known_lost = {name for name, member in members.items() if member.lost}
+        for name, completions, failure, gone in probes:
+            member = members[name]
             difference, ours = None, []
             if not failure:
                 ours = self._score(policy, completions)
@@ -208,12 +286,19 @@ class VLLMRollouts:
                 self._expected = [(c.ids, mine) for c, mine in zip(completions, ours, strict=True)]
             verdicts.append(verdict)
             member.refused = "" if verdict.good or gone else failure or f"differs by {difference:.3g} nats a token"
+            member.lost = failure if gone else ""
+            if gone:
+                member.instance = ""
+            elif verdict.good:
+                member.version, member.late = version, False
+        self.tell(self.report())
         if not any(verdict.good for verdict in verdicts):
             if all(gone for _, _, _, gone in probes):
                 raise RolloutLost(f"no rollout server is left: {'; '.join(failure for _, _, failure, _ in probes)}")
             raise WeightSyncMismatch(self._words(policy, version, verdicts))
-        for member, (_, _, failure, gone) in zip(self.members, probes, strict=True):
-            if gone and self.ranks.is_first:
+        for name, _, failure, gone in probes:
+            member = members[name]
+            if gone and name not in known_lost and self.ranks.is_first:
                 self.note(f"{failure}; the others go on, and it is given version {version} when it is back")
             elif member.refused and self.ranks.is_first:
                 self.note(f"rollout server {member.client.url} is refused at version {version}: {member.refused}")
@@ -226,6 +311,45 @@ class VLLMRollouts:
             "rollout_probe": max(v.difference for v in verdicts if v.good and v.difference is not None),
         }
         return metrics
+
+    def _follow(self, urls: list[str]) -> None:
+        """The other ranks have the servers that the first rank loaded; those that join later they find by themselves."""
+        if self.ranks.is_first or self.replicas is None:
+            return
+        known = {member.client.url: member for member in self.members}
+        self.members = [known.get(url) or self._new_member(url) for url in sorted({*urls, *known})]
+
+    def _measure_rates(self) -> None:
+        """Tokens a second of each server, over all ranks and since the update before."""
+        parts = self.ranks.gather(lambda: (self.spent, self.sampling_seconds))
+        seconds = max(part[1] for part in parts)
+        for member in self.members:
+            tokens = [part[0][member.client.url] for part in parts if member.client.url in part[0]]
+            member.rate = round(sum(tokens) / seconds) if tokens and seconds > 0 else None
+        self.spent, self.sampling_seconds = {}, 0.0
+
+    def report(self) -> list[dict[str, Any]]:
+        """What is known of each server: address, state, weight_version, tokens_per_second, message."""
+        found = {}
+        replicas = self.replicas.known if self.replicas is not None else {}
+        for url, replica in replicas.items():
+            state = "Lost" if replica.served and not replica.serving else "Loading"
+            found[url] = {"state": state, "message": replica.message or "it gets the weights of now"}
+        for member in self.members:
+            url = member.client.url
+            about: dict[str, Any] = {"weight_version": member.version, "tokens_per_second": member.rate}
+            if member.refused:
+                about |= {"state": "Refused", "message": member.refused}
+            elif member.late and member.version is not None:
+                about |= {"state": "Updating", "message": "it is brought to the weights of now, while the others go on"}
+            elif member.version is not None and not member.lost and (url not in replicas or replicas[url].serving):
+                about |= {"state": "Ready", "message": None}
+            elif url in found:
+                about |= found[url]
+            else:
+                about |= {"state": "Lost", "message": member.lost or None}
+            found[url] = about
+        return [{"address": urlsplit(url).netloc, **about} for url, about in sorted(found.items())]
 
     def _words(self, policy: Policy, version: int, verdicts: list[Verdict]) -> str:
         config = policy.causal.config.get_text_config()
@@ -241,21 +365,36 @@ class VLLMRollouts:
         deadline = time.monotonic() + self.spec.timeout_seconds
         waits = False
         while True:
+            self.find_members()
             found = self._load_each()
             if self.process is not None or not all(gone for *_, gone in found) or time.monotonic() > deadline:
                 return found
             if not waits:
-                self.note(f"{found[0][2]}; waiting for a rollout server for at most {self.spec.timeout_seconds:.0f} s")
+                first = found[0][2] if found else "there is no rollout replica"
+                self.note(f"{first}; waiting for a rollout server for at most {self.spec.timeout_seconds:.0f} s")
                 waits = True
             self.poll()
             time.sleep(0.5)
 
     def _load_each(self) -> list[tuple[str, list[Completion], str, bool]]:
         assert self.pool is not None
-        work = [(member, self.pool.submit(self._load_newest, member)) for member in self.members]
-        self._attend(work, self.poll)
+        # one that already loads far longer than the others is not asked for another version before it has that
+        for member in self.members:
+            member.overdue = member.overdue and member in self.returning and not self.returning[member].done()
+        ready = [m for m in self.members if self.serves(m) and not m.overdue]
+        work = {m: self.pool.submit(self._load_newest, m, self.returning.pop(m, None)) for m in ready}
+        self._attend(list(work.items()), self.poll, self._patience(list(work.values())))
         found = []
-        for member, future in work:
+        for member in self.members:
+            future = work.get(member)
+            if future is None or not future.done():
+                loads = future is not None or member.overdue
+                why = "it still loads, and others are ready" if loads else "it does not serve"
+                found.append((member.client.url, [], f"the rollout server at {member.client.url}: {why}", True))
+                if future is not None:
+                    member.late = member.overdue = True
+                    self.returning[member] = self.pool.submit(_ended, future)
+                continue
             try:
                 found.append((member.client.url, future.result(), "", False))
             except (ServerGone, RequestRefused) as error:
@@ -292,19 +431,38 @@ class VLLMRollouts:
         self._attend([(member, future)], poll)
         return future.result()
 
-    def _attend(self, work: Sequence[tuple[Member, Future[Any]]], poll: Callable[[], None]) -> None:
+    def _patience(self, loads: Sequence[Future[Any]]) -> Callable[[], bool]:
+        """Whether to wait on for loads of one version: not for those that take far longer than the fastest one did."""
+        began = time.monotonic()
+        limit = math.inf
+
+        def patient() -> bool:
+            nonlocal limit
+            took = time.monotonic() - began
+            if limit == math.inf and any(load.done() and load.exception() is None for load in loads):
+                limit = max(LATE_SECONDS, LATE_FACTOR * took)
+            return took < limit
+
+        return patient
+
+    def _attend(
+        self,
+        work: Sequence[tuple[Member, Future[Any]]],
+        poll: Callable[[], None],
+        patient: Callable[[], bool] = lambda: True,
+    ) -> None:
         """Waits for what servers do. One whose engine has died never answers, and ends only when nobody waits any more."""
         next_health = time.monotonic() + HEALTH_EVERY
-        while not all(future.done() for _, future in work):
+        while not all(future.done() for _, future in work) and patient():
             wait([future for _, future in work], timeout=0.2)
             poll()
             if time.monotonic() >= next_health:
                 give_up_dead([member for member, future in work if not future.done()])
                 next_health = time.monotonic() + HEALTH_EVERY
 
-    def _load_newest(self, member: Member) -> list[Completion]:
+    def _load_newest(self, member: Member, earlier: Future[str] | None) -> list[Completion]:
         """`_load_and_probe`, after what is still under way: two updates of a server at once would end each other."""
-        if (earlier := self.returning.pop(member, None)) is not None:
+        if earlier is not None:
             wait([earlier])
         return self._load_and_probe(member)
 
@@ -313,7 +471,7 @@ class VLLMRollouts:
         assert published is not None
         client = member.client
         instance = client.get("/weight_info").instance
-        base = self.shards.url if self.shards is not None else None
+        base = self.shards.url_for(client.url) if self.shards is not None else None
         source = f"{base}/{published.folder.name}" if base else str(published.folder)
         if published.adapter:
             client.load_adapter(source, published.files, ADAPTER, published.name)
@@ -357,7 +515,7 @@ class VLLMRollouts:
         assert self.published is not None
         name = self.published.name + PROVED
         for member in self.members:
-            if not member.refused:
+            if member.instance and not member.refused:
                 with contextlib.suppress(ServerGone, RequestRefused):  # then it is brought back when it is needed
                     member.client.post("/update_weight_version", {"new_version": name})
         return name
@@ -400,6 +558,7 @@ class VLLMRollouts:
         """Brings a server that was lost to the weights of now, and whether it may be used. Only the first rank can."""
         if not self.ranks.is_first:
             return False
+        version = self.version
         try:
             if self.process is None:
                 completions = self._load_and_probe(member)
@@ -426,6 +585,7 @@ class VLLMRollouts:
         except (ServerGone, RequestRefused) as error:
             log.warning("%s", error)
             return False
+        member.version = version if version is not None else member.version
         return True
 
     def abort(self) -> None:
@@ -434,6 +594,8 @@ class VLLMRollouts:
             member.client.abort()
 
     def close(self) -> None:
+        if self.replicas is not None:
+            self.replicas.close()  # first: that connections end now is no news of the servers
         self.abort()
         if self.pool is not None:
             self.pool.shutdown(wait=False, cancel_futures=True)
@@ -471,9 +633,8 @@ class _Generation:
         self.next_health = time.monotonic() + HEALTH_EVERY
 
     def run(self) -> list[list[Completion]]:
-        members = [member for member in self.engine.members if not member.refused]
-        for member in members:
-            member.instance, member.pending = self.engine.proved(member), 0
+        began = time.monotonic()
+        self._meet()
         try:
             while self.waiting or self.under_way:
                 self.poll()
@@ -486,11 +647,32 @@ class _Generation:
             self._check_unchanged()
             return self.groups
         finally:
+            self.engine.sampling_seconds += time.monotonic() - began
             if self.under_way:
                 for future in self.under_way:
                     future.cancel()
                 for member in self.engine.members:
                     member.client.abort()
+
+    def _meet(self) -> None:
+        """Asks all servers at once which of them may be asked. One that does not answer in time is not waited for."""
+        engine = self.engine
+        assert engine.pool is not None
+        engine.find_members()
+        looks: dict[Member, Future[str]] = {}
+        for member in engine.members:
+            member.pending = 0
+            if not member.refused and member not in engine.returning:
+                looks[member] = engine.pool.submit(engine.proved, member)
+        deadline = time.monotonic() + MEET_SECONDS
+        while not all(look.done() for look in looks.values()) and time.monotonic() < deadline:
+            self.poll()
+            wait(list(looks.values()), timeout=0.1)
+        for member in engine.members:
+            look = looks.get(member)
+            member.instance = look.result() if look is not None and look.done() else ""
+            if look is not None and not look.done():
+                engine.returning[member] = look
 
     def _submit(self) -> None:
         assert self.engine.pool is not None
@@ -521,17 +703,20 @@ class _Generation:
             completions, instance = future.result()
         except ServerGone as error:
             log.warning("%s; its requests are repeated", error)
-            member.instance = ""
+            member.instance, member.lost = "", str(error)
             self.waiting.insert(0, i)
             self.failing_since = self.failing_since or time.monotonic()
             if time.monotonic() - self.failing_since > self.timeout:
                 raise RolloutLost(f"no request has succeeded for {self.timeout:.0f} s; the last one: {error}") from None
             return
         if instance != member.instance:
-            member.instance = ""
+            member.instance, member.lost = "", "another process answers in its place"
             self.waiting.insert(0, i)
             return
         self.failing_since = None
+        url = member.client.url
+        tokens = sum(len(completion.ids) for completion in completions)
+        self.engine.spent = {**self.engine.spent, url: self.engine.spent.get(url, 0) + tokens}
         self.groups[i] = completions
         if self.on_group is not None:
             self.on_group(i, completions)
@@ -539,21 +724,28 @@ class _Generation:
     def _restore(self) -> None:
         """Finds lost servers again, or brings them back; RolloutLost where there has been none for too long."""
         engine = self.engine
+        engine.find_members()
         for member in [member for member, future in engine.returning.items() if future.done()]:
-            member.instance = engine.returning.pop(member).result()
-            member.next_look = 0.0 if member.instance else time.monotonic() + LOOK_EVERY
+            found = engine.returning.pop(member).result()
+            member.instance = "" if member.refused else found
+            member.next_look = 0.0 if found else time.monotonic() + LOOK_EVERY
+            if found:
+                member.lost, member.late = "", False
+            if engine.ranks.is_first:
+                engine.tell(engine.report())
         lost = [m for m in engine.members if not (m.instance or m.refused or m.pending)]
         for member in lost:
             if engine.process is not None:
                 member.instance = engine.find_again(member, self.poll)
-            elif member not in engine.returning and time.monotonic() >= member.next_look:
+            elif member not in engine.returning and time.monotonic() >= member.next_look and engine.serves(member):
                 assert engine.pool is not None
+                member.late = True
                 engine.returning[member] = engine.pool.submit(engine.find_again, member, lambda: None)
         if any(member.instance or member.pending for member in engine.members):
             self.lost_since = None
             return
         refused = [f"{member.client.url}: {member.refused}" for member in engine.members if member.refused]
-        if len(refused) == len(engine.members):
+        if refused and len(refused) == len(engine.members):
             raise WeightSyncMismatch(
                 f"no rollout server has version {engine.version} of the weights any more: {'; '.join(refused)}"
             )
@@ -584,6 +776,12 @@ class _Generation:
             return
         give_up_dead({*self.engine.returning, *(member for _, member in self.under_way.values())})
         self.next_health = time.monotonic() + HEALTH_EVERY
+
+
+def _ended(future: Future[Any]) -> str:
+    """Waits for a load that nobody else waits for. What it loaded may be old by then, so that the server is looked at anew."""
+    wait([future])
+    return ""
 
 
 def give_up_dead(members: Iterable[Member]) -> None:

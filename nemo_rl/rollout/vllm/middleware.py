@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import json
 import os
+import signal
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -15,6 +16,14 @@ from nemo_rl.rollout.vllm.fetch import TOKEN_VARIABLE, on_disk
 INSTANCE_HEADER = "x-nemo-rl-instance"
 """A server that was started anew has other weights than the one before it, and another value here."""
 ADAPTER_ROUTE = "/nemo_rl/adapter"
+REPLICA_ROUTE = "/nemo_rl/replica"
+"""Says what a rollout replica does, and for which start; also before its vLLM server runs."""
+START_ROUTE = "/nemo_rl/start"
+"""Tells a replica that waits which model to serve, and how."""
+STOP_ROUTE = "/nemo_rl/stop"
+"""Ends the server of a replica; its container is started anew, and waits to be told."""
+START_VARIABLE = "NEMO_RL_ROLLOUT_START"
+"""Digest of what the server of a replica was started with."""
 _INSTANCE = uuid.uuid4().hex
 _LONGEST_BODY = 2**20
 
@@ -37,6 +46,13 @@ class RequireToken:
 
         if scope["path"] == ADAPTER_ROUTE:
             await _fetch_adapter(receive, send)
+            return
+        if scope["path"] == REPLICA_ROUTE:
+            await _answer(send, 200, {"state": "serving", "start": os.environ.get(START_VARIABLE, "")})
+            return
+        if scope["path"] == STOP_ROUTE and os.environ.get(START_VARIABLE):
+            await _answer(send, 200, {"state": "ending"})
+            os.kill(os.getpid(), signal.SIGTERM)
             return
 
         async def send_with_instance(message: dict[str, Any]) -> None:

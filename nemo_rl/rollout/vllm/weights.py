@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from safetensors.torch import save_file
@@ -69,7 +70,7 @@ class Publisher:
             tied = self._write_shards(model, target)
         if target is None:
             return None
-        files = [_about(path) for path in sorted(target.iterdir())]
+        files = files_in(target)
         digest = hashlib.sha256(repr([(f["name"], f["sha256"]) for f in files]).encode()).hexdigest()[:16]
         self._kept = [*(path for path in self._kept if path != target), target]
         for old in self._kept[:-KEPT]:
@@ -138,6 +139,11 @@ def checkpoint_slices(model: Any, merged: bool = True) -> tuple[Iterator[dict[st
     return read(), tied
 
 
+def files_in(folder: Path) -> list[dict[str, Any]]:
+    """Of each file of a folder its name, sha256 and size in bytes."""
+    return [_about(path) for path in sorted(folder.iterdir()) if path.is_file()]
+
+
 def _about(path: Path) -> dict[str, Any]:
     with open(path, "rb") as stream:
         return {
@@ -150,11 +156,24 @@ def _about(path: Path) -> dict[str, Any]:
 # --- by HTTP --------------------------------------------------------------------------------------------------------
 
 
+class _DualStack(ThreadingHTTPServer):
+    """Listens on all addresses of this machine, of both families where it has them."""
+
+    address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()  # without a look-up of its name, which may take seconds
+        self.server_name, self.server_port = "", self.server_address[1]
+
+
 class ShardServer:
-    """Serves the files of published versions to whoever has the token, with ranges, from a thread."""
+    """Serves the files of published versions, and of the model's folder, to whoever has the token, with ranges, from a thread."""
 
     def __init__(self, folder: Path, token: str, host: str = "127.0.0.1") -> None:
-        """`host`: the address of this machine by which the rollout servers reach it."""
+        """`host`: the address of this machine by which the rollout servers reach it; empty: all of them."""
         self.folder = folder
         expected = f"Bearer {token}".encode()
 
@@ -166,7 +185,7 @@ class ShardServer:
                 if not hmac.compare_digest(given, expected):
                     self.send_error(401)
                     return
-                found = re.fullmatch(r"/(version-\d+)/([A-Za-z0-9][\w.-]*)", self.path)
+                found = re.fullmatch(r"/(version-\d+|model)/([A-Za-z0-9][\w.-]*)", self.path)
                 try:
                     stream = open(folder / found[1] / found[2], "rb") if found else None  # noqa: SIM115 - closed below
                 except OSError:
@@ -193,10 +212,17 @@ class ShardServer:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer((host, 0), Handler)
+        self._server = _DualStack((host, 0), Handler) if not host else ThreadingHTTPServer((host, 0), Handler)
         self._server.daemon_threads = True
-        self.url = f"http://{host}:{self._server.server_address[1]}"
+        self._host, self.port = host, int(self._server.server_address[1])
+        self.url = f"http://{host or '127.0.0.1'}:{self.port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def url_for(self, peer: str) -> str:
+        """Where the rollout server with this address finds the files."""
+        parts = urlsplit(peer)
+        host = self._host or own_address(parts.hostname or "127.0.0.1", parts.port or 80)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     def close(self) -> None:
         self._server.shutdown()
@@ -205,7 +231,8 @@ class ShardServer:
 
 def own_address(peer: str, port: int) -> str:
     """The address of this machine on the way to a peer."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+    family = socket.AF_INET6 if ":" in peer else socket.AF_INET
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as way:
         way.connect((peer, port))
         return str(way.getsockname()[0])
     return "127.0.0.1"

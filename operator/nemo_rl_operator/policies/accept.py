@@ -21,6 +21,8 @@ def refuse_invalid(plan: Plan) -> bool:
     But a job that has started was valid for whoever started it: it trains on, whatever this version makes of it.
     """
     plan.status.gpus = plan.spec.resources.nodes * plan.spec.resources.gpus_per_node
+    if plan.spec.rollout is not None and plan.spec.rollout.replicas:
+        plan.status.gpus += plan.spec.rollout.replicas * plan.spec.rollout.gpus_per_replica
     problem, blocked = plan.snapshot.problem, plan.snapshot.blocked
     if problem:
         plan.condition("Accepted", False, Cause.INVALID_SPEC, problem)

@@ -21,6 +21,7 @@ def note_progress(plan: Plan) -> bool:
     progress = plan.snapshot.progress
     if progress is not None:
         plan.status.progress = progress
+        plan.status.bottleneck = progress.bottleneck or plan.status.bottleneck
         if progress.checkpoint:
             _note_checkpoint(plan, progress.checkpoint)
     termination = _last_word(plan)

@@ -117,6 +117,9 @@ def _enter(plan: Plan) -> bool:
         return True
     if not queueing.queue:
         return False
+    if build.num_replicas(plan.spec):  # the namespace queues all jobs
+        plan.phase("Pending", reasons.REFUSED, reasons.REPLICAS_IN_QUEUE_MESSAGE)
+        return True
     if queueing.problem:
         _queued(plan, queueing.queue, queueing.problem)
         plan.wake_in(LONGEST_LOOK_SECONDS)

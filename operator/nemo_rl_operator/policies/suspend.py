@@ -27,6 +27,16 @@ def suspend(plan: Plan) -> bool:
         plan.actions += [Delete(Kind.JOB, s.name, s.uid, foreground=True) for s in running if not s.deleting]
         plan.phase("Starting", reasons.STOPPING, reasons.STOPPING_MESSAGE)
         return True
+    if replicas := plan.live_replicas():
+        plan.phase(
+            plan.status.phase or "Starting",
+            reasons.STOPPING,
+            reasons.REPLICAS_ENDING_MESSAGE.format(pod=replicas[0].name),
+        )
+        late = [left for pod in replicas if pod.deleting and (left := plan.patience_left(pod)) > 0]
+        if late:
+            plan.wake_in(min(late) + 0.1)
+        return True
     queue.leave(plan)
     if plan.status.phase != "Suspended":
         plan.event(reasons.EVENT_SUSPENDED, reasons.SUSPENDED_MESSAGE, key=str(plan.snapshot.resource.generation))

@@ -133,6 +133,10 @@ class Api:
         body = {"metadata": {"resourceVersion": version}, "status": status}
         return await self._call("PATCH", Kind.RESOURCE, namespace, name, "status", body=body)
 
+    async def update(self, kind: Kind, namespace: str, name: str, uid: str, change: Object) -> Object:
+        """Merge into an object, if it still has this uid (409 otherwise)."""
+        return await self._call("PATCH", kind, namespace, name, body={"metadata": {"uid": uid}, **change})
+
     async def patch_part(
         self, kind: Kind, namespace: str, name: str, version: str, part: str, content: Object
     ) -> Object:

@@ -263,7 +263,21 @@ def _process(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPr
 def test_help_lists_the_commands():
     result = _process("--help")
     assert result.returncode == 0
-    commands = ("train", "ps", "logs", "status", "wait", "cancel", "resume", "rm", "cp", "doctor", "crd", "version")
+    commands = (
+        "train",
+        "ps",
+        "logs",
+        "status",
+        "wait",
+        "cancel",
+        "resume",
+        "scale",
+        "rm",
+        "cp",
+        "doctor",
+        "crd",
+        "version",
+    )
     for command in commands:
         assert f"  {command} " in result.stdout
 

@@ -81,7 +81,7 @@ def test_only_the_named_fields_may_change() -> None:
     for field in MUTABLE_WHILE_SUSPENDED:
         assert any(field in rule["rule"] and "'Suspended'" in rule["rule"] for rule in guarded), field
     outside_lists = ("spec.suspend", "spec.backoffLimit", "spec.activeDeadlineSeconds", "spec.ttlSecondsAfterFinished")
-    assert {*outside_lists, "spec.output.serveUntil"} == MUTABLE
+    assert {*outside_lists, "spec.output.serveUntil", "spec.rollout.replicas"} == MUTABLE
 
 
 def test_rules_are_the_same_each_time_they_are_made() -> None:
@@ -94,10 +94,11 @@ def test_columns_categories_and_status() -> None:
     shown = [c["name"].upper() for c in version["additionalPrinterColumns"] if not c.get("priority")]
     wide = [c["name"].upper() for c in version["additionalPrinterColumns"] if c.get("priority")]
     assert shown == ["ALGO", "MODEL", "PHASE", "STEP", "SCORE", "ETA", "AGE"]
-    assert wide == ["GPUS", "QUEUE", "ATTEMPT", "REASON", "CHECKPOINT"]
+    assert wide == ["GPUS", "QUEUE", "ATTEMPT", "REPLICAS", "WAITS-FOR", "REASON", "CHECKPOINT"]
     assert definition["names"]["shortNames"] == [names.SHORT_NAME]
     assert definition["names"]["categories"] == ["ml"]
-    assert version["subresources"] == {"status": {}}
+    assert set(version["subresources"]) == {"status", "scale"}
+    assert version["subresources"]["scale"]["specReplicasPath"] == ".spec.rollout.replicas"
 
 
 def test_null_is_allowed_where_python_allows_none() -> None:

@@ -16,6 +16,7 @@ from nemo_rl_operator.runtime import timestamps
 NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
 UID = "uid-x"
 IMAGE = "trainer:1"
+ROLLOUT_IMAGE = "rollout:1"
 
 
 def at(seconds: float) -> str:

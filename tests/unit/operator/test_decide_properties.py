@@ -33,6 +33,10 @@ STEPS: st.SearchStrategy[tuple[Any, ...]] = st.one_of(
     st.tuples(st.just("quota"), st.sampled_from([True, True, False])),
     st.tuples(st.just("delete workload")),
     st.tuples(st.just("suspend"), st.booleans()),
+    st.tuples(st.just("replica"), st.integers(0, 3), st.sampled_from(["come", "go", "gone", "crash"])),
+    st.tuples(st.just("say"), st.integers(0, 3), st.sampled_from(["Ready", "Lost", "Refused", "Loading"])),
+    st.tuples(st.just("scale"), st.integers(1, 4)),
+    st.tuples(st.just("delete replica set")),
     st.tuples(st.just("time"), st.sampled_from([0.5, 3.0, 12.0, 400.0])),
 )
 SCRIPTS = st.lists(STEPS, min_size=15, max_size=50)
@@ -45,6 +49,8 @@ FIELDS = st.sampled_from(
         {"suspend": True},
         {"queue": "team"},
         {"queue": "team", "backoffLimit": 0},
+        {"rollout": {"engine": "vllm", "replicas": 2}},
+        {"rollout": {"engine": "vllm", "replicas": 2}, "backoffLimit": 1000, "startupTimeoutSeconds": 10},
     ]
 )
 Start = tuple[int, bool, dict[str, Any], bool]
@@ -94,6 +100,14 @@ def play(world: World, step: tuple[Any, ...]) -> None:
             world.delete_workload()
         case "suspend":
             world.suspend(rest[0])
+        case "replica":
+            world.replica(*rest)
+        case "say":
+            world.say(*rest)
+        case "scale":
+            world.scale(*rest)
+        case "delete replica set":
+            world.delete_replica_set()
         case "time":
             world.pass_time(rest[0])
 
@@ -160,6 +174,7 @@ def test_every_story_comes_to_an_end(start: Start, script: list[tuple[Any, ...]]
 
 
 HARMLESS = ("tick", "reconcile", "hear", "controller", "run", "end deleted", "evict", "delete job", "delete pod")
+HARMLESS += ("replica", "say", "scale", "delete replica set")
 HARMLESS += ("kueue", "quota", "delete workload", "suspend", "time", "reject", "sidecar", "stranger", "node clock")
 LIMITED = st.sampled_from([{"backoffLimit": 0}, {"backoffLimit": 0, "queue": "team"}])
 DELETED: list[tuple[Any, ...]] = [TICK, TICK, ("delete pod", 0, False), ("end deleted",), ("controller",)]
@@ -191,6 +206,7 @@ def test_what_was_decided_is_not_decided_again(start: Start, script: list[tuple[
     world = World(*start)
     for step in script:
         play(world, step)
+    world.progress = None  # what a trainer says anew is news, whenever it is heard
     world.hear_all()
     decided = world.reconcile()
     world.hear_all()
@@ -307,3 +323,99 @@ def test_pods_of_a_queued_job_start_on_its_quota_only(start: Start, script: list
         )
         play(world, step)
         assert admitted or set(world.live.jobs) <= jobs, "an attempt was started without quota"
+
+
+# --- rollout replicas that come, go, hang and lie
+
+WITH_REPLICAS = {"rollout": {"engine": "vllm", "replicas": 2}}
+ABOUT_REPLICAS = ("tick", "reconcile", "hear", "controller", "run", "end deleted", "replica", "say", "scale", "time")
+ABOUT_REPLICAS += ("delete replica set",)
+
+
+@MANY
+@given(SCRIPTS)
+def test_whatever_replicas_do_the_attempt_goes_on(script: list[tuple[Any, ...]]) -> None:
+    world = World(fields=WITH_REPLICAS)
+    for step in script:
+        if step[0] in ABOUT_REPLICAS:
+            play(world, step)
+    assert (world.status.attempt or 0) <= 1
+    assert all(attempt.end_time is None for attempt in world.status.attempts)
+    assert set(world.seen_phases) <= {"Pending", "Starting", "Running"}
+
+
+@MANY
+@given(SCRIPTS)
+def test_there_are_as_many_replicas_as_are_asked_for_while_the_job_runs_and_none_after_it(
+    script: list[tuple[Any, ...]],
+) -> None:
+    world = World(fields={**WITH_REPLICAS, "backoffLimit": 1000})
+    for step in script:
+        play(world, step)
+    world.suspend(False)
+    world.kueue(False)
+    for _ in range(6):
+        world.hear_all()
+        world.reconcile()
+        world.job_controller()
+        world.run_pods()
+        world.end_deleted_pods()
+        world.pass_time(35)
+    if not world.status.finished and world.status.phase == "Running":
+        assert world.live.replica_set is not None
+        assert world.live.replica_set.replicas == world.replicas_asked
+        assert world.status.rollout is not None
+        assert [m.name for m in world.status.rollout.members] == [f"x-rollout-{n}" for n in range(world.replicas_asked)]
+    world.settle()
+    assert world.status.finished
+    assert world.live.replica_set is None
+    assert not world.live.replicas
+
+
+@MANY
+@given(SCRIPTS)
+def test_a_suspended_job_has_no_replicas(script: list[tuple[Any, ...]]) -> None:
+    world = World(fields=WITH_REPLICAS)
+    for step in script:
+        play(world, step)
+    world.suspend(True)
+    for _ in range(10):
+        world.hear_all()
+        world.reconcile()
+        world.job_controller()
+        world.end_deleted_pods()
+        world.job_controller()
+        world.pass_time(5)
+    assert world.live.replica_set is None
+    assert not world.live.replicas
+    if not world.status.finished:
+        assert world.status.phase == "Suspended"
+        assert world.status.rollout is None
+
+
+@MANY
+@given(SCRIPTS)
+def test_only_a_pod_that_runs_is_ready_whatever_the_trainer_says(script: list[tuple[Any, ...]]) -> None:
+    world = World(fields=WITH_REPLICAS)
+    for step in script:
+        play(world, step)
+        rollout = world.status.rollout
+        if step[0] == "tick" and rollout is not None:
+            assert rollout.ready == sum(member.state == "Ready" for member in rollout.members)
+            seen = world.cache.replicas
+            for member in rollout.members:
+                if member.state == "Ready":
+                    assert seen[member.name].phase == "Running" and not seen[member.name].deleting
+
+
+@MANY
+@given(WORLDS, SCRIPTS)
+def test_a_job_without_replicas_never_asks_for_them(start: Start, script: list[tuple[Any, ...]]) -> None:
+    nodes, hasty, fields, patient = start
+    world = World(nodes, hasty, {name: value for name, value in fields.items() if name != "rollout"}, patient)
+    for step in script:
+        play(world, step)
+    world.settle()
+    assert world.replica_reads == 0
+    assert world.live.replica_set is None
+    assert world.status.rollout is None

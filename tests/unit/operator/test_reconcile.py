@@ -36,6 +36,7 @@ class Setting:
     cache: Cache = field(default_factory=Cache)
     now: datetime = make.NOW
     busy: bool = False
+    rollout_image: str = ""
 
     def __post_init__(self) -> None:
         self.events: list[Event] = []
@@ -49,6 +50,7 @@ class Setting:
             self,  # type: ignore[arg-type]
             self,
             image=make.IMAGE,
+            rollout_image=self.rollout_image,
             busy=lambda: self.busy,
             clock=lambda: self.now,
         )

@@ -7,20 +7,22 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from nemo_rl.job.status import JobStatus, TerminationMessage
+from nemo_rl.job.status import JobStatus, Progress, TerminationMessage
 from nemo_rl_operator import reasons
 from nemo_rl_operator.decide import Decision, decide
+from nemo_rl_operator.fingerprint import fingerprint
 from nemo_rl_operator.observe import (
     Assignment,
     AttemptView,
     PodView,
     Queueing,
+    ReplicaSetView,
     Resource,
     Snapshot,
     WorkloadView,
     observe,
 )
-from nemo_rl_operator.plan import Action, Create, Delete, Kind, Need, Report
+from nemo_rl_operator.plan import Action, Create, Delete, Kind, Need, Report, Update
 from nemo_rl_operator.reconcile import newest_attempt
 from nemo_rl_operator.runtime import timestamps
 from unit.operator import make
@@ -48,6 +50,8 @@ class Objects:
     jobs: dict[str, AttemptView] = field(default_factory=dict)
     pods: dict[str, PodView] = field(default_factory=dict)
     workload: WorkloadView | None = None
+    replica_set: ReplicaSetView | None = None
+    replicas: dict[str, PodView] = field(default_factory=dict)
 
 
 @dataclass
@@ -74,9 +78,12 @@ class World:
         """Pods whose node does not answer any more."""
         self.sidecars = False
         """Pods that end from now on are kept by a container of somebody else, until they are deleted."""
+        self.progress: Progress | None = None
+        """What the trainer says; pods say what they like."""
         self.skew = 0.0
         """Seconds by which the nodes' clocks are wrong."""
         self.seen_phases: list[str] = []
+        self.replica_reads = 0
         self.writes = 0
 
     # --- the API server
@@ -105,6 +112,55 @@ class World:
         spec = json.loads(self.live.resource.spec) | {"suspend": value}
         self._change(spec=json.dumps(spec), generation=self.live.resource.generation + 1)
 
+    def scale(self, replicas: int) -> None:
+        """Somebody changes how many replicas there shall be."""
+        spec = json.loads(self.live.resource.spec)
+        if "rollout" in spec:
+            spec["rollout"]["replicas"] = replicas
+            self._change(spec=json.dumps(spec), generation=self.live.resource.generation + 1)
+
+    @property
+    def replicas_asked(self) -> int:
+        return int(json.loads(self.live.resource.spec).get("rollout", {}).get("replicas", 0))
+
+    def stateful_set_controller(self) -> None:
+        """Makes pods that miss, and deletes those that are too many, or left by a set that is gone."""
+        found = self.live.replica_set
+        wanted = found.replicas if found else 0
+        for pod in list(self.live.replicas.values()):
+            if pod.index >= wanted or (found and pod.controller != found.uid):
+                self.live.replicas[pod.name] = replace(pod, deleting=True)
+        for number in range(wanted):
+            name = f"x-rollout-{number}"
+            if name not in self.live.replicas and found:
+                self.uids += 1
+                pod = make.pod(0, number, name=name, controller=found.uid, replica=True)
+                self.live.replicas[name] = replace(pod, uid=f"pod-{self.uids}", created=self.time)
+
+    def replica(self, number: int, what: str) -> None:
+        """A replica comes, goes, or breaks."""
+        pod = self.live.replicas.get(f"x-rollout-{number}")
+        if pod is None:
+            return
+        if what == "go":
+            self.live.replicas[pod.name] = replace(pod, deleting=True)
+        elif what == "gone":
+            del self.live.replicas[pod.name]
+        elif what == "crash" and pod.phase == "Running":
+            broken = {"waiting": "CrashLoopBackOff", "last_end": "it exited with 1", "restarts": pod.restarts + 1}
+            self.live.replicas[pod.name] = replace(pod, **broken)
+        elif what == "come" and not pod.deleting:
+            self.live.replicas[pod.name] = replace(pod, phase="Running", ip=f"10.1.0.{number}", waiting="")
+
+    def say(self, number: int, state: str) -> None:
+        """The trainer says something of a replica, true or not."""
+        told = {"address": f"10.1.0.{number}:8000", "state": state, "weightVersion": 3, "message": "so it says"}
+        self.progress = Progress.of_a_pod({"step": 3, "rollout": [told, {"address": 7}, "nonsense"]})
+
+    def delete_replica_set(self) -> None:
+        """Somebody deletes the StatefulSet."""
+        self.live.replica_set = None
+
     def pass_time(self, seconds: float) -> None:
         self.now += timedelta(seconds=seconds)
 
@@ -114,6 +170,7 @@ class World:
 
     def job_controller(self) -> None:
         """Make pods, count them, end Jobs, remove what is deleted."""
+        self.stateful_set_controller()
         owners = {job.uid for job in self.live.jobs.values()}
         for pod in [p for p in self.live.pods.values() if p.forced and p.controller not in owners]:
             del self.live.pods[pod.name]
@@ -207,9 +264,12 @@ class World:
         for pod in list(self.live.pods.values()):
             if pod.phase == "Pending" and not pod.deleting:
                 self.live.pods[pod.name] = replace(pod, phase="Running", ip="10.0.0.1", started=self.time)
+        for pod in list(self.live.replicas.values()):
+            self.replica(pod.index, "come")
 
     def end_deleted_pods(self) -> None:
-        """Pods that were asked to stop save and exit with 75."""
+        """Pods that were asked to stop save and exit with 75; replicas are gone."""
+        self.live.replicas = {name: pod for name, pod in self.live.replicas.items() if not pod.deleting}
         for pod in list(self.live.pods.values()):
             if pod.deleting and not pod.terminal and pod.uid not in self.silent:
                 self._end(pod, 75)
@@ -265,6 +325,7 @@ class World:
             self.cache.workload = self.live.workload
         else:
             self.cache.pods = dict(self.live.pods)
+            self.cache.replicas = dict(self.live.replicas)
 
     def hear_all(self) -> None:
         for part in ("resource", "jobs", "pods", "workload"):
@@ -272,8 +333,16 @@ class World:
 
     def look(self, verified: int = 0) -> Snapshot:
         cache = self.cache
-        pods = [*cache.pods.values(), *self.strangers.values()]
-        found = observe(cache.resource, cache.jobs.values(), pods, None, make.IMAGE, workload=cache.workload)
+        pods = [*cache.pods.values(), *cache.replicas.values(), *self.strangers.values()]
+        found = observe(
+            cache.resource,
+            cache.jobs.values(),
+            pods,
+            self.progress if cache.resource.phase == "Running" else None,  # only then it is followed
+            make.IMAGE,
+            workload=cache.workload,
+            rollout_image=make.ROLLOUT_IMAGE,
+        )
         queue = cache.resource.queue
         known = {
             "kueue": "v1beta2" if queue else "",
@@ -287,13 +356,18 @@ class World:
     def decide(self) -> tuple[Snapshot, Decision]:
         verified = 0
         read = False
+        replicas: dict[str, Any] = {}
         while True:
-            snapshot = replace(self.look(verified), workload_read=read)
+            snapshot = replace(self.look(verified), workload_read=read, **replicas)
             decision = decide(snapshot, self.now)
             if not decision.needs:
                 return snapshot, decision
             if Need.WORKLOAD in decision.needs:
                 read, self.cache.workload = True, self.live.workload
+                continue
+            if Need.REPLICAS in decision.needs:
+                self.replica_reads += 1
+                replicas = {"replica_set": self.live.replica_set, "replica_set_read": True}
                 continue
             assert decision.needs == {Need.ATTEMPT}
             verified = newest_attempt(snapshot)
@@ -332,6 +406,9 @@ class World:
         if isinstance(action, Report) or action.kind is Kind.WORKLOAD:
             self._execute_about_workload(action)
             return
+        if action.kind is Kind.STATEFUL_SET:
+            self._execute_about_replicas(action)
+            return
         if isinstance(action, Create):
             if action.kind is Kind.JOB:
                 name = action.body["metadata"]["name"]
@@ -347,6 +424,25 @@ class World:
                 self.cache.jobs[action.name] = self.live.jobs[action.name] = replace(held, deleting=True)
             else:
                 del self.live.jobs[action.name]
+
+    def _execute_about_replicas(self, action: Create | Delete | Update) -> None:
+        found = self.live.replica_set
+        if isinstance(action, Create):
+            if found is None:
+                self.uids += 1
+                uid, spec = f"set-{self.uids}", action.body["spec"]
+                self.live.replica_set = ReplicaSetView(
+                    "x-rollout", uid, make.UID, False, spec["replicas"], fingerprint(spec)
+                )
+        elif found is None or found.uid != action.uid:
+            return
+        elif isinstance(action, Delete):
+            self.live.replica_set = None
+        else:
+            content = fingerprint(action.spec) if "template" in action.spec else found.content
+            self.live.replica_set = replace(
+                found, replicas=action.spec.get("replicas", found.replicas), content=content
+            )
 
     def _execute_about_workload(self, action: Action) -> None:
         held = self.live.workload

@@ -9,7 +9,8 @@ import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from nemo_rl.rollout.vllm.middleware import ADAPTER_ROUTE
+from nemo_rl.rollout.vllm.middleware import ADAPTER_ROUTE, REPLICA_ROUTE, START_ROUTE, STOP_ROUTE
+from nemo_rl.rollout.vllm.replica import digest_of
 
 TOKEN = "a token of sixteen and more"
 
@@ -17,9 +18,15 @@ TOKEN = "a token of sixteen and more"
 class FakeServer:
     """Answers completions with tokens that depend on prompt and seed alone. `faults`: what happens to the next completions."""
 
-    def __init__(self, tokens: int = 50) -> None:
-        """`tokens`: how many different ones it samples."""
+    def __init__(self, tokens: int = 50, host: str = "127.0.0.1", port: int = 0, replica: bool = False) -> None:
+        """`tokens`: how many different ones it samples. `replica`: it serves once it is told what."""
         self.tokens = tokens
+        self.state = "waiting" if replica else "serving"
+        self.start = ""
+        self.starts: list[dict[str, Any]] = []
+        self.stops = 0
+        self.tampered = False
+        """Its tokens come from other weights than it was given."""
         self.faults: list[str] = []
         self.completed: list[list[int]] = []
         self.version = "default"
@@ -51,13 +58,16 @@ class FakeServer:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer((host, port), Handler)
         self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.port = int(self.server.server_address[1])
+        self.address = f"{host}:{self.port}"
+        self.url = f"http://{self.address}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def close(self) -> None:
         self.released.set()
+        self.hold.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -72,6 +82,18 @@ class FakeServer:
             return None
         if handler.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.send(handler, 401, {"error": "no"})
+        if path == REPLICA_ROUTE:
+            return self.send(handler, 200, {"state": self.state, "start": self.start})
+        if path == START_ROUTE:
+            self.starts.append(content)
+            self.state, self.start = "serving", digest_of(content["files"], content["options"])
+            return self.send(handler, 200, {"state": "fetching"})
+        if path == STOP_ROUTE:
+            self.stops += 1
+            self.state = "waiting"
+            return self.send(handler, 200, {"state": "ending"})
+        if self.state != "serving":
+            return self.send(handler, 503, {"error": "it waits"})
         if path == "/health":
             if self.healthy is None:
                 return self.send(handler, 503, {"error": {"message": "EngineDeadError"}})
@@ -95,7 +117,7 @@ class FakeServer:
                 return self.send(handler, 500, {"error": {"message": "a weight update is already active"}})
             self.updating = True
         if path == "/update_weights":
-            self.hold.wait(30)
+            self.hold.wait(120)
             self.updates.append(content["update_info"])
         if path == "/finish_weight_update":
             self.version, self.updating = content.get("weight_version", self.version), False
@@ -137,7 +159,7 @@ class FakeServer:
                 "index": index,
                 "token_ids": ids,
                 "finish_reason": "stop",
-                "logprobs": {"token_logprobs": [-1.0, -2.0, -0.5]},
+                "logprobs": {"token_logprobs": [-90.0] * 3 if self.tampered else [-1.0, -2.0, -0.5]},
             }
             choices.append(choice)
         return self.send(handler, 200, {"choices": choices}, instance)

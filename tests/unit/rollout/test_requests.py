@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +15,7 @@ from nemo_rl.rollout.protocol import Completion, Request, Sampling
 from nemo_rl.rollout.vllm import engine as engine_module
 from nemo_rl.rollout.vllm.client import Client, RequestRefused, ServerGone
 from nemo_rl.rollout.vllm.engine import PROVED, Member, VLLMRollouts, request_seed
+from nemo_rl.run.ranks import Ranks
 from unit.rollout.fake import TOKEN, FakeServer
 
 REQUESTS = [Request([key, key + 1], key) for key in range(8)]
@@ -30,7 +32,7 @@ class Servers(VLLMRollouts):
         self.pool = ThreadPoolExecutor(16)
         self.end_ids, self.version, self.proved_version = [1], 7, VERSION + PROVED
         self.process = self.shards = self.folder = None
-        self.brought_back, self.returning = 0, {}
+        self.ranks, self.brought_back, self.returning = Ranks(), 0, {}
         for server in servers:
             server.version = VERSION + PROVED
 
@@ -83,7 +85,7 @@ def test_completions_carry_tokens_logprobs_end_and_version(servers: list[FakeSer
 @pytest.mark.parametrize("fault", ["drop", "unavailable", "engine died", "restart"])
 def test_what_a_fault_takes_is_asked_again_and_counted_once(servers: list[FakeServer], fault: str) -> None:
     servers[0].faults = ["", fault, "", fault]
-    engine = Servers(*servers)
+    engine = Servers(*servers[: 1 if fault == "restart" else 2])  # another server would do its work meanwhile
     groups, counted = roll_out(engine)
     assert tokens(groups) == expected()
     assert sorted(counted) == list(range(8))
@@ -97,6 +99,19 @@ def test_a_server_that_hangs_is_left_for_another(servers: list[FakeServer], monk
     servers[0].faults = ["hang"]
     groups, counted = roll_out(Servers(*servers))
     assert tokens(groups) == expected() and sorted(counted) == list(range(8))
+
+
+def test_one_that_is_brought_back_does_not_stop_the_others(servers: list[FakeServer]) -> None:
+    """Loading weights takes minutes for large models: what is asked of the other server goes on meanwhile."""
+    engine, done = Servers(*servers), threading.Event()
+    servers[1].start_anew()
+    engine.bring_back = lambda member, poll: not done.wait(60)  # type: ignore[method-assign]
+    try:
+        groups, counted = roll_out(engine)
+    finally:
+        done.set()
+    assert tokens(groups) == expected() and sorted(counted) == list(range(8))
+    assert not servers[1].completed
 
 
 def test_without_a_server_the_run_ends_in_words() -> None:

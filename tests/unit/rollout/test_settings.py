@@ -30,8 +30,19 @@ def test_an_interpreter_or_addresses_mean_vllm() -> None:
 @pytest.mark.parametrize(
     ("keywords", "says"),
     [
-        ({"rollout": "vllm"}, "needs python, an interpreter that has vLLM, or urls of servers; found neither"),
-        ({"rollout": {"engine": "vllm", "urls": ["http://a:1"], "python": "/p"}}, "found both"),
+        (
+            {"rollout": "vllm"},
+            "needs python, an interpreter that has vLLM, urls of servers, or replicas, .* found none of them",
+        ),
+        ({"rollout": {"engine": "vllm", "urls": ["http://a:1"], "python": "/p"}}, r"found 2 of them \(python, urls\)"),
+        ({"rollout": {"engine": "vllm", "replicas": 2, "python": "/p"}}, r"found 2 of them \(python, replicas\)"),
+        ({"rollout": {"replicas": 2}}, "replicas belongs to engine vllm, but engine is in_process"),
+        ({"rollout": {"engine": "vllm", "replicas": 0}}, r"rollout\.replicas"),
+        ({"rollout_python": "/p", "rollout": {"gpus_per_replica": 2}}, "gpus_per_replica belongs to replicas"),
+        (
+            {"rollout": {"engine": "vllm", "replicas": 2, "weight_transfer": "files"}},
+            "share no folder with the trainer",
+        ),
         ({"rollout": {"urls": ["http://a:1"]}}, "urls belongs to engine vllm, but engine is in_process"),
         ({"rollout": {"engine": "sglang"}}, "rollout.engine='sglang'"),
         ({"rollout": {"engine": "vllm", "url": "http://a:1"}}, "rollout.url"),
