@@ -23,6 +23,7 @@ from nemo_rl.model import logprobs
 from nemo_rl.model.adapters import add_adapters
 from nemo_rl.model.attention import CAUSAL, PackedAttention, Seen, grouped_attention
 from nemo_rl.model.attention import Facts as Scores
+from nemo_rl.model.norms import make_norms_lean
 from nemo_rl.model.packing import PackedBatch, TokenSequence, pack
 from nemo_rl.model.sharding import blocks_of
 
@@ -39,6 +40,7 @@ def meta_model(config: Any, training: TrainingSpec) -> Any:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=training.trust_remote_code)
         model = model.to(dtype=torch.float32).eval()
         _take_fused_attention(model)
+        make_norms_lean(model)
         return add_adapters(model, training) if training.lora_rank is not None else model
 
 

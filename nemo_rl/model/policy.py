@@ -17,6 +17,7 @@ from nemo_rl.model.head import Head, measure_head
 from nemo_rl.model.kinds import describe
 from nemo_rl.model.load import compute_dtype
 from nemo_rl.model.logprobs import token_logprobs
+from nemo_rl.model.norms import make_norms_lean
 from nemo_rl.model.packing import PackedBatch
 from nemo_rl.model.probe import SHORT, Probe, exact, reset_positions
 from nemo_rl.model.proof import check_causal, choose_path, length_limit
@@ -89,6 +90,7 @@ class Policy:
         self.device = next(model.parameters()).device
         self.dtype = compute_dtype(precision, self.device)
         self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        make_norms_lean(self.causal)
         self.head_facts: Head | None = None
         self.rollout: Any = None
         """What `nemo_rl.rollout.in_process.proof` found out about decoding."""

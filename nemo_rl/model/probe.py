@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_rl.model.limits import position_limit
+from nemo_rl.model.norms import own_norms
 from nemo_rl.model.packing import TokenSequence
 
 TOLERANCE = 1e-3
@@ -45,7 +46,8 @@ def plain_logits(model: nn.Module, ids: list[int]) -> Tensor:
     """Returns the logits of one sequence, (len(ids), V), float32, by transformers' own forward, given nothing but the tokens."""
     device = next(model.parameters()).device
     reset_positions(model)
-    return model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].float()
+    with own_norms(model):
+        return model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].float()
 
 
 def reset_positions(model: nn.Module) -> None:
