@@ -611,8 +611,15 @@ parse_spec = _Parser()
 
 
 def newest(pods: tuple[PodView, ...]) -> tuple[PodView, ...]:
-    """Of each index the newest pod: a Job that was suspended and resumed has older ones, which do not count."""
-    ordered = sorted(pods, key=lambda p: (p.index, p.created, not p.terminal, p.name))
+    """Of each index the newest pod: a Job that was suspended and resumed has older ones, which do not count.
+
+    Two may be of the same second: then the older one is that which has ended, which is deleted, which ended before the other.
+    """
+
+    def age(pod: PodView) -> tuple[int, str, bool, bool, str, str]:
+        return pod.index, pod.created, not pod.terminal, not pod.deleting, pod.ended, pod.name
+
+    ordered = sorted(pods, key=age)
     return tuple({pod.index: pod for pod in ordered}.values())
 
 

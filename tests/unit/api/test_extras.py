@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[list[str], str | None]] = {
     "cancel": (["x"], "kubernetes"),
     "resume": (["x"], "kubernetes"),
     "rm": (["x"], "kubernetes"),
+    "scale": (["x", "2"], "kubernetes"),
     "cp": (["x"], "kubernetes"),
     "ui": (["./model"], "ui"),
     "crd": ([], None),

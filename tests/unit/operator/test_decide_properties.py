@@ -128,6 +128,8 @@ DEAF_TO_PODS += [("time", 12.0), LATE, ("time", 12.0), LATE, ("controller",)]
 PREEMPTED: list[tuple[Any, ...]] = [TICK, TICK, ("kueue", True), ("controller",), ("end deleted",), ("kueue", False)]
 PREEMPTED += [TICK, TICK, TICK]
 UNHEARD: list[tuple[Any, ...]] = [("reconcile", None), ("controller",), ("run",), ("delete job",), ("reconcile", None)]
+SAME_SECOND: list[tuple[Any, ...]] = [*[TICK] * 6, ("delete job",), ("end deleted",), ("reconcile", None)]
+SAME_SECOND += [("delete replica set",), TICK, ("sidecar", True), ("kueue", True), TICK]
 
 
 @MANY
@@ -160,6 +162,9 @@ def test_an_end_is_an_end(start: Start, script: list[tuple[Any, ...]]) -> None:
 
 
 @MANY
+@example(
+    (1, False, {"rollout": {"engine": "vllm", "replicas": 2}}, False), SAME_SECOND
+)  # two pods, 8 and 11, of one time
 @given(WORLDS, SCRIPTS)
 def test_every_story_comes_to_an_end(start: Start, script: list[tuple[Any, ...]]) -> None:
     world = World(*start)

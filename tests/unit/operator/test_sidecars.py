@@ -9,7 +9,7 @@ import pytest
 from nemo_rl.job import names
 from nemo_rl.job.status import JobStatus, TerminationMessage
 from nemo_rl_operator.decide import Decision, decide
-from nemo_rl_operator.observe import PodView, pod_view
+from nemo_rl_operator.observe import PodView, newest, pod_view
 from nemo_rl_operator.plan import Create, Delete
 from nemo_rl_operator.policies.sidecars import PATIENCE_SECONDS
 from unit.operator import make
@@ -177,5 +177,12 @@ def test_a_strangers_pod_is_not_taken_for_the_file_server() -> None:
     found["metadata"]["ownerReferences"] = []
     job = make.resource(LIVE, output={"serveUntil": make.at(100)})
     decision = decide(make.seen(job, [make.attempt()], [pod_view(found), make.running_pod()]), make.NOW)
-    assert [a.body["metadata"]["name"] for a in decision.actions if isinstance(a, Create)] == ["x-files"]
+    assert [a.body["metadata"]["name"] for a in decision.actions if isinstance(a, Create)] == ["x-job", "x-files"]
     assert deleted(decision) == []
+
+
+def test_of_two_pods_of_one_second_the_deleted_one_is_the_older_whatever_their_names() -> None:
+    replaced = make.pod(1, 0, name="x-1-0-z", phase="Failed", exit_code=75, deleting=True)
+    for name in ("x-1-0-a", "x-1-0-zz"):
+        succeeded = make.pod(1, 0, name=name, phase="Succeeded", exit_code=0)
+        assert newest((succeeded, replaced)) == newest((replaced, succeeded)) == (succeeded,)
