@@ -183,14 +183,16 @@ def test_with_no_right_replica_left_the_job_fails_without_a_retry(scene: Scene) 
 
 
 def test_the_quota_that_a_replica_waits_for_is_said(scene: Scene) -> None:
-    quota = {"metadata": {"name": "pods"}, "spec": {"hard": {"count/pods": "2"}}}
+    scene.submit(rollout=ROLLOUT)
+    scene.attempt(1).run()
+    _, lost = (replica(scene, number) for number in (0, 1))
+    quota = {"metadata": {"name": "pods"}, "spec": {"hard": {"count/pods": "1"}}}
     scene.api.create("resourcequotas", scene.namespace, quota)
     eventually(
         lambda: scene.api.get("resourcequotas", scene.namespace, "pods").get("status", {}).get("used"),
         "the quota counts",
     )
-    scene.submit(rollout=ROLLOUT)
-    scene.attempt(1).run()
+    scene.api.delete("pods", scene.namespace, lost.name)
 
     def waits(status: Object) -> bool:
         return any("waiting for quota pods" in member.get("message", "") for member in status["rollout"]["members"])

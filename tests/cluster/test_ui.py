@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from cluster.api import eventually
+from cluster.operator_process import Operators
 from cluster.pod_logs import log_node
 from cluster.scene import Scene
 from cluster.server import Cluster as Served
@@ -38,7 +39,9 @@ class Watched(Cluster):
 
 
 @pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def at_once(monkeypatch: pytest.MonkeyPatch, operators: Operators) -> None:
+    """No waits, and no operator that writes other statuses than the tests do."""
+    operators.pause()
     monkeypatch.setattr(page, "REFRESH_SECONDS", 0.0)
     monkeypatch.setattr(page, "ANSWER_SECONDS", 60.0)
 

@@ -116,12 +116,13 @@ def _have(plan: Plan, wanted: int) -> None:
 
 
 def _create(plan: Plan) -> None:
+    """After the trainer's Job: where there is room for one pod, it is the trainer's."""
     resource = plan.snapshot.resource
     bodies = (
         (Kind.SERVICE, build.replica_service(resource)),
         (Kind.STATEFUL_SET, build.replica_set(resource, plan.spec, plan.snapshot.rollout_image)),
     )
-    plan.actions[:0] = [Create(kind, body) for kind, body in bodies]
+    plan.actions += [Create(kind, body) for kind, body in bodies]
 
 
 def _missing(plan: Plan, wanted: int) -> bool:
