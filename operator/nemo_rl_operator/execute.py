@@ -47,7 +47,7 @@ class Executor:
         self._api, self._cache, self._clock = api, cache, clock
 
     async def run(self, resource: Resource, actions: Iterable[Action]) -> Done:
-        """Do all of them: first deletions, then what Jobs and pods need, then those.
+        """Do all of them: first deletions, then what Jobs and pods need, then those, the trainer's Job before its replicas.
 
         Raises ApiError where trying again later is all there is to do.
         """
@@ -58,7 +58,7 @@ class Executor:
             elif isinstance(action, Update):
                 await self._update(resource, action)
         creations = [a for a in actions if isinstance(a, Create)]
-        first = [a for a in creations if a.kind not in (Kind.JOB, Kind.POD)]
+        first = [a for a in creations if a.kind not in (Kind.JOB, Kind.STATEFUL_SET, Kind.POD)]
         there: dict[Kind, Object] = {}
         blocks = await asyncio.gather(*(self._create(resource, a, there) for a in first))
         for action in actions:
@@ -69,6 +69,8 @@ class Executor:
                 break
             if action.kind is Kind.JOB:
                 blocks.append(await self._create(resource, _pinned(action, there), there))
+            elif action.kind is Kind.STATEFUL_SET:
+                blocks.append(await self._create(resource, action, there))
         unserved = None
         for action in creations:
             if action.kind is Kind.POD:

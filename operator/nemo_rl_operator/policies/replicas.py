@@ -90,9 +90,6 @@ def _have(plan: Plan, wanted: int) -> None:
     before = plan.status.rollout
     resource, spec = plan.snapshot.resource, plan.spec
     starting = any(isinstance(action, Create) and action.kind is Kind.JOB for action in plan.actions)
-    if before is None and starting:
-        _create(plan)
-        return
     if before is not None and before.replicas == wanted and not starting and not _missing(plan, wanted):
         return
     if not plan.snapshot.replica_set_read:

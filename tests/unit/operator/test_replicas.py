@@ -132,9 +132,12 @@ async def test_a_life_with_replicas_costs_few_calls_more() -> None:
     assert "rollout" not in setting.status
     assert (Kind.STATEFUL_SET, "x-rollout") not in setting.api.objects
     calls = [(verb, kind.name) for verb, kind, _ in setting.api.calls if verb != "PATCH"]
+    assert calls.index(("POST", "JOB")) < calls.index(("POST", "STATEFUL_SET")), (
+        "what there is room for is the trainer's"
+    )
     assert sorted(calls) == sorted(
         [("POST", kind) for kind in ("CONFIG_MAP", "CLAIM", "SECRET", "JOB", "SERVICE", "STATEFUL_SET")]
-        + [("GET", "STATEFUL_SET")] * 2
+        + [("GET", "STATEFUL_SET")] * 3
         + [("DELETE", "STATEFUL_SET")]
     )
 
