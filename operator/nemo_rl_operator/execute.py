@@ -60,7 +60,12 @@ class Executor:
         creations = [a for a in actions if isinstance(a, Create)]
         first = [a for a in creations if a.kind not in (Kind.JOB, Kind.STATEFUL_SET, Kind.POD)]
         there: dict[Kind, Object] = {}
-        blocks = await asyncio.gather(*(self._create(resource, a, there) for a in first))
+        found = await asyncio.gather(*(self._create(resource, a, there) for a in first))
+        kinds = {action.kind for action in creations}
+        alone = (
+            Kind.POD in kinds and Kind.JOB not in kinds
+        )  # then it is the file server alone that reads the frozen job
+        blocks = [b for a, b in zip(first, found, strict=True) if not (alone and a.kind is Kind.CONFIG_MAP)]
         for action in actions:
             if isinstance(action, Report):
                 await self._report(resource, action)
@@ -74,10 +79,7 @@ class Executor:
         unserved = None
         for action in creations:
             if action.kind is Kind.POD:
-                unserved = next((b for b in blocks if b), None) or await self._serve(resource, action, there)
-        kinds = {action.kind for action in creations}
-        if Kind.POD in kinds and Kind.JOB not in kinds:  # it is the file server alone that reads the frozen job
-            blocks = [b for a, b in zip(first, blocks, strict=True) if a.kind is not Kind.CONFIG_MAP]
+                unserved = next((b for b in (*found, *blocks) if b), None) or await self._serve(resource, action, there)
         return Done(next((block for block in blocks if block), None), unserved)
 
     async def _serve(self, resource: Resource, action: Create, there: dict[Kind, Object]) -> Blocked | None:

@@ -1,43 +1,18 @@
-"""An environment of its own with the experiment trackers, beside the packages of this one: made once, below the cache.
+"""An environment of its own with the experiment trackers, made once.
 
 `python tests/trackers/environment.py ARGUMENTS` runs its interpreter with these arguments.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import sysconfig
-import tomllib
-import venv
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import beside  # noqa: E402
+
 TRACKERS = ("wandb", "mlflow", "trackio")
 
-
-def interpreter() -> Path:
-    """The interpreter that has the trackers; makes the environment where it is missing or another one is wanted."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    wanted = [requirement for name in TRACKERS for requirement in extras[name]]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "nemo-rl" / "trackers"
-    ready, python = folder / "ready", folder / "bin" / "python"
-    here = sysconfig.get_path("purelib")
-    about = "\n".join([here, *wanted])
-    if not ready.exists() or ready.read_text() != about:
-        venv.create(folder, clear=True, with_pip=True, symlinks=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
-        packages = subprocess.check_output(
-            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
-        )
-        # what the trackers bring comes first, then what is installed here
-        (Path(packages.strip()) / "beside.pth").write_text(here + "\n")
-        ready.write_text(about)
-    return python
-
-
 if __name__ == "__main__":
-    program = str(interpreter())
-    os.execv(program, [program, *sys.argv[1:]])
+    beside.become("trackers", [requirement for name in TRACKERS for requirement in beside.extra(name)])

@@ -112,6 +112,18 @@ def play(world: World, step: tuple[Any, ...]) -> None:
             world.pass_time(rest[0])
 
 
+def suspend_and_wait(world: World) -> None:
+    """Suspends the job, and plays on for longer than a silent node is waited for."""
+    world.suspend(True)
+    for _ in range(10):
+        world.hear_all()
+        world.reconcile()
+        world.job_controller()
+        world.end_deleted_pods()
+        world.job_controller()
+        world.pass_time(5)
+
+
 TICK = ("tick",)
 OUTLIVED: list[tuple[Any, ...]] = [TICK, TICK, ("end", 0, 75), TICK, TICK, TICK]
 LATE = ("reconcile", None)
@@ -230,14 +242,7 @@ def test_a_suspended_job_has_no_pods_and_a_resumed_one_goes_on(start: Start, scr
     world = World(*start)
     for step in script:
         play(world, step)
-    world.suspend(True)
-    for _ in range(10):
-        world.hear_all()
-        world.reconcile()
-        world.job_controller()
-        world.end_deleted_pods()
-        world.job_controller()
-        world.pass_time(5)  # in all, longer than a silent node is waited for
+    suspend_and_wait(world)
     if world.status.phase in ("Succeeded", "Failed"):
         return
     assert world.status.phase == "Suspended"
@@ -383,14 +388,7 @@ def test_a_suspended_job_has_no_replicas(script: list[tuple[Any, ...]]) -> None:
     world = World(fields=WITH_REPLICAS)
     for step in script:
         play(world, step)
-    world.suspend(True)
-    for _ in range(10):
-        world.hear_all()
-        world.reconcile()
-        world.job_controller()
-        world.end_deleted_pods()
-        world.job_controller()
-        world.pass_time(5)
+    suspend_and_wait(world)
     assert world.live.replica_set is None
     assert not world.live.replicas
     if not world.status.finished:

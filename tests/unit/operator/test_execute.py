@@ -272,6 +272,15 @@ async def test_the_file_server_reads_the_frozen_job_that_there_is_and_hinders_no
     assert "POD x-files" not in other.made()
 
 
+async def test_replicas_that_come_anew_and_a_file_server_are_made_at_once() -> None:
+    api, rollout = FakeApi(), {"rollout": {"engine": "vllm", "replicas": 2}}
+    job, spec = make.resource(**rollout), make.parsed(**rollout)
+    files = Create(Kind.POD, build.files_pod(job, spec, make.IMAGE))
+    replicas = Create(Kind.STATEFUL_SET, build.replica_set(job, spec, make.ROLLOUT_IMAGE))
+    assert await run(api, Create(Kind.CONFIG_MAP, build.frozen_job(job, spec)), files, replicas) is None
+    assert api.made() == ["CONFIG_MAP x-job", "STATEFUL_SET x-rollout", "POD x-files"]
+
+
 async def test_an_image_that_the_api_server_would_leave_out_of_a_volume_starts_no_pod() -> None:
     """Without the feature gate it takes the Job, and the pod would have an empty folder there."""
     weights = {"volumes": [{"name": "weights", "image": {"reference": "registry.example/weights:1"}}]}
