@@ -110,6 +110,7 @@ UNKNOWN_MESSAGE = "{accepted}; ignored are fields that this operator does not kn
 
 # rollout replicas
 REPLICAS_MESSAGE = "; {ready} of {replicas} rollout replicas are ready"
+REPLICAS_PATTERN = r"; \d+ of \d+ rollout replicas are ready"
 REPLICAS_FIRST_MESSAGE = " ({name}: {message})"
 REPLICA_ABSENT_MESSAGE = "waiting for the StatefulSet controller to make its pod"
 REPLICA_STARTING_MESSAGE = "its pod starts"

@@ -10,6 +10,8 @@ a job without replicas asks the API server nothing more.
 
 from __future__ import annotations
 
+import re
+
 from nemo_rl.job import names
 from nemo_rl.job.status import RolloutMember, RolloutStatus, ServerReport
 from nemo_rl_operator import build, pending, reasons
@@ -170,7 +172,8 @@ def _report(plan: Plan, wanted: int) -> None:
         message = reasons.REPLICAS_MESSAGE.format(ready=ready, replicas=wanted)
         if worst := next((m for m in members if m.state in ("Refused", "Lost", "Pending") and m.message), None):
             message += reasons.REPLICAS_FIRST_MESSAGE.format(name=worst.name, message=worst.message)
-        plan.status.message = f"{plan.status.message}{message}"[:1024]
+        trains = re.split(reasons.REPLICAS_PATTERN, plan.status.message or "")[0]  # it may be that of the time before
+        plan.status.message = f"{trains}{message}"[:1024]
 
 
 def _heard(plan: Plan) -> list[ServerReport]:

@@ -140,6 +140,7 @@ DEAF_TO_PODS += [("time", 12.0), LATE, ("time", 12.0), LATE, ("controller",)]
 PREEMPTED: list[tuple[Any, ...]] = [TICK, TICK, ("kueue", True), ("controller",), ("end deleted",), ("kueue", False)]
 PREEMPTED += [TICK, TICK, TICK]
 UNHEARD: list[tuple[Any, ...]] = [("reconcile", None), ("controller",), ("run",), ("delete job",), ("reconcile", None)]
+REPLACED: list[tuple[Any, ...]] = [*[TICK] * 12, ("delete pod", 0, False), ("end deleted",), ("controller",)]
 SAME_SECOND: list[tuple[Any, ...]] = [*[TICK] * 6, ("delete job",), ("end deleted",), ("reconcile", None)]
 SAME_SECOND += [("delete replica set",), TICK, ("sidecar", True), ("kueue", True), TICK]
 
@@ -218,6 +219,7 @@ def test_what_the_cluster_does_to_a_job_never_counts(start: Start, script: list[
 
 
 @MANY
+@example((1, False, {"rollout": {"engine": "vllm", "replicas": 2}}, False), REPLACED)  # and its message is as it was
 @given(WORLDS, SCRIPTS)
 def test_what_was_decided_is_not_decided_again(start: Start, script: list[tuple[Any, ...]]) -> None:
     world = World(*start)
