@@ -13,6 +13,7 @@ import yaml
 from charts import Object, render
 from cluster.kubelet import Kubelet
 from cluster.operator_process import Operator, Operators
+from cluster.releases import remove_release
 from cluster.scene import USER, Scene
 from cluster.server import Cluster, external_kubeconfig, serve
 from lab import programs
@@ -88,7 +89,7 @@ def release(cluster: Cluster, scene: Scene, request: pytest.FixtureRequest) -> I
     cluster.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(objects))
     scene.kubectl("create", "rolebinding", "users", f"--clusterrole={scene.namespace}-edit", f"--user={USER}")
     yield objects
-    cluster.kubectl("delete", "--ignore-not-found", "--wait=false", "-f", "-", stdin=yaml.safe_dump_all(objects))
+    remove_release(cluster, objects)
 
 
 @pytest.fixture

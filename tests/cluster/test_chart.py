@@ -19,6 +19,7 @@ from charts import CHART, ROOT, Object, helm, render
 from cluster.api import eventually
 from cluster.manifests import bundle, job
 from cluster.operator_process import Operator
+from cluster.releases import remove_release
 from cluster.scene import Scene
 from cluster.server import Cluster
 from nemo_rl.job import names
@@ -154,8 +155,7 @@ def install(cluster: Cluster, scene: Scene) -> Iterator[Callable[..., list[Objec
         return objects
 
     yield apply
-    if made:
-        cluster.kubectl("delete", "--ignore-not-found", "--wait=false", "-f", "-", stdin=yaml.safe_dump_all(made))
+    remove_release(cluster, made)
 
 
 @pytest.fixture(scope="module")
