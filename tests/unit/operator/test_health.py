@@ -187,7 +187,8 @@ async def test_a_watch_that_is_merely_late_is_not_deaf() -> None:
     assert found.deaf == ""
 
 
-async def test_an_object_that_went_meanwhile_is_not_missed() -> None:
+async def test_an_object_that_went_meanwhile_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resync, "DEAF_SECONDS", 0.0)
     cache, queue, found = make()
     lists = Lists(resource={"x": 5})
     lists.gone.add("x")
