@@ -19,6 +19,7 @@ from cluster import manifests
 from cluster.api import eventually
 from cluster.manifests import failure, result
 from cluster.operator_process import Operator
+from cluster.rewards import near
 from cluster.scene import Scene
 from cluster.server import Cluster
 from nemo_rl.backends import kubernetes as backend
@@ -34,10 +35,6 @@ from nemo_rl.job import names
 from nemo_rl.job.names import ExitCode
 
 ROWS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(20)]
-
-
-def near(prompt: str, response: str, answer: str) -> float:
-    return 1.0 if answer in response else -0.1 * len(response)
 
 
 @pytest.fixture
