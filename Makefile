@@ -22,7 +22,8 @@ test: $(VENV)/.dev            ## unit tests; needs no cluster and no GPU
 
 architectures: $(VENV)/.dev            ## every causal model type of transformers against its plain model; writes docs/models.md
 	rm -rf build/architectures
-	NEMO_RL_ARCHITECTURES=build/architectures $(BIN)/python -m pytest -n 2 tests/architectures; found=$$?; \
+	$(UV) --no-deps --target build/timm timm torchvision  # one type's picture tower; beside, so that nothing else imports it
+	PYTHONPATH=build/timm NEMO_RL_ARCHITECTURES=build/architectures $(BIN)/python -m pytest -n 2 tests/architectures; found=$$?; \
 	$(BIN)/python tests/architectures/table.py build/architectures && exit $$found
 
 test-storage: $(VENV)/.dev            ## models, data and runs in a real S3 server (built once from its Go module)

@@ -208,6 +208,13 @@ OTHER_PARTS: dict[str, dict[str, Any]] = {
         },
         "vocabulary_map": {"<image>": 7},
     },
+    "gemma3n": {
+        "vision_config": {"architecture": "test_efficientnet", "hidden_size": 16},
+        "audio_config": {
+            **{"hidden_size": 16, "conf_num_attention_heads": 2, "conf_num_hidden_layers": 1},
+            **{"sscp_conv_channel_size": [4, 4]},
+        },
+    },
     "moss_transcribe_diarize": {"audio_config": _AUDIO},
     "phi4_multimodal": {
         "vision_config": {**_VISION, "crop_size": 28},
