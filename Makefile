@@ -10,7 +10,7 @@ IN_CLUSTER := $(if $(KUBECONFIG),,$(LAB) run)
 ALONE := tests/e2e/test_startup.py tests/e2e/test_waiting.py
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
-.PHONY: help demo test test-readme test-vllm test-vllm-short test-vllm-kills test-trackers test-ui architectures test-storage test-storage-kills test-cluster e2e e2e-integrations bench soak gpu lint docs generate images image-ui lab-up lab-deploy lab-down lab-status clean
+.PHONY: help demo test test-readme test-vllm test-vllm-short test-vllm-kills test-trackers test-ui architectures test-storage test-storage-kills test-cluster e2e e2e-integrations bench soak gpu lint docs pictures generate images image-ui lab-up lab-deploy lab-down lab-status clean
 help:            ## list the commands
 	@grep -E '^[a-z0-9 -]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 16
 
@@ -86,6 +86,9 @@ lint: $(VENV)/.dev            ## ruff and mypy
 
 docs: $(VENV)/.dev            ## the documentation as a site in site/; a warning is an error
 	$(BIN)/mkdocs build --strict
+
+pictures: $(VENV)/.dev            ## the pictures of the documentation anew: trains the tutorial's example, then Debian's chromium takes them
+	$(BIN)/python tests/ui/environment.py docs/pictures.py
 
 generate: $(VENV)/.dev            ## write every generated file anew: crds/, deploy/base, docs/reference, tables of the README
 	$(BIN)/python tests/generated.py

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic.alias_generators import to_camel
+
 from nemo_rl.backends import Run
 from nemo_rl.errors import DatasetError
 from nemo_rl.extras import require
@@ -140,7 +142,10 @@ def check_places(run: Run) -> None:
 
 
 def ignored(run: Run) -> list[str]:
-    """Settings that were given and mean something only on a cluster, in order of the specification."""
+    """Settings that were given and mean something only on a cluster, in order of the specification.
+
+    Each by its keyword, and by its place in YAML where that has another name.
+    """
     spec = run.spec
     found = [name for name in RLTrainingJobSpec.model_fields if name in spec.model_fields_set - _USED_HERE]
     for name, section in (("resources", ResourcesSpec), ("output", OutputSpec)):
@@ -151,10 +156,22 @@ def ignored(run: Run) -> list[str]:
             given = given - {"uri", "hub", "hub_private"}
             at = found.index(name)
             found[at : at + 1] = [f"{name}.{field}" for field in section.model_fields if field in given]
+    found = [_known_as(path) for path in found]
     found += [
         f"env {entry.name}" for entry in spec.env if entry.value_from is not None and entry.name not in os.environ
     ]
     return found
+
+
+def _known_as(path: str) -> str:
+    """A setting by its keyword, and in brackets by its place in YAML where that has another name."""
+    from nemo_rl.api.keywords import keywords
+
+    section, _, field = path.rpartition(".")
+    known = (keyword for places in keywords().values() for keyword in places)
+    name = next((keyword.name for keyword in known if (keyword.section, keyword.field) == (section, field)), field)
+    place = ".".join(to_camel(part) for part in path.split("."))
+    return name if name == place else f"{name} ({place})"
 
 
 def load_callback(spec: CallbackSpec) -> Any:

@@ -126,7 +126,7 @@ class NotebookDisplay:
 def bar(done: float, total: float) -> str:
     """A progress bar as HTML."""
     share = 100 * done / total if total else 100.0
-    return f"<progress value='{share:.1f}' max='100' style='width:360px'></progress>"
+    return f"<progress value='{share:.1f}' max='100' style='width:360px;max-width:100%'></progress>"
 
 
 def drawn_metric(names: Collection[str]) -> str:
@@ -152,8 +152,8 @@ def curve(values: list[float], name: str, width: int = 360, height: int = 80) ->
         labels += f"<text {label} y='{height - 3}'>{low:.3g}</text>"
     return (
         f"<figure style='margin:4px 0'><figcaption>{html.escape(name)}: {values[0]:.4g} → {values[-1]:.4g}</figcaption>"
-        f"<svg width='{width}' height='{height}'>{labels}<polyline points='{points}' fill='none' stroke='#4a7' "
-        "stroke-width='2'/></svg></figure>"
+        f"<svg viewBox='0 0 {width} {height}' width='{width}' style='max-width:100%'>{labels}"
+        f"<polyline points='{points}' fill='none' stroke='#4a7' stroke-width='2'/></svg></figure>"
     )
 
 
@@ -161,7 +161,7 @@ def _table(metrics: Sequence[tuple[str, str]]) -> str:
     cells = [(html.escape(name), html.escape(text)) for name, text in metrics]
     head = "".join(f"<th style='text-align:left'>{name}</th>" for name, _ in cells)
     body = "".join(f"<td style='text-align:left'>{text}</td>" for _, text in cells)
-    return f"<table><tr>{head}</tr><tr>{body}</tr></table>" if cells else ""
+    return f"<div style='overflow-x:auto'><table><tr>{head}</tr><tr>{body}</tr></table></div>" if cells else ""
 
 
 def _sample(sample: Mapping[str, Any]) -> str:
@@ -170,6 +170,6 @@ def _sample(sample: Mapping[str, Any]) -> str:
     texts = [str(sample[name])[:_TEXT_CHARACTERS] for name in ("prompt", "completion")]
     prompt, completion = (html.escape(text).replace("\n", "<br>") for text in texts)
     return (
-        "<div style='border-left:3px solid #4a7;margin:4px 0;padding-left:8px'>"
+        "<div style='border-left:3px solid #4a7;margin:4px 0;padding-left:8px;overflow-wrap:anywhere'>"
         f"<span style='opacity:.6'>{prompt}</span><br>{completion} <b>(reward {value})</b></div>"
     )

@@ -248,7 +248,7 @@ class LiveDisplay:
         self._handlers: list[tuple[logging.StreamHandler[Any], Any]] = []
 
     def start(self, total_steps: int, header: str) -> None:
-        self._console.print(Text(header), soft_wrap=True)
+        self._console.print(Text(header))
         self._progress.update(self._task, total=total_steps)
         self._progress.start_task(self._task)
         self._total = total_steps
@@ -280,7 +280,7 @@ class LiveDisplay:
         self._live.refresh()
 
     def note(self, text: str) -> None:
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(text))
 
     def close(self) -> None:
         if self in _open_displays:

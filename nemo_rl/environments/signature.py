@@ -261,7 +261,7 @@ def bind_rewards(reward_fn: Any, weights: Any = None, columns: Collection[str] |
     """Checks everything that can be checked before work starts, and returns the rewards ready to run.
 
     Args:
-        reward_fn: a callable, an `Environment` (instance or class), a list of these, or a dict of name to one.
+        reward_fn: a callable, an `Environment` (instance or class), or a list or dict of these and of names of built-ins.
         weights: list of one number per reward, or dict of name to number (1 where a name is missing); default 1 each.
         columns: names of the data set's columns besides the prompt; None where they are not known yet.
 
@@ -303,14 +303,23 @@ def _entries(reward_fn: Any) -> list[tuple[str | None, Any]]:
     if isinstance(reward_fn, Mapping):
         if wrong := [name for name in reward_fn if not isinstance(name, str)]:
             raise TypeError(f"found a dict of rewards with the key {wrong[0]!r}; expected names (strings)")
-        entries = list(reward_fn.items())
+        entries = [(name, _built_in(fn)) for name, fn in reward_fn.items()]
     elif isinstance(reward_fn, list | tuple):
-        entries = [(None, fn) for fn in reward_fn]
+        entries = [(fn if isinstance(fn, str) else None, _built_in(fn)) for fn in reward_fn]
     else:
         return [(None, reward_fn)]
     if not entries:
         raise ValueError("found an empty collection of rewards; give at least one")
     return entries
+
+
+def _built_in(fn: Any) -> Any:
+    """The built-in of that name; what is none stays as it is."""
+    if not isinstance(fn, str):
+        return fn
+    from nemo_rl.environments.builtin import BUILTINS
+
+    return BUILTINS.get(fn, fn)
 
 
 def _names(entries: list[tuple[str | None, Any]]) -> list[str]:
@@ -388,9 +397,11 @@ def _refuse_odd_callables(fn: Any, what: str) -> None:
     if isinstance(fn, type):
         raise TypeError(f"found the class {what}; expected a function or an instance: give {what}(...)")
     if isinstance(fn, str):
+        from nemo_rl.environments.builtin import BUILTINS
+
         raise TypeError(
-            f"found the text {fn!r}; expected a callable. A reward by its name is a whole reward_fn: "
-            f"'package.module:name', or a built-in's name"
+            f"found the text {fn!r}; expected a function, an Environment, or one of the built-ins {', '.join(BUILTINS)}"
+            f"{nearest(fn, list(BUILTINS))}; a name such as 'package.module:name' is a whole reward_fn"
         )
     if not callable(fn):
         raise TypeError(f"found {fn!r} of type {type(fn).__name__}, which cannot be called; {FORMS}")

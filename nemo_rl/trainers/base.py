@@ -311,7 +311,8 @@ class Trainer(Passes, Saving, ABC):
                 history=self.ranks.first(lambda: read_history(run.dir / METRICS_FILE)),
             )
             self.callbacks.on_train_end(self, result)
-            self.display.note(f"finished after {self.current_step} steps; checkpoint: {result.shown_checkpoint}")
+            which = f", the best, of step {best.step}" if best and best.step != self.current_step else ""
+            self.display.note(f"finished after {self.current_step} steps; checkpoint: {result.shown_checkpoint}{which}")
             return result
         except Interrupted as interrupted:
             raise loop.interrupted(interrupted) from None

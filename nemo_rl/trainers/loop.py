@@ -210,7 +210,6 @@ class Loop:
         else:
             where = "before the first step; nothing to save"
         message = f"stopped by {interrupted.signal}; {where}. Run the same call again to go on"
-        trainer.display.note(message)
         if interrupted.signal == "SIGINT":
             return KeyboardInterrupt(message)
         return TrainingInterrupted(message, path, trainer.current_step)

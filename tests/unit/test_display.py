@@ -141,6 +141,23 @@ def test_terminal_shows_panel_below_everything_that_is_printed():
     assert "\x1b[2J" not in output
 
 
+def test_what_is_told_breaks_between_words():
+    told = "the data ends first: " + "40 rows in batches of 2 are 20 steps; " * 5 + "raise max_epochs to train longer"
+    code = f"""
+        from nemo_rl.display.terminal import make_display
+        display = make_display()
+        display.note({told!r})
+        display.start(3, {told!r})
+        display.close()
+    """
+    output, exit_code = run_on_terminal(code)
+    assert exit_code == 0, output
+    lines = [line.rstrip() for line in Screen().feed(output).lines]
+    assert max(map(len, lines)) <= COLUMNS
+    for word in set(told.split()):
+        assert sum(line.split().count(word) for line in lines) == 2 * told.split().count(word), (word, lines)
+
+
 def test_terminal_is_left_in_order_after_an_exception():
     output, code = run_on_terminal(f"FAIL = True\n{RUN}")
     assert code == 1

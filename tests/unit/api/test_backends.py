@@ -113,7 +113,8 @@ def _run(tmp_path: Path, *, model: str = "org/m", dataset: Any = "org/d", wait: 
 
 def test_only_what_a_cluster_would_use_is_listed_as_ignored(tmp_path: Path):
     run = _run(tmp_path, gpus=8, image="i", max_steps=3, claim="c", env={"A": "b"}, secrets=["HF_TOKEN"])
-    assert local.ignored(run) == ["output.claim", "resources.gpus_per_node", "image", "env HF_TOKEN"]
+    assert local.ignored(run) == ["claim (output.claim)", "gpus (resources.gpusPerNode)", "image", "env HF_TOKEN"]
+    assert local.ignored(_run(tmp_path, gpus=0)) == []  # the CPU is chosen here too
     assert local.ignored(_run(tmp_path)) == []
 
 

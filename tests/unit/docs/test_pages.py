@@ -41,11 +41,12 @@ def test_the_reference_is_what_the_code_says():
 
 
 def test_pictures_are_light_and_ask_no_other_server():
-    """docs/pictures.py makes them."""
+    """`make pictures` makes them."""
     found = {path.name: path.read_bytes() for path in (DOCS / "assets").iterdir()}
-    pictures = {"terminal.svg", "arithmetic.svg", "notebook.png", "site.png", "site-phone.png"}
+    pictures = {name for names in load(DOCS / "pictures.py").KEPT.values() for name in names}
     assert pictures <= set(found)
     assert sum(map(len, found.values())) < 600_000
+    assert max(map(len, found.values())) < 150_000
     for name in pictures:
         if name.endswith(".svg"):
             urls = re.findall(rb"""(?:src|href)=["'](https?:[^"']+)|url\((?!#)([^)]+)""", found[name])

@@ -16,7 +16,7 @@ PAGE = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 
 @pytest.mark.timeout(900)  # two trainings, on a machine that may be busy
 def test_the_tutorial_trains_answers_and_draws_its_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = load(ROOT / "docs" / "pictures.py").of_the_run(tmp_path, None, short=True)
+    result = load(ROOT / "docs" / "pictures.py").of_the_run(tmp_path, short=True)
     said = capsys.readouterr().out
     assert re.search(r"right answers to unseen problems before GRPO: \d+%", said)
     assert re.search(r"right answers to unseen problems after GRPO:  \d+%", said)

@@ -195,6 +195,18 @@ def test_names_are_distinct_and_come_from_the_functions():
     ]
 
 
+def test_built_ins_and_functions_are_mixed_by_name():
+    listed, named = bind_rewards(["exact_match", plain, "length"]), bind_rewards({"right": "exact_match", "own": plain})
+    assert [r.name for r in listed.rewards] == ["exact_match", "plain", "length"]
+    assert [r.name for r in named.rewards] == ["right", "own"]
+    right = listed.rewards[0].target
+    assert (right("2+2=", "4", answer="4"), right("2+2=", "5", answer="4")) == (1.0, 0.0)
+    with pytest.raises(TypeError, match=r"found the text 'exact_mach'; expected .*did you mean 'exact_match'"):
+        bind_rewards([plain, "exact_mach"])
+    with pytest.raises(TypeError, match=r"'package\.module:name' is a whole reward_fn"):
+        bind_rewards([plain, "my.module:score"])
+
+
 def test_environments_use_the_most_specific_method():
     class Async(Environment):
         async def score_async(self, prompt, response, **columns):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,15 @@ class StopAt(nemo_rl.Callback):
             if self.raising:
                 raise KeyboardInterrupt
             trainer.should_stop = True
+
+
+class Terminate(nemo_rl.Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, trainer: Any, step: int, metrics: dict[str, Any]) -> None:
+        if step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def train(model: str, rows: Any, output: Path, **more: Any) -> Any:
@@ -116,6 +127,30 @@ def test_references_are_computed_for_the_pairs_to_come_and_once(tiny_model, tmp_
 def test_the_first_example_is_shown_at_the_level_debug(tiny_model, tmp_path, capsys):
     train(tiny_model, TEXTS, tmp_path / "run", algorithm="sft", max_steps=1, log_level="debug")
     assert "first example: example (" in capsys.readouterr().out
+
+
+def test_data_that_ends_long_before_max_steps_is_said_with_the_cure(tiny_model, tmp_path, capsys):
+    result = train(
+        tiny_model, TEXTS[:2], tmp_path / "run", algorithm="sft", max_steps=50, max_epochs=1, log_level="info"
+    )
+    assert result.total_steps == 1
+    said = "2 rows in batches of 2 over 1 epoch are 1 steps, not max_steps=50; raise max_epochs to train longer"
+    assert said in capsys.readouterr().out
+
+
+def test_a_stop_is_told_by_the_error_alone(tiny_model, tmp_path, capsys):
+    with pytest.raises(nemo_rl.TrainingInterrupted, match=r"stopped by SIGTERM; saved step 1 to .* to go on"):
+        train(
+            tiny_model,
+            TEXTS,
+            tmp_path / "run",
+            algorithm="sft",
+            max_steps=3,
+            callbacks=[Terminate(1)],
+            log_level="info",
+        )
+    printed = capsys.readouterr()
+    assert "stopped by" not in printed.out + printed.err  # nemo-rl and a traceback print the error
 
 
 def test_a_reward_is_not_ignored_without_a_word(tiny_model, tmp_path):

@@ -190,7 +190,9 @@ def test_a_callback_ends_the_run_and_the_last_step_is_saved(tiny_model: str, tmp
     assert result.checkpoint_path.endswith("step-00000002")
 
 
-def test_best_is_the_checkpoint_with_the_best_validation(tiny_model: str, tmp_path: Path) -> None:
+def test_best_is_the_checkpoint_with_the_best_validation(
+    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = nemo_rl.train(
         tiny_model,
         SFT_ROWS,
@@ -201,13 +203,14 @@ def test_best_is_the_checkpoint_with_the_best_validation(tiny_model: str, tmp_pa
         keep_checkpoints=1,
         output_dir=tmp_path,
         **(SHORT_SFT | {"learning_rate": 1e-2}),
-        **QUIET,
+        **(QUIET | {"log_level": "info"}),
     )
     losses = {row["step"]: row["validation_loss"] for row in result.history if "validation_loss" in row}
     best = min(losses, key=losses.__getitem__)
     assert result.checkpoint_path is not None
     assert result.checkpoint_path.endswith(f"step-{best:08d}")
     assert best < 6
+    assert f"step-{best:08d}, the best, of step {best}" in capsys.readouterr().out  # the metrics are of the last step
 
 
 def test_a_signal_in_the_middle_of_generation_saves_and_the_same_call_goes_on(tiny_model: str, tmp_path: Path) -> None:
