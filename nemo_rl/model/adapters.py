@@ -46,16 +46,20 @@ def add_adapters(model: Any, training: TrainingSpec) -> nn.Module:
 def _every_linear(model: Any) -> str | list[str]:
     """Returns peft's word for every linear layer, or the names of those that can be adapted where some cannot.
 
-    A router or a grouped projection that is derived from a linear layer computes something else with its weight; and where a
-    model reads a layer's weight without calling the layer, as Mamba does, an adapter would have no effect until it is merged.
+    A router or a grouped projection that is derived from a linear layer computes something else with its weight; where a
+    model reads a layer's weight without calling the layer, as Mamba does, an adapter would have no effect until it is merged;
+    and peft goes by the last part of a name, which a module of another kind may have too, as in the towers of Gemma 3n.
     """
     head, unused = model.get_output_embeddings(), _never_called(model)
-    good, bad = set(), set()
+    good, bad, others = set(), set(), set()
     for name, module in model.named_modules():
         last = name.rsplit(".", 1)[-1]
         if isinstance(module, nn.Linear) and module is not head:
             fits = _is_linear(module) and last not in unused and not _read_past_adapters(model, last)
             (good if fits else bad).add(last)
+        elif module is not head and list(module.children()):
+            others.add(last)
+    bad |= good & others
     return sorted(good - bad) if bad else ALL_LINEAR
 
 
