@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nbclient
+import nbformat
 import pytest
 
 import nemo_rl
+from documented import EXAMPLES, example, in_store, write_data, write_models
 from e2e.client.desk import Desk
 from e2e.kubectl import Object, eventually
 from e2e.manifests import demo
@@ -18,7 +22,7 @@ from e2e.scene import SECONDS, Scene
 from e2e.store import BUCKET, SECRET, ObjectStore, object_store
 from nemo_rl.job import names
 from nemo_rl.run.stored.head import read_head, read_text
-from nemo_rl.storage.store import Store
+from nemo_rl.storage.store import Store, walk
 
 STEPS = 16
 SAVE_EVERY = 2
@@ -156,3 +160,64 @@ def test_train_with_an_address_as_output_returns_a_folder_that_loads(
     assert not place.kubectl.items("persistentvolumeclaims")
     secret = place.kubectl.json("secret", SECRET)["data"]["AWS_SECRET_ACCESS_KEY"]
     assert secret not in json.dumps(found)
+
+
+@pytest.fixture(scope="module")
+def hub(place: Scene, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What the names in the documented examples mean, in the store."""
+    folder, address = tmp_path_factory.mktemp("hub"), f"s3://{BUCKET}/hub"
+    write_models(folder)
+    write_data(folder)
+    for name, path in walk(folder):
+        Store(address).write(name, path)
+    return address
+
+
+@pytest.fixture(scope="module")
+def submitted(place: Scene, hub: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """The jobs of all six, at once. What an example does with its result is left out: it is not there yet."""
+    desk = Desk(tmp_path_factory.mktemp("desk"), place)
+    more = f", gpus=0, env_from={CREDENTIALS!r}, env={{'OMP_NUM_THREADS': '1'}}, wait=False"
+    found: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(desk.folder)
+        for name, value in desk.environment.items():
+            patch.setenv(name, value)
+        for heading in EXAMPLES:
+            name = heading.lower().replace(" ", "-")
+            code = in_store(example(heading), hub, RESULTS, f", name={name!r}{more}")
+            script = desk.folder / f"{name}.py"
+            script.write_text(code[: code.index("\n", code.index(more))] + "\n")
+            found[heading] = runpy.run_path(str(script), run_name="__main__")["result"]
+        yield found
+
+
+@pytest.mark.store_examples
+@pytest.mark.parametrize("heading", EXAMPLES)
+def test_a_documented_example_is_a_job_with_model_data_and_output_in_the_store(submitted: dict[str, Any], heading: str):
+    from transformers import AutoModelForCausalLM
+
+    job = submitted[heading]
+    result = job.result()
+    assert result.checkpoint_uri.startswith(f"{RESULTS}/{job.name}/checkpoints/step-")
+    assert result.total_steps == len([row for row in result.history if row["step"] > 0]) >= 1
+    AutoModelForCausalLM.from_pretrained(result.checkpoint_path)
+    spec = job.resource["spec"]
+    assert spec["model"].startswith(f"s3://{BUCKET}/hub/") and spec["dataset"]["path"].startswith(f"s3://{BUCKET}/hub/")
+
+
+@pytest.mark.store_examples
+def test_train_in_a_notebook_returns_a_folder_that_loads(
+    place: Scene, hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    desk = Desk(tmp_path, place)
+    for name, value in (desk.environment | {"IPYTHONDIR": str(tmp_path / "ipython")}).items():
+        monkeypatch.setenv(name, value)
+    more = f", name='from-a-notebook', gpus=0, env_from={CREDENTIALS!r}, env={{'OMP_NUM_THREADS': '1'}}"
+    load = "AutoModelForCausalLM.from_pretrained(result.checkpoint_path).config.hidden_size"
+    cells = [in_store(example("SFT"), hub, RESULTS, more), f"from transformers import AutoModelForCausalLM\n{load}"]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in cells])
+    where = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(book, timeout=2 * SECONDS, kernel_name="python3", resources=where).execute()
+    (told,) = (output for output in book.cells[-1].outputs if output.output_type == "execute_result")
+    assert told.data["text/plain"] == "32"
