@@ -69,9 +69,11 @@ def ps(namespace: str | None, as_json: bool) -> int:
     if not found:
         print("no jobs here; nemo_rl.train() or nemo-rl train JOB.yaml makes one", file=sys.stderr)
         return JobExit.DONE
-    rows: list[tuple[Any, ...]] = [("NAME", "ALGO", "MODEL", "PHASE", "STEP", "SCORE", "ETA", "AGE")]
-    rows += [tuple(_summary(job)[name] for name in COLUMNS) for job in found]
-    _print_table(rows)
+    columns = ["NAME", "ALGO", "MODEL", "PHASE", "STEP", "SCORE", "ETA", "AGE"]
+    names, summaries = list(COLUMNS), [_summary(job) for job in found]
+    if any(one["checkpointUri"] for one in summaries):
+        columns, names = [*columns, "CHECKPOINT"], [*names, "checkpointUri"]
+    _print_table([tuple(columns), *(tuple(one[name] for name in names) for one in summaries)])
     return JobExit.DONE
 
 
@@ -145,6 +147,10 @@ def logs(name: str, namespace: str | None, follow: bool, as_json: bool, role: st
             print(line, flush=True)
         elif (metrics := parse_step_line(line)) is not None:
             print(json.dumps(metrics), flush=True)
+    from nemo_rl.backends.kubernetes.outputs import output_uri
+
+    if (uri := output_uri(job.resource)) is not None:
+        print(f"nemo-rl: the log of all attempts is kept in {uri}/run.log", file=sys.stderr)
     return JobExit.DONE
 
 
@@ -191,11 +197,14 @@ def copy(name: str, target: Path | None, namespace: str | None, as_json: bool) -
                 "namespace": job.namespace,
                 "outputDir": str(job.output_dir),
                 "checkpoint": result.checkpoint_path,
+                "checkpointUri": result.checkpoint_uri,
                 "totalSteps": result.total_steps,
                 "metrics": result.metrics,
             }
         )
     else:
+        if result.checkpoint_uri is not None:
+            print(f"nemo-rl: a copy of {result.checkpoint_uri}", file=sys.stderr)
         print(result.checkpoint_path or job.output_dir)
     return JobExit.DONE
 
@@ -243,8 +252,20 @@ def _summary(job: Any) -> dict[str, Any]:
         "eta": progress.eta if progress and not status.finished else None,
         "age": _age(job.resource["metadata"].get("creationTimestamp")),
         "attempt": status.attempt,
+        "checkpointUri": _checkpoint_uri(job),
         "exitCode": int(exit_code_of(job.resource)),
     }
+
+
+def _checkpoint_uri(job: Any) -> str | None:
+    """Where the best checkpoint is in a store; None where there is none, and for what no trainer wrote."""
+    from nemo_rl.backends.kubernetes.errors import DownloadError
+    from nemo_rl.backends.kubernetes.outputs import checkpoint_uri
+
+    try:
+        return checkpoint_uri(job.resource)
+    except DownloadError:
+        return None
 
 
 def _age(created: str | None) -> str | None:

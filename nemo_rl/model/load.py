@@ -17,6 +17,7 @@ from nemo_rl.job.spec import TrainingSpec
 from nemo_rl.model.adapters import add_adapters
 from nemo_rl.model.dropout import switch_off_dropout
 from nemo_rl.model.kinds import check_kind, describe
+from nemo_rl.model.ranges import weights_from_store
 from nemo_rl.run.dtypes import remember_dtypes
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def load_sharded(
     """Returns the causal language model of a hub name or directory and its shards, without dropout. Collective.
 
     `shard` gets the model before its weights are read: then each rank reads its own part of each weight, in `dtype`, from the
-    slices of safetensors files. Files of other kinds are read whole by each rank, which a warning says of a directory. `files`:
+    slices of safetensors files, also of those that are left in a store. Files of other kinds are read whole by each rank, which a warning says of a directory. `files`:
     a directory that has the weights, a checkpoint of this model for example.
     """
     folder = Path(files or name)
@@ -111,7 +112,7 @@ def load_sharded(
             folder,
         )
     made: list[ShardedModel] = []
-    with _distributed_by(lambda model: made.append(shard(model)), device):
+    with weights_from_store(files or name), _distributed_by(lambda model: made.append(shard(model)), device):
         from transformers.distributed import DistributedConfig
 
         model, found = _read(files or name, training, dtype=dtype, distributed_config=DistributedConfig())
@@ -120,7 +121,9 @@ def load_sharded(
     model.config._name_or_path = model.name_or_path = name
     _check_complete(name, model, found)
     check_kind(model)
-    remember_dtypes(model, training.checkpoint_dtype == "fp32", _plain_dtypes(name, training.trust_remote_code))
+    with weights_from_store(name, values=False):
+        dtypes = _plain_dtypes(name, training.trust_remote_code)
+    remember_dtypes(model, training.checkpoint_dtype == "fp32", dtypes)
     switch_off_dropout(model)
     model.eval()
     return model, made[0]

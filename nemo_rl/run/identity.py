@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rl.run.directory import DIGEST, STREAMED
+from nemo_rl.storage.left import left_in_store
 
 NOT_IDENTITY = frozenset(
     {
@@ -70,12 +71,16 @@ def model_identity(reference: str, model: Any = None) -> dict[str, Any]:
         return {"name": reference}
     config = folder / "config.json"
     settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    digest = hashlib.sha256()
+    digest, left = hashlib.sha256(), left_in_store(folder)
     for file in sorted(f for f in folder.iterdir() if f.suffix in _WEIGHTS and f.is_file()):
-        size = file.stat().st_size
+        remote = left.files.get(file.name) if left is not None else None
+        size = remote.size if remote is not None else file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
-        with open(file, "rb") as stream:
-            for place in sorted({0, max(0, size // 2 - _EDGE // 2), max(0, size - _EDGE)}):
+        for place in sorted({0, max(0, size // 2 - _EDGE // 2), max(0, size - _EDGE)}):
+            if left is not None and remote is not None:
+                digest.update(left.read(file.name, place, min(place + _EDGE, size)))
+                continue
+            with open(file, "rb") as stream:
                 stream.seek(place)
                 digest.update(stream.read(_EDGE))
     text = json.dumps(settings, sort_keys=True)

@@ -51,14 +51,15 @@ def cached(
     *,
     digests: dict[str, str] | None = None,
     keep_others: bool = False,
+    within: str = "objects",
 ) -> Path:
     """The folder of this machine that holds these objects of the address `uri`, as they are in the store now.
 
     Those that are there with the same version (ETag) and size are not read again. Of several processes that want the same,
     one reads and the others wait. `digests`: SHA-256 of files that a manifest names. Other files of the folder are removed,
-    unless `keep_others`.
+    unless `keep_others`. `within`: of the folders of the cache the one that it is in.
     """
-    folder = cache_root() / "objects" / _short(uri)
+    folder = cache_root() / within / _short(uri)
     with _locked(folder):
         known = _versions(folder)
         fresh = {

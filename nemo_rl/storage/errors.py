@@ -21,6 +21,10 @@ class Missing(StorageError):
     """There is no such object."""
 
 
+class NoRanges(StorageError):
+    """The server gives whole objects alone."""
+
+
 class Damaged(StorageError):
     """What the store has is not what was saved: missing, of another size or with another digest. Asking again does not help."""
 
@@ -110,6 +114,8 @@ def in_words(error: BaseException, doing: str, uri: str) -> StorageError:
             f"cannot {doing} {uri}: these credentials have no right to; allow them to list, read, write and delete objects "
             f"below this address{_said(text)}"
         )
+    if re.search(r"RangeNotSupported|[Rr]ange request not supported|non-partial response when range requested", text):
+        return NoRanges(f"cannot {doing} {uri} in parts: the server answers a range with the whole object")
     if kind in ("NotSupportedError", "NotImplementedError"):
         return StorageError(f"cannot {doing} {uri}: this kind of store cannot do that{_said(text)}")
     if isinstance(error, OSError | TimeoutError) or re.search(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import hashlib
 import importlib
 import os
 import random
@@ -108,6 +109,24 @@ class Store:
             return content
 
         return self._patiently("read", path, get) if end > begin else memoryview(b"")
+
+    def read_into(self, path: str, target: Path, progress: Callable[[int], None] = lambda size: None) -> str:
+        """Reads a whole object into a file, in one go; returns the SHA-256 of its content."""
+
+        def get() -> str:
+            digest, size = hashlib.sha256(), 0
+            found = self._obstore.get(self._inner, self._key(path))
+            with open(target, "wb") as stream:
+                for piece in found.stream(min_chunk_size=PART_BYTES):
+                    stream.write(piece)
+                    digest.update(piece)
+                    size += len(piece)
+                    progress(size)
+            if size != found.meta["size"]:
+                raise Unavailable(f"cannot read {self._name(path)}: {size} of {found.meta['size']} bytes came")
+            return digest.hexdigest()
+
+        return self._patiently("read", path, get)
 
     def stat(self, path: str) -> Object | None:
         """What is known of an object without reading it; None where there is none."""

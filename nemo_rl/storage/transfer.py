@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 from collections import deque
@@ -14,8 +15,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nemo_rl.errors import StorageError
-from nemo_rl.storage.errors import Conflict, Damaged
+from nemo_rl.storage.errors import Conflict, Damaged, NoRanges
 from nemo_rl.storage.store import PART_BYTES, Store
+
+logger = logging.getLogger(__name__)
 
 FILES_AT_ONCE = 2
 RANGES_AT_ONCE = 8
@@ -74,6 +77,7 @@ def upload(store: Store, files: Iterable[tuple[str, Path]], stop: Callable[[], N
 def download(store: Store, files: list[File], folder: Path, progress: Progress = lambda done, total: None) -> None:
     """Fetches these files into `folder`. What is there and right is kept; half a file goes on where it broke off.
 
+    A server that gives no ranges gives each file in one go.
     Damaged for a file that is missing or of another size or digest than named, and then nothing of that name stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,6 +116,9 @@ def _fetch(store: Store, file: File, target: Path, progress: Callable[[int], Non
             raise Damaged(f"{store.uri}/{file.path} has {found.size} bytes, but was saved with {file.size}")
         try:
             read = _ranges(store, file, found.version, part, resumed, progress)
+        except NoRanges as error:
+            logger.warning("%s; it is read in one go, and from its beginning after each break", error)
+            read = store.read_into(file.path, part, progress)
         except Conflict:
             raise StorageError(f"{store.uri}/{file.path} was written anew while it was read; read it again") from None
         if not file.sha256 or read == file.sha256:

@@ -26,7 +26,7 @@ from nemo_rl.model.ends import teach_ends
 from nemo_rl.model.limits import check_positions, check_tokens
 from nemo_rl.model.load import choose_device, limit_threads, load_tokenizer
 from nemo_rl.model.policy import Policy
-from nemo_rl.model.sharding import ShardedModel
+from nemo_rl.model.sharding import ShardedModel, is_sharded
 from nemo_rl.run.checkpoint import Checkpoint, CheckpointStore
 from nemo_rl.run.directory import METRICS_FILE, Run, check_output_dir, default_output_dir, open_run
 from nemo_rl.run.identity import (
@@ -42,7 +42,7 @@ from nemo_rl.run.lease import Claim, Lease
 from nemo_rl.run.metrics import read_history
 from nemo_rl.run.ranks import Ranks, join
 from nemo_rl.run.signals import Interrupted, StopSignals
-from nemo_rl.run.sources import local_model
+from nemo_rl.run.sources import keeps_models, local_model
 from nemo_rl.run.stored.head import LOG
 from nemo_rl.run.stored.runs import StoredRuns
 from nemo_rl.trainers.announcement import header, notes
@@ -202,7 +202,8 @@ class Trainer(Passes, Saving, ABC):
         validation_dataset = own_validation if validation_dataset is None else validation_dataset
         if self.model is None:
             if is_store(self.config.model):
-                self._model_folder = str(self.ranks.together(lambda: local_model(self.config.model)))
+                in_parts = is_sharded(self.training.sharding, self.ranks) and not keeps_models(self.config.cache.claim)
+                self._model_folder = str(self.ranks.together(lambda: local_model(self.config.model, in_parts=in_parts)))
             refuse_adapter(self._model_name())
         if self.tokenizer is None and self.model is not None and self._model_name().startswith("python://"):
             raise ValueError(

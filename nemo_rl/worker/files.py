@@ -1,4 +1,5 @@
 """The file server of the `x-files` pod: reads the output of one job, on the loopback only, with the standard library alone.
+Of a job that writes to a store the output is read from there (`worker.stored_files`).
 
     GET /manifest?path=NAME/checkpoints/best   [{"path": …, "size": bytes, "sha256": hex}, …]: all files below, by path
     GET /files/NAME/metrics.jsonl              the bytes; Range and If-Range (by ETag) resume a broken download
@@ -10,6 +11,7 @@ port-forward, whose authorisation guards what is served here.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -25,6 +27,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from nemo_rl.job import names
 from nemo_rl.worker.digest import check_digest
+from nemo_rl.worker.served import Content, Refused, Served
 
 MANIFEST = "/manifest"
 FILES = "/files/"
@@ -32,14 +35,6 @@ ADDRESS = "127.0.0.1"
 IDLE_SECONDS = 60.0
 """A connection without a request, or a client that takes no bytes, is dropped after this."""
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
-
-
-class Refused(Exception):
-    """A request that is answered by an error: its status and a sentence."""
-
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.status = status
 
 
 class Tree:
@@ -73,6 +68,15 @@ class Tree:
             os.close(descriptor)
             raise Refused(404, f"{name!r} is not a file; {MANIFEST}?path= lists a folder")
         return os.fdopen(descriptor, "rb")
+
+    @contextlib.contextmanager
+    def content(self, name: str) -> Iterator[Content]:
+        """A plain file, to be sent."""
+        with self.open(name) as file:
+            found = os.fstat(file.fileno())
+            tag = f"{found.st_ino:x}-{found.st_size:x}-{found.st_mtime_ns:x}"
+            # sendfile sends less of a file that was cut meanwhile
+            yield Content(found.st_size, tag, lambda to, begin, end: to.sendfile(file, begin, end - begin))
 
     def manifest(self, name: str) -> Iterator[dict[str, object]]:
         """Path, size in bytes and SHA-256 of the file, or of each file below the folder. Links below it are left out."""
@@ -111,7 +115,7 @@ class FileServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, tree: Tree, port: int = names.FILES_PORT) -> None:
+    def __init__(self, tree: Served, port: int = names.FILES_PORT) -> None:
         self.tree = tree
         super().__init__((ADDRESS, port), _Handler)
 
@@ -157,21 +161,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
 
     def _file(self, name: str) -> None:
-        with self.server.tree.open(name) as file:
-            found = os.fstat(file.fileno())
-            tag = f'"{found.st_ino:x}-{found.st_size:x}-{found.st_mtime_ns:x}"'
-            span = self._range(found.st_size, tag)
-            begin, end = span or (0, found.st_size)
+        with self.server.tree.content(name) as found:
+            tag = f'"{found.tag}"'
+            span = self._range(found.size, tag)
+            begin, end = span or (0, found.size)
             self.send_response(206 if span else 200)
             if span:
-                self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{found.st_size}")
+                self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{found.size}")
             self.send_header("Content-Type", "application/octet-stream")
             self.send_header("Content-Length", str(end - begin))
             self.send_header("Accept-Ranges", "bytes")
             self.send_header("ETag", tag)
             self.end_headers()
-            if end > begin and self.connection.sendfile(file, begin, end - begin) != end - begin:
-                self.close_connection = True  # the file was cut meanwhile; the client sees too few bytes
+            if end > begin and found.send(self.connection, begin, end) != end - begin:
+                self.close_connection = True  # the client sees too few bytes, and asks again
 
     def _range(self, size: int, tag: str) -> tuple[int, int] | None:
         """The asked bytes as (begin, end), or None for all: also for several ranges, and for those of another version."""
@@ -203,8 +206,9 @@ class _Handler(BaseHTTPRequestHandler):
         """What is fetched is no news."""
 
 
-def job_name(path: Path) -> str:
-    """The name in the frozen job, whose folder alone is served; empty where there is none: then all of the root is.
+def job_of(path: Path) -> tuple[str, str | None]:
+    """The name in the frozen job, whose folder alone is served, and the store that it writes to; an empty name where there is
+    no such job: then all of the root is.
 
     ValueError where the frozen job is not the one that the operator made.
     """
@@ -214,9 +218,10 @@ def job_name(path: Path) -> str:
     except FileNotFoundError:
         if wanted:
             raise
-        return ""
+        return "", None
     check_digest(content, wanted)
-    return str(json.loads(content)["metadata"]["name"])
+    job = json.loads(content)
+    return str(job["metadata"]["name"]), (job.get("spec", {}).get("output") or {}).get("uri")
 
 
 def main() -> None:
@@ -227,7 +232,13 @@ def main() -> None:
     options = parser.parse_args()
     # Process 1 has no default action for SIGTERM. Nothing is written here, so nothing can be lost.
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
-    server = FileServer(Tree(options.root, job_name(options.job)), options.port)
+    name, uri = job_of(options.job)
+    tree: Served = Tree(options.root, name)
+    if uri is not None:
+        from nemo_rl.worker.stored_files import StoredTree
+
+        tree = StoredTree(uri, name)
+    server = FileServer(tree, options.port)
     print(f"serving {server.tree.only} on {ADDRESS}:{server.server_port}", flush=True)
     server.serve_forever()
 

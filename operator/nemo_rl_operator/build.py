@@ -391,14 +391,15 @@ def _probes(spec: RLTrainingJobSpec) -> Object:
 
 
 def files_pod(resource: Resource, spec: RLTrainingJobSpec, image: str) -> Object:
-    """Pod that serves the output, read-only, on its loopback; clients come by port-forward."""
-    container = {
+    """Pod that serves the output, read-only, on its loopback; clients come by port-forward. From a store it reads as the trainers do."""
+    in_store = spec.output.uri is not None
+    container: Object = {
         "name": names.COMPONENT_FILES,
         "image": spec.image or image,
         "imagePullPolicy": spec.image_pull_policy or "IfNotPresent",
         "command": ["python", "-m", names.FILES_MODULE],
         "env": [
-            *_scratch_environment(),
+            *(_environment(spec) if in_store else _scratch_environment()),
             {"name": names.JOB_DIGEST_VARIABLE, "value": frozen.digest(frozen.text(resource, spec))},
         ],
         "resources": {"requests": {"cpu": "50m", "memory": "128Mi"}, "limits": {"memory": "512Mi"}},
@@ -410,6 +411,12 @@ def files_pod(resource: Resource, spec: RLTrainingJobSpec, image: str) -> Object
         ],
         "securityContext": _container_security(),
     }
+    further = [v for v in spec.volumes if in_store and (v.secret or v.config_map)]  # keys of the store, certificates
+    container["volumeMounts"] += [
+        {"name": VOLUME_PREFIX + volume.name, "mountPath": volume.path, "readOnly": True} for volume in further
+    ]
+    if in_store and spec.env_from:
+        container["envFrom"] = [e.model_dump(mode="json", by_alias=True) for e in spec.env_from]
     near = {  # a ReadWriteOnce claim can be mounted by two pods of one node only
         "podAffinity": {
             "preferredDuringSchedulingIgnoredDuringExecution": [
@@ -433,10 +440,13 @@ def files_pod(resource: Resource, spec: RLTrainingJobSpec, image: str) -> Object
             {"name": frozen.JOB_VOLUME, "configMap": {"name": names.frozen_job(resource.name)}},
             {"name": "home", "emptyDir": {}},
             {"name": "tmp", "emptyDir": {}},
+            *map(_given_volume, further),
         ],
     }
-    placement = _placement(spec) | {"affinity": near}
+    placement = _placement(spec) | ({} if in_store else {"affinity": near})
     meta = _meta(resource, names.files_pod(resource.name), component=names.COMPONENT_FILES)
+    if in_store:  # by some of them clouds give a pod its identity
+        meta["labels"] = spec.labels | meta["labels"]
     return {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": pod | placement}
 
 

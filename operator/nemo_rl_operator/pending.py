@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,7 +32,7 @@ def waiting(pods: tuple[PodView, ...], spec: RLTrainingJobSpec, image: str, warn
             continue
         if pod.unschedulable:
             return unschedulable(pod.unschedulable, spec)
-        if pod.waiting and (found := container(pod.waiting, pod.waiting_message, image)):
+        if pod.waiting and (found := container(pod.waiting, pod.waiting_message, image, _image_volumes(spec))):
             return found
         if pod.init_waiting:
             text = f"the trainer in pod {pod.name} waits for init container {pod.init_waiting}"
@@ -122,31 +123,49 @@ def _constraint(part: str, spec: RLTrainingJobSpec) -> str:
     return part
 
 
-def container(reason: str, message: str, image: str) -> Waiting | None:
-    """What a waiting container says; None for the ordinary steps of a start."""
+def _image_volumes(spec: RLTrainingJobSpec) -> dict[str, str]:
+    """The volumes of images by what they name."""
+    return {volume.image.reference: volume.name for volume in spec.volumes if volume.image is not None}
+
+
+def container(reason: str, message: str, image: str, volumes: Mapping[str, str] | None = None) -> Waiting | None:
+    """What a waiting container says; None for the ordinary steps of a start. `volumes`: those of images, by their references."""
+    volumes = volumes or {}
     if reason in ("ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "RegistryUnavailable"):
-        return Waiting("Starting", reasons.PULL, f"cannot pull image {image}: {_pull(reason, message)}")
+        field = "spec.image"
+        for reference, volume in volumes.items():
+            if reference in message and image not in message:
+                image, field = f"{reference} of volume {volume}", f"spec.volumes[{volume}].image"
+        text = f"cannot pull image {image}: {_pull(reason, message, field)}"
+        return Waiting("Starting", reasons.PULL, text)
     if reason == "InvalidImageName":
         text = f"image {image} is no valid image name; correct spec.image in a new job"
         return Waiting("Starting", reason, text, fatal=True)
     if reason in ("CreateContainerConfigError", "CreateContainerError", "RunContainerError"):
-        return Waiting("Starting", reasons.CONFIG, _config(message or reason))
+        said = _config(message or reason)
+        if volumes and said.startswith("the container cannot start"):
+            said += reasons.RUNTIME_OF_IMAGE_VOLUMES.format(volumes=", ".join(sorted(volumes.values())))
+        return Waiting("Starting", reasons.CONFIG, said)
     return None
 
 
-def _pull(reason: str, message: str) -> str:
+def _pull(reason: str, message: str, field: str) -> str:
     text = message.lower()
     if reason == "ErrImageNeverPull":
-        return "it is not on the node and spec.imagePullPolicy is Never"
+        return f"it is not on the node and {_policy_of(field)} is Never"
     if any(word in text for word in ("unauthorized", "authentication required", "denied", "forbidden")):
         return "the registry refuses access; check the name and spec.imagePullSecrets"
     if any(word in text for word in ("not found", "manifest unknown", "no such manifest")):
-        return "the registry has no such image; check spec.image"
+        return f"the registry has no such image; check {field}"
     if any(word in text for word in ("no such host", "timeout", "connection refused", "i/o timeout", "deadline")):
         return "the registry does not answer from the node"
     if "x509" in text:
         return "the node does not trust the registry's certificate"
     return "the kubelet tries again" + (f" ({message[:150]})" if message else "")
+
+
+def _policy_of(field: str) -> str:
+    return "spec.imagePullPolicy" if field == "spec.image" else f"{field}.pullPolicy"
 
 
 def _config(message: str) -> str:

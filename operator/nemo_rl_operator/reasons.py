@@ -97,11 +97,13 @@ NO_IMAGE_VOLUMES_MESSAGE = (
     "the API server does not keep volumes of images, which spec.volumes asks for ({volumes}): they need Kubernetes 1.35, or "
     "1.33 with the feature gate ImageVolume; use a persistentVolumeClaim, or put the files into spec.image"
 )
+RUNTIME_OF_IMAGE_VOLUMES = (
+    "; if nothing else is wrong there, the node's container runtime does not know volumes of images ({volumes}): they need containerd "
+    "2.1 or CRI-O 1.31; use a persistentVolumeClaim, or put the files into spec.image"
+)
 API_FAILS = "ApiCallFails"
 UNBLOCKED = "Resolved"
 SERVED = "Serving"
-IN_STORE = "InStore"
-IN_STORE_MESSAGE = "the output is in {uri}, where everybody reads it who has a right to; no pod serves it"
 HELD_INVALID_MESSAGE = (
     "no further attempt is started, since this operator cannot read the job: {problem}; run an operator of the version "
     "that the job was made for"

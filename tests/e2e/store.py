@@ -65,14 +65,16 @@ class ObjectStore:
 
         Policies add up: where a network plug-in enforces them, the one of the job lets its pods reach public addresses alone.
         """
-        trainers = {"matchLabels": {names.LABEL_COMPONENT: names.COMPONENT_TRAINER}}
+        components = [names.COMPONENT_TRAINER, names.COMPONENT_FILES]
+        expression = {"key": names.LABEL_COMPONENT, "operator": "In", "values": components}
+        readers = {"matchExpressions": [expression]}
         to = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": self.namespace}}}
         policy = {
             "apiVersion": "networking.k8s.io/v1",
             "kind": "NetworkPolicy",
             "metadata": {"name": "trainers-to-store"},
             "spec": {
-                "podSelector": trainers,
+                "podSelector": readers,
                 "policyTypes": ["Egress"],
                 "egress": [{"to": [to], "ports": [{"port": PORT}]}],
             },

@@ -221,3 +221,20 @@ def test_train_in_a_notebook_returns_a_folder_that_loads(
     nbclient.NotebookClient(book, timeout=2 * SECONDS, kernel_name="python3", resources=where).execute()
     (told,) = (output for output in book.cells[-1].outputs if output.output_type == "execute_result")
     assert told.data["text/plain"] == "32"
+
+
+@pytest.mark.store_examples
+def test_a_machine_without_keys_has_the_result_through_a_pod_of_the_job(
+    submitted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from transformers import AutoModelForCausalLM
+
+    job = nemo_rl.attach(submitted["SFT"].name)
+    job.wait()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody-else")
+    job.output_dir = tmp_path / "out"
+    result = job.fetch()
+    assert result.checkpoint_uri.startswith(f"{RESULTS}/{job.name}/checkpoints/step-")
+    assert Path(result.checkpoint_path).is_relative_to(tmp_path)
+    assert result.history[-1]["step"] == result.total_steps
+    AutoModelForCausalLM.from_pretrained(result.checkpoint_path)

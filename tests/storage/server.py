@@ -8,6 +8,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
@@ -106,6 +107,10 @@ class Faults:
     choose: Callable[[str, str], str | None] = lambda method, path: None
     kill: Callable[[], object] = lambda: None
     seen: list[tuple[str, str, str | None]] = field(default_factory=list)
+    sent: Counter[str] = field(default_factory=Counter)
+    """Bytes of each object that were the answer to GET, by its path."""
+    without_ranges: bool = False
+    """Whether whole objects are the answer to a request for a part, as of a simple web server."""
     without_conditions: bool = False
     """Whether an object that shall only be made new is overwritten, as a store does that does not know conditions."""
 
@@ -142,7 +147,11 @@ class Faults:
                         upstream.putheader(name, value)
                     upstream.endheaders(body)
                     answer = upstream.getresponse()
-                    content = answer.read()
+                    status, content = answer.status, answer.read()
+                    if faults.without_ranges and status == 206:
+                        status, content = 200, (faults.server.data / self.path.strip("/")).read_bytes()
+                    if self.command == "GET":
+                        faults.sent[self.path.partition("?")[0]] += len(content)
                     told = answer.getheaders()
                 finally:
                     upstream.close()
@@ -150,9 +159,11 @@ class Faults:
                     faults.kill()
                 if fault in ("lost", "killed"):
                     return self._cut()
-                self.send_response(answer.status)
+                dropped = {"transfer-encoding", "connection", "content-length"}
+                dropped |= {"content-range"} if status == 200 else set()
+                self.send_response(status)
                 for name, value in told:
-                    if name.lower() not in ("transfer-encoding", "connection", "content-length"):
+                    if name.lower() not in dropped:
                         self.send_header(name, value)
                 size = int(dict((k.lower(), v) for k, v in told).get("content-length", len(content)))
                 self.send_header("Content-Length", str(size if self.command == "HEAD" else len(content)))
@@ -163,6 +174,8 @@ class Faults:
                 self.wfile.write(content)
 
             def _answer(self, status: int, code: str, message: str) -> None:
+                dropped = {"transfer-encoding", "connection", "content-length"}
+                dropped |= {"content-range"} if status == 200 else set()
                 self.send_response(status)
                 text = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
                 content = b"" if self.command == "HEAD" else text.encode()

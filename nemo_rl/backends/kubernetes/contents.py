@@ -108,10 +108,14 @@ class _Packing:
             elif reference.startswith(_RELATIVE):
                 raise ValueError(
                     f"model {reference!r} is not a folder on this machine; expected a hub name, a folder with a model, "
-                    f"pvc://claim/path, or an absolute path in the image"
+                    f"pvc://claim/path, or an absolute path in the image or a volume"
                 )
-            elif reference.startswith("/"):
+            elif reference.startswith("/") and not self._in_a_volume(reference):
                 self.found.notes.append(f"model {reference} is not on this machine; the trainer image must have it")
+
+    def _in_a_volume(self, path: str) -> bool:
+        """Whether a path of the pod lies in one of the job's volumes."""
+        return any(path == volume.path or path.startswith(f"{volume.path}/") for volume in self.run.spec.volumes)
 
     def _live_model(self, model: Any) -> str:
         if model is None or not hasattr(model, "save_pretrained"):

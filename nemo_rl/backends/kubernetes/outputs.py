@@ -1,10 +1,11 @@
-"""The output of a job on its claim: asks the operator for the file server, reaches it, and brings the result home."""
+"""The output of a job, on its claim or in a store: asks the operator for the file server, reaches it, and brings the result home."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,11 +22,16 @@ from nemo_rl.job.reading import read_spec
 from nemo_rl.job.status import JobStatus
 from nemo_rl.run.checkpoint import CHECKPOINTS, TRAINER_STATE
 from nemo_rl.run.directory import COMPLETIONS_FILE, METRICS_FILE, finished_run, nearby, open_run
+from nemo_rl.run.stored.head import HEAD
+from nemo_rl.storage.errors import Damaged
+from nemo_rl.storage.store import Store
 
 if TYPE_CHECKING:
     from nemo_rl.api.result import TrainResult
 
 SERVE_SECONDS = 1800
+TRY_SECONDS = 20.0
+"""How long a store is asked again that does not answer this machine, before a pod is asked."""
 POD_SECONDS = 300.0
 REFUSED_SECONDS = 30.0
 """A refusal of the pod that lasts as long is not waited out: the operator tries again after ten seconds, and then ever rarer."""
@@ -143,12 +149,12 @@ def collect(
     try:
         if run is not None and run.notice and "continuing" not in run.notice:
             say(run.notice)
-        uri = _output_uri(job)
+        uri = output_uri(job)
         if uri is not None:
-            checkpoint = _fetch_from_store(checkpoint_uri(job) or uri, output_dir, say)
+            checkpoint = _fetch_from_store(job, uri, output_dir, open_files, say)
         else:
             with open_files(name) as client:
-                checkpoint = _fetch_all(client, name, status, output_dir, say)
+                checkpoint = _fetch_all(client, name, best_checkpoint(status, name), output_dir, say)
         if run is not None:
             run.finish()
     finally:
@@ -158,9 +164,8 @@ def collect(
 
 
 def _fetch_all(
-    client: FileClient, name: str, status: JobStatus, output_dir: Path, say: Callable[[str], None]
+    client: FileClient, name: str, checkpoint: str | None, output_dir: Path, say: Callable[[str], None]
 ) -> Path | None:
-    checkpoint = best_checkpoint(status, name)
     files: list[RemoteFile] = []
     folder, parts = name, checkpoint.split("/") if checkpoint is not None else []
     if CHECKPOINTS in parts:  # the job's folder, or that of the run within it
@@ -171,7 +176,7 @@ def _fetch_all(
         # The optimizer's state is larger than the model, and only a run on the cluster goes on from it.
         inner = client.manifest(checkpoint)
         if not inner:
-            raise DownloadError(f"the checkpoint {checkpoint} is not on the claim any more; was the claim changed?")
+            raise DownloadError(f"the checkpoint {checkpoint} is not there any more; was the output changed?")
         files += [file for file in inner if f"/{TRAINER_STATE}/" not in file.path]
     size = sum(file.size for file in files)
     say(f"fetching {len(files)} files ({size / 1e6:.1f} MB) to {nearby(output_dir)}")
@@ -180,7 +185,7 @@ def _fetch_all(
     return output_dir / relative_to(checkpoint, folder) if checkpoint is not None else None
 
 
-def _output_uri(job: dict[str, Any]) -> str | None:
+def output_uri(job: dict[str, Any]) -> str | None:
     """The address that the job writes to; None where it has a claim."""
     uri = (job["spec"].get("output") or {}).get("uri")
     return uris.joined(uri, job["metadata"]["name"]) if uri else None
@@ -188,7 +193,7 @@ def _output_uri(job: dict[str, Any]) -> str | None:
 
 def checkpoint_uri(job: dict[str, Any]) -> str | None:
     """Where the best checkpoint is in the store; None for a job with a claim. DownloadError for one that is not the job's."""
-    uri = _output_uri(job)
+    uri = output_uri(job)
     status = JobStatus.load(job.get("status"))
     kept = (status.result.checkpoint if status.result else None) or status.checkpoint
     path = (kept.best or kept.latest) if kept else None
@@ -199,18 +204,50 @@ def checkpoint_uri(job: dict[str, Any]) -> str | None:
     return path
 
 
-def _fetch_from_store(uri: str, output_dir: Path, say: Callable[[str], None]) -> Path | None:
-    """The best checkpoint and the records of a job that writes to a store, read from there."""
+def _fetch_from_store(
+    job: dict[str, Any], uri: str, output_dir: Path, open_files: Opener, say: Callable[[str], None]
+) -> Path | None:
+    """The best checkpoint and the records of a job that writes to a store: read from there, or, where this machine cannot, through
+    a pod of the job's, which has its credentials."""
     from nemo_rl.run.published import fetch
 
+    checkpoint = checkpoint_uri(job)
     try:
+        _try_to_read(uri)
         with TransferBar("download") as bar:
-            return fetch(uri, output_dir, bar, say)
+            return fetch(checkpoint or uri, output_dir, bar, say)
+    except Damaged as error:
+        raise DownloadError(f"the result in {uri} is damaged: {error}") from None
     except (StorageError, ImportError, ValueError) as error:
+        reason = str(error)
+    say(f"{uri} cannot be read from this machine, so a pod of the job serves the result ({reason})")
+    name = job["metadata"]["name"]
+    path = f"{name}{checkpoint.removeprefix(uri)}" if checkpoint is not None else None
+    try:
+        with open_files(name) as client:
+            fetched = _fetch_all(client, name, path, output_dir, say)
+    except ClusterError as error:
         raise DownloadError(
-            f"the result is in {uri}, but cannot be read from this machine: {error}. With credentials of the store in the "
-            "environment the same call fetches it; the model can also be used by its address, as in train(model=…)"
+            f"the result is in {uri}, but cannot be read from this machine: {reason}. A pod of the job could not serve it either: "
+            f"{error}. With credentials of the store in the environment the same call fetches it; the model can also be used by "
+            "its address, as in train(model=…)"
         ) from None
+    return _without_generation(fetched) if fetched is not None else None
+
+
+def _try_to_read(uri: str) -> None:
+    """StorageError, and soon, where this machine does not reach the store, or has no right to read there."""
+    store = Store(uri, TRY_SECONDS)
+    if store.read(HEAD) is None:
+        raise StorageError(f"found no {store.uri}/{HEAD}; does AWS_ENDPOINT_URL name another server than the job's?")
+
+
+def _without_generation(fetched: Path) -> Path:
+    """The folder of a checkpoint under the name that it has on a disk."""
+    target = fetched.with_name(fetched.name.rpartition("-g")[0])
+    shutil.rmtree(target, ignore_errors=True)
+    fetched.rename(target)
+    return target
 
 
 def _refuse_what_was_left_out(told: dict[str, Any], status: JobStatus, name: str) -> None:

@@ -13,10 +13,7 @@ def serve(plan: Plan) -> None:
     left = timestamps.seconds_until(spec.output.serve_until, plan.now)
     image = spec.image or plan.snapshot.image
     asked = left is not None and left > 0 and plan.number > 0
-    wanted = asked and bool(image) and spec.output.uri is None
-    if asked and spec.output.uri is not None:
-        message = reasons.IN_STORE_MESSAGE.format(uri=spec.output.uri)
-        plan.condition("OutputServed", False, reasons.IN_STORE, message)
+    wanted = asked and bool(image)
     if wanted and left is not None:
         plan.wake_in(left)
         if plan.snapshot.unserved is not None:

@@ -242,6 +242,14 @@ def test_locked_memory_and_the_network_of_the_node_are_asked_for_and_nothing_bes
     assert served["spec"]["containers"][0]["securityContext"] == container()["securityContext"]
 
 
+def test_a_model_may_lie_in_a_volume_of_an_image() -> None:
+    made = pod(model="/volumes/weights/qwen", volumes=[VOLUMES[-1]])
+    (volume,) = (v for v in made["volumes"] if "image" in v)
+    assert volume["image"] == {"reference": "registry.example/weights:1", "pullPolicy": "IfNotPresent"}
+    (mount,) = (m for m in made["containers"][0]["volumeMounts"] if m["name"] == volume["name"])
+    assert (mount["mountPath"], mount["readOnly"]) == ("/volumes/weights", True)
+
+
 def test_secrets_are_only_referred_to() -> None:
     made = container(
         env=[
@@ -448,6 +456,26 @@ def test_the_file_server_reads_the_output_near_the_trainer() -> None:
     assert "ports" not in made["spec"]["containers"][0]
     assert "podAffinity" in made["spec"]["affinity"]
     assert names.LABEL_ATTEMPT not in made["metadata"]["labels"]
+
+
+def test_the_file_server_of_a_store_reads_it_as_the_trainer_does_and_has_nothing_else() -> None:
+    given = {"output": {"uri": "s3://bucket/runs"}, "envFrom": [{"secretRef": {"name": "keys"}}], "volumes": VOLUMES}
+    given |= {"env": [{"name": "AWS_REGION", "value": "eu-1"}], "serviceAccountName": "reader", "labels": {"team": "a"}}
+    made = build.files_pod(make.resource(**given), make.parsed(**given), make.IMAGE)
+    (server,) = made["spec"]["containers"]
+    assert server["envFrom"] == [{"secretRef": {"name": "keys"}}]
+    assert {"name": "AWS_REGION", "value": "eu-1"} in server["env"]
+    assert made["spec"]["serviceAccountName"] == "reader"
+    assert made["metadata"]["labels"].items() >= {"team": "a", names.LABEL_COMPONENT: "files"}.items()
+    assert not any("persistentVolumeClaim" in volume for volume in made["spec"]["volumes"])
+    further = {m["mountPath"]: m for m in server["volumeMounts"] if m["name"].startswith("volume-")}
+    assert set(further) == {"/volumes/topology", "/etc/ssl/certs"}, (
+        "Secrets and ConfigMaps may hold keys and certificates"
+    )
+    assert all(mount["readOnly"] for mount in further.values())
+    assert "affinity" not in made["spec"], "there is no claim to be near to"
+    on_a_claim = make.parsed(**(given | {"output": {}}))
+    assert "envFrom" not in build.files_pod(make.resource(), on_a_claim, make.IMAGE)["spec"]["containers"][0]
 
 
 def test_no_name_of_a_child_is_too_long() -> None:

@@ -513,6 +513,11 @@ def test_the_output_is_served_until_its_time_is_over() -> None:
     assert deleted(decide(make.seen(job, pods=[files]), make.later(100))) == ["x-files"]
 
 
+def test_the_output_in_a_store_is_served_too() -> None:
+    job = make.resource(FINISHED, output={"serveUntil": make.at(100), "uri": "s3://bucket/runs"})
+    assert made(decide(make.seen(job), make.NOW)) == ["ConfigMap x-job", "Pod x-files"]
+
+
 def test_a_file_server_that_ended_is_replaced() -> None:
     job = make.resource(FINISHED, output={"serveUntil": make.at(100)})
     decision = decide(make.seen(job, pods=[make.pod(attempt=0, name="x-files", phase="Failed")]), make.NOW)

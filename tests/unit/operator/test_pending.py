@@ -107,6 +107,45 @@ def test_a_container_that_waits(reason: str, message: str, words: str) -> None:
     assert (found.phase, found.message) == ("Starting", words)
 
 
+WEIGHTS = [{"name": "weights", "image": {"reference": "registry.example/qwen:2"}}]
+OF_VOLUMES = [
+    (
+        "ErrImagePull",
+        'failed to pull and unpack image "registry.example/qwen:2": failed to resolve reference: registry.example/qwen:2: not found',
+        "cannot pull image registry.example/qwen:2 of volume weights: the registry has no such image; check spec.volumes[weights].image",
+    ),
+    (
+        "ErrImageNeverPull",
+        'Container image "registry.example/qwen:2" is not present with pull policy of Never',
+        "cannot pull image registry.example/qwen:2 of volume weights: it is not on the node and "
+        "spec.volumes[weights].image.pullPolicy is Never",
+    ),
+    (
+        "ImagePullBackOff",
+        'Back-off pulling image "trainer:1": not found',
+        "cannot pull image trainer:1: the registry has no such image; check spec.image",
+    ),
+    (
+        "CreateContainerError",
+        'failed to generate container spec: failed to mkdir "": mkdir : no such file or directory',
+        'the container cannot start: failed to generate container spec: failed to mkdir "": mkdir : no such file or directory; if '
+        "nothing else is wrong there, the node's container runtime does not know volumes of images (weights): they need containerd "
+        "2.1 or CRI-O 1.31; use a persistentVolumeClaim, or put the files into spec.image",
+    ),
+    (
+        "CreateContainerConfigError",
+        'secret "hf" not found',
+        "waiting for Secret hf, which spec.env or spec.envFrom names; create it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("reason", "message", "words"), OF_VOLUMES)
+def test_a_volume_of_an_image_is_told_from_the_trainers_image(reason: str, message: str, words: str) -> None:
+    pods = (make.pod(waiting=reason, waiting_message=message),)
+    assert waiting(pods, make.parsed(volumes=WEIGHTS), make.IMAGE, "").message == words
+
+
 def test_an_image_name_that_is_none_is_fatal() -> None:
     found = waiting((make.pod(waiting="InvalidImageName"),), make.parsed(), "A B", "")
     assert found.fatal
