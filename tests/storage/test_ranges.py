@@ -33,7 +33,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8,
 
 
 def draw_tensor(draw: random.Random) -> Tensor:
-    shape = [draw.choice((1, 2, 3, 7, 40)) for _ in range(draw.randrange(4))]
+    shape = [draw.choice((1, 2, 3, 7, 20)) for _ in range(draw.randrange(4))]
     dtype = draw.choice(DTYPES)
     return torch.randn(shape).mul(9).to(dtype)
 
@@ -54,7 +54,7 @@ def same(found: Tensor, expected: Tensor) -> bool:
     ) == bytes(expected.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-@pytest.mark.parametrize("part_bytes", [256, 8 << 20])
+@pytest.mark.parametrize("part_bytes", [1024, 8 << 20])
 def test_any_part_of_any_tensor_is_what_plain_safetensors_reads(
     store_environment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_bytes: int
 ) -> None:
@@ -114,6 +114,8 @@ def weights_below(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_ranks_read_each_byte_of_the_weights_once_and_train_as_from_files(
     faults: Faults, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,12 +125,12 @@ def test_two_ranks_read_each_byte_of_the_weights_once_and_train_as_from_files(
     launcher = Launcher()
     try:
         for source, run in ((store.uri, "stored"), (str(model), "files")):
-            codes = launcher.run(2, tmp_path / run, algorithm="sft", model=source)
+            codes = launcher.run(2, tmp_path / run, algorithm="sft", model=source, keywords={"max_steps": 1})
             assert codes == [0, 0], (tmp_path / f"{run}.log0").read_text()[-4000:]
     finally:
         launcher.server.kill()
         launcher.server.wait()
-    assert_same_run(tmp_path / "stored", tmp_path / "files", 3, tolerance=0)
+    assert_same_run(tmp_path / "stored", tmp_path / "files", 1, tolerance=0)
     beginnings = 2 * len(list(model.glob("*.safetensors"))) * ((1 << 18) + 3 * (1 << 16))
     size = weights_below(model)
     read = sum(count for path, count in faults.sent.items() if path.endswith(".safetensors"))
