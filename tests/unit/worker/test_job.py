@@ -86,7 +86,7 @@ def test_the_digest_is_found_among_the_arguments() -> None:
 def test_the_file_server_refuses_another_content(frozen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = frozen()
     monkeypatch.setenv("NEMO_RL_JOB_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
-    assert files.job_name(path) == "x"
+    assert files.job_of(path) == ("x", None)
     path.write_text(path.read_text().replace('"x"', '"other"'))
     with pytest.raises(ValueError, match="not the one that the operator made"):
-        files.job_name(path)
+        files.job_of(path)
