@@ -125,7 +125,9 @@ def test_two_ranks_read_each_byte_of_the_weights_once_and_train_as_from_files(
     launcher = Launcher()
     try:
         for source, run in ((store.uri, "stored"), (str(model), "files")):
-            codes = launcher.run(2, tmp_path / run, seconds=600, algorithm="sft", model=source, keywords={"max_steps": 1})
+            codes = launcher.run(
+                2, tmp_path / run, seconds=600, algorithm="sft", model=source, keywords={"max_steps": 1}
+            )
             assert codes == [0, 0], (tmp_path / f"{run}.log0").read_text()[-4000:]
     finally:
         launcher.server.kill()
