@@ -228,6 +228,8 @@ class Settings(TypedDict, total=False):
     """Failed attempts that are retried. Disruptions by others are retried without counting, as long as checkpoints come of it. Default 3."""
     active_deadline_seconds: int | None
     """Seconds that the job may run in all: time in which pods run or start. No queue, no pause and no wait for a node counts. Default no limit."""
+    budget: Mapping[str, Any] | None
+    """What the job may use up before it is suspended; {gpuHours: 100}, for example. Default no limit."""
     ttl_seconds_after_finished: int | None
     """Seconds after its end that the job is deleted. Default never."""
     termination_grace_period_seconds: int

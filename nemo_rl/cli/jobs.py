@@ -282,6 +282,8 @@ def _words(job: Any, status: JobStatus) -> list[str]:
     if status.progress:
         metrics = " ".join(f"{name}={value}" for name, value in status.progress.metrics.items())
         lines.append(f"  step {status.progress.text} {metrics}".rstrip())
+    if status.gpu_seconds is not None:
+        lines.append(f"  GPU hours: {status.gpu_seconds / 3600:.4g}")
     if status.bottleneck:
         lines.append(f"  waits for {status.bottleneck.phase}: {status.bottleneck.advice or status.bottleneck.share}")
     if status.rollout:

@@ -26,7 +26,7 @@ Schema = dict[str, Any]
 
 MUTABLE = frozenset(
     {"spec.suspend", "spec.backoffLimit", "spec.activeDeadlineSeconds", "spec.ttlSecondsAfterFinished"}
-    | {"spec.output.serveUntil", "spec.rollout.replicas"}
+    | {"spec.output.serveUntil", "spec.rollout.replicas", "spec.budget"}
 )
 """All that may change after creation, at any time."""
 

@@ -433,6 +433,13 @@ class RolloutSpec(Section):
 _OF_REPLICAS = ("gpus_per_replica", "resources", "image")
 
 
+class BudgetSpec(Section):
+    """What a job may use up over all of its attempts; once that is spent, it is suspended."""
+
+    gpu_hours: Annotated[float, Field(gt=0, le=1e9)]
+    """GPU hours of trainers and replicas: each pod's GPUs (gpusPerNode, gpusPerReplica) from when it has a node until it ends. When they are spent the job saves and frees its pods; raise them, or set budget to null, and it goes on from the checkpoint. May change at any time."""
+
+
 class DPOSpec(Section):
     """Direct preference optimisation."""
 
@@ -844,6 +851,8 @@ class RLTrainingJobSpec(Section):
     """Failed attempts that are retried. Disruptions by others are retried without counting, as long as checkpoints come of it. Default 3."""
     active_deadline_seconds: Annotated[int, Field(ge=1)] | None = None
     """Seconds that the job may run in all: time in which pods run or start. No queue, no pause and no wait for a node counts. Default no limit."""
+    budget: BudgetSpec | None = None
+    """What the job may use up before it is suspended; {gpuHours: 100}, for example. Default no limit."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0)] | None = None
     """Seconds after its end that the job is deleted. Default never."""
     termination_grace_period_seconds: Annotated[int, Field(ge=1, le=86400)] = 120

@@ -508,6 +508,10 @@ class JobStatus(Wire):
     """Seconds of that clock before activeSince."""
     gpus: Count | None = None
     """GPUs of all pods together."""
+    gpu_seconds: Count | None = None
+    """GPU seconds that its pods have used, over all attempts: of each its GPUs, from when it has a node until it ends. Not set for jobs without GPUs."""
+    gpu_seconds_time: Time | None = None
+    """When that was counted; what has run since comes on top."""
     attempt: Count | None = None
     """Number of the newest attempt."""
     counted_failures: Count | None = None

@@ -16,6 +16,7 @@ from nemo_rl_operator.plan import Action, Event, Need, Plan
 from nemo_rl_operator.policies import (
     accept,
     adopt,
+    budget,
     deadline,
     finished,
     lost,
@@ -99,5 +100,6 @@ def decide(snapshot: Snapshot, now: datetime) -> Decision:
         queue.report_ready(plan)
     serve.serve(plan)
     replicas.keep(plan)
+    budget.keep_account(plan)
     plan.status.observed_generation = snapshot.resource.generation
     return Decision(plan.status, tuple(plan.actions), tuple(plan.events), plan.wake, frozenset(plan.needs))

@@ -14,8 +14,13 @@ SUCCEEDED = "Succeeded"
 SUCCEEDED_MESSAGE = "training ended after {steps} steps"
 SUSPENDED = "Suspended"
 SUSPENDED_MESSAGE = "suspended; set spec.suspend to false to go on from the last checkpoint"
+BUDGET_MESSAGE = (
+    "suspended: {spent:.4g} GPU hours are used, and budget.gpuHours is {limit:g}; raise it to go on from the last checkpoint: "
+    'kubectl patch rlj {name} --type=merge -p \'{{"spec":{{"budget":{{"gpuHours":{more:g}}}}}}}\''
+)
 STOPPING = "Stopping"
 STOPPING_MESSAGE = "suspending: the pods save a checkpoint and end"
+STOPPING_BUDGET_MESSAGE = "its budget of {limit:g} GPU hours is spent: the pods save a checkpoint and end"
 RESUMED = "Resumed"
 ENDING = "WaitingForPods"
 ENDING_MESSAGE = "waiting for pod {pod} of attempt {attempt} to end"

@@ -221,9 +221,10 @@ class Follower:
 
 
 def is_over(job: Object) -> bool:
-    """Whether nothing more will happen by itself: finished, or held by spec.suspend."""
+    """Whether nothing more will happen by itself: finished, or held by spec.suspend or by its budget."""
     status = JobStatus.load(job.get("status"))
-    return status.finished or (status.phase == "Suspended" and bool(job["spec"].get("suspend")))
+    held = bool(job["spec"].get("suspend")) or status.reason == names.BUDGET_SPENT
+    return status.finished or (status.phase == "Suspended" and held)
 
 
 def no_operator() -> str:

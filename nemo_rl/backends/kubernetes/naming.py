@@ -17,7 +17,7 @@ ANNOTATION_COLLECTED = f"{names.GROUP}/collected"
 _DIGEST_CHARACTERS = 16
 _NAME_DIGITS = 6
 # May change while the job runs, so they do not tell one job from another.
-_CHANGEABLE = {"suspend", "backoff_limit", "active_deadline_seconds", "ttl_seconds_after_finished"}
+_CHANGEABLE = {"suspend", "backoff_limit", "active_deadline_seconds", "budget", "ttl_seconds_after_finished"}
 
 
 def spec_digest(spec: RLTrainingJobSpec) -> str:

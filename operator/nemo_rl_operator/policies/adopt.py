@@ -6,7 +6,7 @@ from nemo_rl.job.status import Cause
 from nemo_rl_operator import reasons
 from nemo_rl_operator.classify import Outcome, outcome, verdict
 from nemo_rl_operator.plan import Need, Plan
-from nemo_rl_operator.policies import retry
+from nemo_rl_operator.policies import budget, retry
 
 
 def take_in_jobs(plan: Plan) -> bool:
@@ -44,7 +44,7 @@ def miss_deleted_job(plan: Plan) -> bool:
     if plan.live_pods():
         plan.phase(plan.status.phase or "Starting", reasons.ENDING, plan.waits_for())
         return True
-    if record.cause == Cause.SUSPENDED or plan.spec.suspend:
+    if record.cause == Cause.SUSPENDED or budget.held(plan):
         plan.close(Cause.SUSPENDED)
         return False
     if record.cause == Cause.PREEMPTED:

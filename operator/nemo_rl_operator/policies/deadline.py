@@ -9,13 +9,14 @@ from nemo_rl.job.status import Cause
 from nemo_rl_operator import reasons
 from nemo_rl_operator.observe import PodView
 from nemo_rl_operator.plan import Plan
+from nemo_rl_operator.policies import budget
 from nemo_rl_operator.runtime import timestamps
 
 
 def keep_clock(plan: Plan) -> bool:
     """Not in a queue, in a back-off, without quota, without bundles, refused by others or suspended: no pod runs then."""
     there = [pod for pods in plan.snapshot.pods.values() for pod in pods if _may_run(plan, pod)]
-    if plan.spec.suspend or not there:
+    if budget.held(plan) or not there:
         attempt = plan.attempt
         plan.clock(False, at=attempt.ended if attempt and attempt.finished else None)
     else:

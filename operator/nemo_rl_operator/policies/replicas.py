@@ -17,6 +17,7 @@ from nemo_rl.job.status import RolloutMember, RolloutStatus, ServerReport
 from nemo_rl_operator import build, pending, reasons
 from nemo_rl_operator.observe import PodView
 from nemo_rl_operator.plan import Create, Delete, Kind, Need, Plan, Update
+from nemo_rl_operator.policies import budget
 
 ABSENT_SECONDS = 30.0
 """So long a replica's pod may be missing before its StatefulSet is looked at: somebody may have deleted or changed it."""
@@ -39,7 +40,7 @@ def keep(plan: Plan) -> None:
     """Makes, changes or deletes the StatefulSet, and says how the replicas are. Goes last: it follows what was decided."""
     if plan.needs:
         return  # this will be decided once more
-    if plan.snapshot.problem and not (plan.status.finished or plan.spec.suspend):
+    if plan.snapshot.problem and not (plan.status.finished or budget.held(plan)):
         return  # how many there should be is not understood: they stay as they are
     wanted = _wanted(plan)
     if not (wanted or plan.status.rollout or plan.snapshot.replicas):
@@ -60,7 +61,7 @@ def _image(plan: Plan) -> str:
 def _wanted(plan: Plan) -> int:
     """How many replicas there should be now."""
     wanted = build.num_replicas(plan.spec)
-    if not (wanted and plan.number and _image(plan)) or plan.status.finished or plan.spec.suspend:
+    if not (wanted and plan.number and _image(plan)) or plan.status.finished or budget.held(plan):
         return 0
     if plan.open:
         return wanted

@@ -318,6 +318,47 @@ def test_no_time_in_the_status_is_a_nodes(start: Start, script: list[tuple[Any, 
     assert all((timestamps.seconds_until(time, world.now) or 0.0) <= 1 for time in times)
 
 
+def play_on(world: World) -> None:
+    for _ in range(15):
+        play(world, ("tick",))
+        play(world, ("end deleted",))
+        play(world, ("time", 12.0))
+
+
+BUDGETS = st.sampled_from([{"budget": {"gpuHours": 0.01}}, {"budget": {"gpuHours": 0.2}}, {"budget": {"gpuHours": 1}}])
+WITH_GPUS = st.tuples(st.sampled_from([1, 2]), st.booleans(), st.tuples(FIELDS, BUDGETS), st.booleans())
+
+
+@MANY
+@given(WITH_GPUS, SCRIPTS)
+def test_gpu_seconds_are_at_most_those_of_pods_with_a_node_and_a_spent_budget_leaves_none(
+    start: tuple[int, bool, tuple[dict[str, Any], dict[str, Any]], bool], script: list[tuple[Any, ...]]
+) -> None:
+    nodes, hasty, (fields, budget), patient = start
+    world, held, counted = World(nodes, hasty, fields | budget, patient), 0.0, 0
+    for step in script:
+        if step[0] == "node clock":
+            continue
+        before = world.now
+        # and those whose end nobody has told the operator yet
+        seen = [found.pods | found.replicas for found in (world.live, world.cache)]
+        live = {pod.name for pods in seen for pod in pods.values() if not pod.terminal}
+        play(world, step)
+        held += len(live) * (world.now - before).total_seconds()
+        found = world.status.gpu_seconds or 0
+        assert counted <= found, "what was counted is never forgotten"
+        counted = found
+    assert counted <= held + len(world.seen_phases) + 50, "each pod has one GPU here; times have whole seconds"
+    play_on(world)
+    if (world.status.gpu_seconds or 0) < 3600 * budget["budget"]["gpuHours"]:
+        return
+    play_on(world)
+    status = world.status
+    if not status.finished:
+        assert status.phase == "Suspended"
+        assert not world.live_attempts() and not [p for p in world.live.replicas.values() if not p.terminal]
+
+
 GIVES_WAY: list[tuple[Any, ...]] = [TICK, ("quota", True), TICK, TICK, ("quota", False), TICK, ("end deleted",), TICK]
 
 
