@@ -11,8 +11,8 @@ ARG DEPENDENCIES=dependencies
 
 FROM ${BASE} AS dependencies
 ARG VLLM=vllm==0.32.0
-# vLLM compiles kernels when it starts: Triton needs a C compiler.
-RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev libnuma1 && rm -rf /var/lib/apt/lists/*
+# vLLM compiles kernels when it starts: Triton needs a C compiler, torch.compile one of C++.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc g++ libnuma1 && rm -rf /var/lib/apt/lists/*
 RUN python -m pip install --no-cache-dir "${VLLM}"
 
 FROM ${BASE} AS wheel

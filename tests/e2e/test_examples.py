@@ -23,7 +23,7 @@ EXAMPLES = ROOT / "examples"
 RUN_ELSEWHERE = {
     "demo.py": "make demo",
     "arithmetic.py": "tests/unit/docs/test_tutorial.py",
-    "grpo_replicas.yaml": "tests/cluster/test_replicas.py",
+    "grpo_replicas.yaml": "tests/cluster/test_replicas.py, and with vLLM tests/replicas",
 }
 ROWS: dict[str, list[dict[str, object]]] = {
     "nvidia/HelpSteer2": helpsteer2(8),

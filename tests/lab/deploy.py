@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import runpy
 import subprocess
 import tomllib
 
@@ -15,6 +16,8 @@ NAMESPACE = "nemo-rl-system"
 RELEASE = "nemo-rl-operator"
 TORCH = "tests/lab/images/torch/Dockerfile"
 TRAINER = "trainer_image/Dockerfile"
+VLLM = "tests/lab/images/vllm/Dockerfile"
+ROLLOUT = "trainer_image/rollout.Dockerfile"
 OPERATOR = "trainer_image/operator.Dockerfile"
 SECURITY = "pod-security.kubernetes.io/enforce=restricted"
 WAIT = "120s"
@@ -22,8 +25,11 @@ SCRAPES = {"lab/scrapes": "yes"}
 """Label of the namespaces from where metrics are scraped."""
 
 
-def deploy() -> None:
-    """Builds and loads the images, and installs or upgrades the operator's release; a second call costs seconds."""
+def deploy(*, replicas: bool = False) -> None:
+    """Builds and loads the images, and installs or upgrades the operator's release; a second call costs seconds.
+
+    replicas: also the image of rollout replicas, and the operator knows it.
+    """
     need_root()
     if not cluster.is_up():
         fail("the lab is down; start it with `make lab-up`")
@@ -33,7 +39,7 @@ def deploy() -> None:
         version = project_version()
         trainer, operator = f"localhost/nemo-rl-trainer:{version}", f"localhost/nemo-rl-operator:{version}"
         build_images(version, trainer, operator)
-        install(trainer, operator)
+        install(trainer, operator, build_rollout_image(version) if replicas else "")
 
 
 def project_version() -> str:
@@ -50,13 +56,29 @@ def build_images(version: str, trainer: str, operator: str) -> None:
     images.build(operator, str(PROJECT), [*base, "--file", str(PROJECT / OPERATOR)])
 
 
-def install(trainer: str, operator: str) -> None:
+def build_rollout_image(version: str, *, into_node: bool = True) -> str:
+    """vLLM comes from the environment of tests/real_vllm, which is made where it is missing (6 GB, once)."""
+    environment = runpy.run_path(str(PROJECT / "tests/real_vllm/environment.py"))
+    vllm = f"localhost/nemo-rl-lab-vllm:{environment['VLLM']}-torch-{environment['TORCH']}"
+    base = ["--build-arg", f"BASE={BASE_IMAGE}"]
+    if vllm not in images.built():
+        packages = environment["interpreter"]().parents[1] / f"lib/python{environment['PYTHON']}/site-packages"
+        stand_ins = ["--build-context", f"torch={PROJECT / TORCH}".removesuffix("/Dockerfile")]
+        files = ["--file", str(PROJECT / VLLM), "--ignorefile", str(PROJECT / f"{VLLM}.dockerignore")]
+        images.build(vllm, str(packages), [*base, *stand_ins, *files], into_node=False)
+    rollout = f"localhost/nemo-rl-rollout:{version}"
+    dependencies = ["--build-arg", f"DEPENDENCIES={vllm}"]
+    images.build(rollout, str(PROJECT), [*base, *dependencies, "--file", str(PROJECT / ROLLOUT)], into_node=into_node)
+    return rollout
+
+
+def install(trainer: str, operator: str, rollout: str = "") -> None:
     """By the chart, as users do. The image's id among the pod's annotations makes a new pod of a new image."""
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
     name, value = SECURITY.split("=")
     namespace["metadata"]["labels"] = {name: value}  # type: ignore[index]
     cluster.kubectl("apply", "-f", "-", input=json.dumps(namespace), text=True, stdout=subprocess.DEVNULL)
-    repositories = {"image": operator, "trainerImage": trainer}
+    repositories = {"image": operator, "trainerImage": trainer} | ({"rolloutImage": rollout} if rollout else {})
     values = [f"podAnnotations.image-id={images.image_id(operator)}"]
     for key, image in repositories.items():
         repository, _, tag = image.rpartition(":")

@@ -11,6 +11,7 @@ lab.py build [PROGRAM ...]   compile the programs into the cache (`up` does so w
 lab.py base                  make the base image localhost/python:3.11
 lab.py image TAG FOLDER ...  build a Dockerfile (further options go to buildah) and load it into the node
 lab.py deploy                build the project's images, load them, install the operator: what has changed
+lab.py deploy --replicas     the image of rollout replicas too, with vLLM of tests/real_vllm
 lab.py kueue                 install Kueue, by its own chart
 lab.py policies [off]        enforce NetworkPolicies, by kube-network-policies
 lab.py load TAG ...          load images that were built before into the node
@@ -43,7 +44,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     verbs.add_parser("run").add_argument("command", nargs=argparse.REMAINDER)
     verbs.add_parser("build").add_argument("programs", nargs="*")
     verbs.add_parser("base")
-    verbs.add_parser("deploy")
+    verbs.add_parser("deploy").add_argument("--replicas", action="store_true")
     verbs.add_parser("kueue")
     verbs.add_parser("policies").add_argument("state", nargs="?", default="on", choices=("on", "off"))
     builder = verbs.add_parser("image")
@@ -93,7 +94,7 @@ def run(given: argparse.Namespace, rest: list[str]) -> None:
         case "image":
             images.build(given.tag, given.folder, rest)
         case "deploy":
-            deploy.deploy()
+            deploy.deploy(replicas=given.replicas)
         case "kueue":
             kueue.install()
         case "policies":

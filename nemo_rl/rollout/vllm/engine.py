@@ -86,8 +86,8 @@ class VLLMRollouts:
     """Finds the job's rollout replicas, where it has some."""
     spent: Mapping[str, int] = {}
     """Tokens of each server, by its address, that this rank got since the last update of weights."""
-    sampling_seconds = 0.0
-    """What that took."""
+    busy: Mapping[str, float] = {}
+    """Seconds in which each server, by its address, had requests of this rank. A slow one is busy while others wait for it."""
     tell: Callable[[list[dict[str, Any]]], None] = staticmethod(lambda servers: None)
 
     def __init__(
@@ -321,12 +321,13 @@ class VLLMRollouts:
 
     def _measure_rates(self) -> None:
         """Tokens a second of each server, over all ranks and since the update before."""
-        parts = self.ranks.gather(lambda: (self.spent, self.sampling_seconds))
-        seconds = max(part[1] for part in parts)
+        parts = self.ranks.gather(lambda: (self.spent, self.busy))
         for member in self.members:
-            tokens = [part[0][member.client.url] for part in parts if member.client.url in part[0]]
+            url = member.client.url
+            tokens = [part[0][url] for part in parts if url in part[0]]
+            seconds = max(part[1].get(url, 0.0) for part in parts)
             member.rate = round(sum(tokens) / seconds) if tokens and seconds > 0 else None
-        self.spent, self.sampling_seconds = {}, 0.0
+        self.spent, self.busy = {}, {}
 
     def report(self) -> list[dict[str, Any]]:
         """What is known of each server: address, state, weight_version, tokens_per_second, message."""
@@ -624,6 +625,7 @@ class _Generation:
         self.seeds = [request_seed(seed, step, request.key) for request in requests]
         self.waiting = sorted(range(len(requests)), key=lambda i: len(requests[i].ids))
         self.under_way: dict[Future[tuple[list[Completion], str]], tuple[int, Member]] = {}
+        self.busy_since: dict[Member, float] = {}
         self.groups: list[list[Completion]] = [[] for _ in requests]
         self.timeout = engine.spec.timeout_seconds + SECONDS_PER_TOKEN * sampling.max_new_tokens
         self.per_server = max(1, ROWS_PER_SERVER // sampling.num_samples)
@@ -633,7 +635,6 @@ class _Generation:
         self.next_health = time.monotonic() + HEALTH_EVERY
 
     def run(self) -> list[list[Completion]]:
-        began = time.monotonic()
         self._meet()
         try:
             while self.waiting or self.under_way:
@@ -647,7 +648,8 @@ class _Generation:
             self._check_unchanged()
             return self.groups
         finally:
-            self.engine.sampling_seconds += time.monotonic() - began
+            for member in list(self.busy_since):
+                self._note_busy(member)
             if self.under_way:
                 for future in self.under_way:
                     future.cancel()
@@ -682,6 +684,8 @@ class _Generation:
                 return
             member = min(ready, key=lambda m: m.pending)
             i = self.waiting.pop(0)
+            if not member.pending:
+                self.busy_since[member] = time.monotonic()
             member.pending += 1
             future = self.engine.pool.submit(
                 member.client.complete,
@@ -699,6 +703,8 @@ class _Generation:
         """A request counts once: when its whole answer is here, from the process that has passed the gate."""
         i, member = self.under_way.pop(future)
         member.pending -= 1
+        if not member.pending:
+            self._note_busy(member)
         try:
             completions, instance = future.result()
         except ServerGone as error:
@@ -720,6 +726,11 @@ class _Generation:
         self.groups[i] = completions
         if self.on_group is not None:
             self.on_group(i, completions)
+
+    def _note_busy(self, member: Member) -> None:
+        url, since = member.client.url, self.busy_since.pop(member, None)
+        if since is not None:
+            self.engine.busy = {**self.engine.busy, url: self.engine.busy.get(url, 0.0) + time.monotonic() - since}
 
     def _restore(self) -> None:
         """Finds lost servers again, or brings them back; RolloutLost where there has been none for too long."""

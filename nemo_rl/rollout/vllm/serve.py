@@ -58,6 +58,10 @@ def main() -> None:
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # the routes of weight updates; RequireToken guards them, too
     os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if (
+        "--enforce-eager" in sys.argv
+    ):  # else its sampler is compiled all the same, for which there must be a C++ compiler
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     sys.argv = ["vllm", *arguments(sys.argv[1:])]
     import runpy
 

@@ -33,6 +33,8 @@ class FakeServer:
         self.instance = uuid.uuid4().hex
         self.healthy: bool | None = True
         """False: it does not answer; None: it says that its engine has died."""
+        self.delay = 0.0
+        """Seconds that each request of a rollout takes."""
         self.down = False
         """As a process that is gone: connections are closed without an answer."""
         self.hold = threading.Event()
@@ -149,6 +151,8 @@ class FakeServer:
             self.version = "3-of-others"
         if fault == "slow":
             time.sleep(0.3)
+        if content["n"] > 1:  # the probe asks for one
+            time.sleep(self.delay)
         self.completed += content["prompt"]
         choices = []
         for index in range(content["n"] * len(content["prompt"])):

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +96,21 @@ class At(nemo_rl.Callback):
         self.steps.get(f"step{step}", lambda: None)()
 
 
-def train(model: str, output: Path, **steps: Callable[[], Any]) -> Any:
+def count(prompt: str, response: str) -> float:
+    return response.count("a") / 6
+
+
+def train(
+    model: str,
+    output: Path,
+    reward: Callable[[str, str], float] = count,
+    callbacks: Sequence[nemo_rl.Callback] = (),
+    **steps: Callable[[], Any],
+) -> Any:
     return nemo_rl.train(
         model,
         [{"prompt": f"{i}="} for i in range(10, 22)],
-        lambda prompt, response: response.count("a") / 6,
+        reward,
         output_dir=output,
         backend="local",
         log_level="warning",
@@ -110,7 +120,7 @@ def train(model: str, output: Path, **steps: Callable[[], Any]) -> Any:
         batch_size=4,
         num_generations_per_prompt=4,
         max_new_tokens=6,
-        callbacks=[At(**steps)],
+        callbacks=[At(**steps), *callbacks],
         # the tokens are the fake's, not the model's: only what is far off is taken for other weights
         rollout={"engine": "vllm", "replicas": 2, "gpus_per_replica": 0, "mismatch_limit": 10, "timeout_seconds": 30},
     )

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 
 from nemo_rl.errors import RolloutLost
+from nemo_rl.rollout.vllm import serve
+from nemo_rl.rollout.vllm.fetch import TOKEN_VARIABLE
 from nemo_rl.rollout.vllm.serve import arguments
 from nemo_rl.rollout.vllm.server import ServerProcess
 
@@ -177,3 +179,14 @@ def test_what_the_caller_gives_is_kept_and_the_rest_is_ours() -> None:
     assert "127.0.0.1" not in found and found.count("--logprobs-mode") == 1
     assert "nemo_rl.rollout.vllm.middleware.RequireToken" in found
     assert arguments(["--model", "m"])[arguments(["--model", "m"]).index("--host") + 1] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_what_is_not_to_be_compiled_needs_no_compiler(eager: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU build compiles its sampler in spite of --enforce-eager, and ends where there is no g++: seen in a pod."""
+    monkeypatch.setattr(os, "environ", {TOKEN_VARIABLE: "x" * 32})
+    monkeypatch.setattr(serve, "find_spec", lambda name: name)
+    monkeypatch.setattr(sys, "argv", ["serve", "--model", "m", *(["--enforce-eager"] if eager else [])])
+    monkeypatch.setattr("runpy.run_module", lambda *given, **more: None)
+    serve.main()
+    assert os.environ.get("TORCH_COMPILE_DISABLE") == ("1" if eager else None)
