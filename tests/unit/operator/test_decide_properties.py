@@ -329,7 +329,7 @@ BUDGETS = st.sampled_from([{"budget": {"gpuHours": 0.01}}, {"budget": {"gpuHours
 WITH_GPUS = st.tuples(st.sampled_from([1, 2]), st.booleans(), st.tuples(FIELDS, BUDGETS), st.booleans())
 
 
-@MANY
+@settings(MANY, max_examples=60, derandomize=True)
 @given(WITH_GPUS, SCRIPTS)
 def test_gpu_seconds_are_at_most_those_of_pods_with_a_node_and_a_spent_budget_leaves_none(
     start: tuple[int, bool, tuple[dict[str, Any], dict[str, Any]], bool], script: list[tuple[Any, ...]]
