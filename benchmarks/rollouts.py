@@ -1,10 +1,12 @@
 """GRPO of the demo's task with completions of vLLM and of the trainer's own decode loop, and rollouts that run ahead of slow rewards.
 
-    python benchmarks/rollouts.py [--seeds 0,1,2] [--steps 100] [--vllm-python PATH] [--parts curves,ahead] [--engines in_process,vllm]
+    python benchmarks/rollouts.py [--seeds 0,1,2] [--steps 100] [--vllm-python PATH] [--only speed] [--engines in_process,vllm]
 
-One vLLM server serves all runs, as one of somebody else would: `rollout={"engine": "vllm", "urls": [...]}`. Without
---vllm-python it is the CPU build of tests/real_vllm. What was measured is kept in build/rollouts; a run that is there is not
-made again, and benchmarks/results/rollouts.md and rollouts.svg are written from all that are there.
+Its parts: `curves` (whole runs, a busy machine does no harm), `speed` (tokens a second, a step, an update: some steps of the same
+run, for a quiet machine) and `ahead` (slow rewards). One vLLM server serves all runs, as one of somebody else would:
+`rollout={"engine": "vllm", "urls": [...]}`. Without --vllm-python it is the CPU build of tests/real_vllm. What was measured is
+kept in build/rollouts, and a run that is there is not made again, but for what --only asks for, which is measured anew.
+benchmarks/results/rollouts.md and rollouts.svg are written from all that are there.
 """
 
 from __future__ import annotations
@@ -35,8 +37,10 @@ from nemo_rl.rollout.schedule import Schedule  # noqa: E402
 BUILD = ROOT / "build" / "rollouts"
 RESULTS = ROOT / "benchmarks" / "results"
 ENGINES = ("in_process", "vllm")
+PARTS = ("curves", "speed", "ahead")
 BATCH, SAMPLES, NEW_TOKENS = 32, 8, 10
 TAUGHT_STEPS = 80
+SPEED_STEPS = 24
 REWARD_SECONDS = 2.0
 GROUPS = 4
 """Prompts of a step whose rewards are slow; there are workers enough that none waits for another."""
@@ -97,11 +101,9 @@ def examples(seed: int) -> list[dict[str, str]]:
     return demo.make_rows(9_000, seed=seed, without={row["prompt"] for row in held_out()})
 
 
-def curve(seed: int, engine: str, rollout: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Trains the demo's task; returns the reward of each step, the accuracy before and after, and medians of times."""
-    start = taught(seed)
-    result = nemo_rl.train(
-        start,
+def trained(seed: int, rollout: dict[str, Any], steps: int, output: Path) -> Any:
+    return nemo_rl.train(
+        taught(seed),
         examples(seed),
         demo.sorted_exactly,
         max_steps=steps,
@@ -113,27 +115,42 @@ def curve(seed: int, engine: str, rollout: dict[str, Any], steps: int) -> dict[s
         warmup_steps=5,
         seed=seed,
         rollout=rollout,
-        output_dir=BUILD / f"seed-{seed}" / engine,
+        output_dir=output,
         resume=False,
         backend="local",
     )
+
+
+def curve(seed: int, engine: str, rollout: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Trains the demo's task; returns the reward of each step, and the accuracy before and after."""
+    result = trained(seed, rollout, steps, BUILD / f"seed-{seed}" / engine)
     history = [record for record in result.history if record["step"]]
-    late = history[len(history) // 4 :]
-    tokens = [record["completion_length"] * BATCH * SAMPLES / record["generate_seconds"] for record in late]
     found = {
         "rewards": [record["reward"] for record in history],
-        "before": demo.accuracy(start, held_out()),
+        "before": demo.accuracy(taught(seed), held_out()),
         "after": demo.accuracy(result.checkpoint_path, held_out()),
-        "tokens_per_second": statistics.median(tokens),
-        "step_seconds": statistics.median(record["step_seconds"] for record in late),
     }
     if engine == "vllm":
-        found["update_seconds"] = statistics.median(record["weight_sync_seconds"] for record in late)
         found["probe"] = max(record["rollout_probe"] for record in history)
         found["weight_bounds"] = [
             min(record["importance_weight_min"] for record in history if "importance_weight_min" in record),
             max(record["importance_weight_max"] for record in history if "importance_weight_max" in record),
         ]
+    return found
+
+
+def speed(engine: str, rollout: dict[str, Any]) -> dict[str, Any]:
+    """Medians over the later steps of a short run: tokens a second, seconds of a step and of an update of weights."""
+    result = trained(0, rollout, SPEED_STEPS, BUILD / "speed" / engine)
+    history = [record for record in result.history if record["step"]]
+    late = history[len(history) // 4 :]
+    tokens = [record["completion_length"] * BATCH * SAMPLES / record["generate_seconds"] for record in late]
+    found = {
+        "tokens_per_second": statistics.median(tokens),
+        "step_seconds": statistics.median(record["step_seconds"] for record in late),
+    }
+    if engine == "vllm":
+        found["update_seconds"] = statistics.median(record["weight_sync_seconds"] for record in late)
     return found
 
 
@@ -205,9 +222,9 @@ def predicted(on_policy: dict[str, Any], staleness: int, elsewhere: bool) -> flo
 # --- the report
 
 
-def kept(name: str, make: Callable[[], dict[str, Any]]) -> None:
+def kept(name: str, make: Callable[[], dict[str, Any]], anew: bool) -> None:
     path = BUILD / f"{name}.json"
-    if not path.exists():
+    if anew or not path.exists():
         found = {**make(), "load": os.getloadavg()[0], "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
         path.write_text(json.dumps(found))
     print(f"{name}: {path.read_text()[-300:]}", flush=True)
@@ -227,21 +244,13 @@ def report(seeds: list[int]) -> str:
     ]
     runs = {(engine, seed): found for engine in ENGINES for seed in seeds if (found := read(f"{engine}-{seed}"))}
     if runs:
-        lines += [
-            "",
-            "| engine | seed | accuracy before | after | tokens/s sampled | step, s | update of weights, s | when, load |",
-        ]
-        lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"]
+        lines += ["", "| engine | seed | accuracy before | after | when |", "| --- | ---: | ---: | ---: | --- |"]
         for (engine, seed), found in runs.items():
-            update = f"{found['update_seconds']:.2f}" if "update_seconds" in found else ""
-            lines.append(
-                f"| {engine} | {seed} | {found['before']:.3f} | {found['after']:.3f} | {found['tokens_per_second']:.0f} | "
-                f"{found['step_seconds']:.2f} | {update} | {found['when']}, {found['load']:.1f} |"
-            )
+            lines.append(f"| {engine} | {seed} | {found['before']:.3f} | {found['after']:.3f} | {found['when']} |")
         for engine in ENGINES:
             after = [found["after"] for (own, _), found in runs.items() if own == engine]
             if after:
-                lines.append(f"| {engine} | mean | | {statistics.mean(after):.3f} | | | | |")
+                lines.append(f"| {engine} | mean | | {statistics.mean(after):.3f} | |")
         drawn = [found for (engine, _), found in runs.items() if engine == "vllm"]
         if drawn:
             low, high = (extreme(found["weight_bounds"][i] for found in drawn) for i, extreme in enumerate((min, max)))
@@ -253,6 +262,24 @@ def report(seeds: list[int]) -> str:
             ]
         lines += ["", "![Mean reward of each step, by engine and seed](rollouts.svg)"]
         draw(runs)
+    measured = {engine: found for engine in ENGINES if (found := read(f"speed-{engine}"))}
+    if measured:
+        lines += [
+            "",
+            "## Speed",
+            "",
+            f"{BATCH} prompts with {SAMPLES} completions of at most {NEW_TOKENS} tokens a step; medians of the later steps of "
+            f"{SPEED_STEPS}. The load is that of the machine when the run ended.",
+            "",
+            "| engine | tokens/s sampled | step, s | update of weights, s | when, load |",
+            "| --- | ---: | ---: | ---: | --- |",
+        ]
+        for engine, found in measured.items():
+            update = f"{found['update_seconds']:.2f}" if "update_seconds" in found else ""
+            lines.append(
+                f"| {engine} | {found['tokens_per_second']:.0f} | {found['step_seconds']:.2f} | {update} | {found['when']}, "
+                f"{found['load']:.1f} |"
+            )
     rows = []
     for engine in ENGINES:
         base = read(f"ahead-{engine}-0")
@@ -308,11 +335,14 @@ def draw(runs: dict[tuple[str, int], dict[str, Any]]) -> None:
     (RESULTS / "rollouts.svg").write_text("\n".join([*parts, "</svg>"]) + "\n")
 
 
-def measure(engine: str, rollout: dict[str, Any], parts: list[str], seeds: list[int], steps: int) -> None:
-    for seed in seeds if "curves" in parts else []:
-        kept(f"{engine}-{seed}", partial(curve, seed, engine, rollout, steps))
+def measure(engine: str, rollout: dict[str, Any], parts: tuple[str, ...], options: argparse.Namespace) -> None:
+    anew = options.only is not None
+    for seed in map(int, options.seeds.split(",")) if "curves" in parts else ():
+        kept(f"{engine}-{seed}", partial(curve, seed, engine, rollout, options.steps), anew)
+    if "speed" in parts:
+        kept(f"speed-{engine}", partial(speed, engine, rollout), anew)
     for staleness in (0, 1, 4) if "ahead" in parts else ():
-        kept(f"ahead-{engine}-{staleness}", partial(ahead, engine, rollout, staleness))
+        kept(f"ahead-{engine}-{staleness}", partial(ahead, engine, rollout, staleness), anew)
 
 
 def main() -> None:
@@ -322,20 +352,20 @@ def main() -> None:
     parser.add_argument(
         "--vllm-python", help="an interpreter that has vLLM (default: the environment of make test-vllm)"
     )
-    parser.add_argument("--parts", default="curves,ahead")
+    parser.add_argument("--only", choices=PARTS, help="one part, measured anew")
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--report", action="store_true", help="only write the report of what is in build/rollouts")
     options = parser.parse_args()
-    seeds, parts = [int(seed) for seed in options.seeds.split(",")], options.parts.split(",")
+    parts = (options.only,) if options.only else PARTS
     engines = options.engines.split(",")
     BUILD.mkdir(parents=True, exist_ok=True)
     if not options.report:
         if "in_process" in engines:
-            measure("in_process", {}, parts, seeds, options.steps)
+            measure("in_process", {}, parts, options)
         if "vllm" in engines:
             with vllm(options.vllm_python, demo.make_model(BUILD / "architecture", 0)) as rollout:
-                measure("vllm", rollout, parts, seeds, options.steps)
-    text = report(seeds)
+                measure("vllm", rollout, parts, options)
+    text = report([int(seed) for seed in options.seeds.split(",")])
     (RESULTS / "rollouts.md").write_text(text)
     print(text)
 

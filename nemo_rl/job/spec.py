@@ -399,6 +399,8 @@ class RolloutSpec(Section):
     """Mean difference of log-probabilities, in nats a token, between a server and the trainer, beyond which a server is refused. Default 0.001 in fp32, 0.1 in bf16."""
     gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.85
     """Share of a GPU's memory that a server started beside the trainer takes. Default 0.85."""
+    sleep: bool = False
+    """Whether a server started beside the trainer gives its GPU's memory back while the model trains, by vLLM's sleep mode. Default false."""
     max_model_length: Annotated[int, Field(ge=8)] | None = None
     """Longest prompt plus completion that such a server takes, in tokens. Default what the data and max_new_tokens need."""
     timeout_seconds: Annotated[float, Field(gt=0, le=86400)] = 600.0
@@ -417,6 +419,15 @@ class RolloutSpec(Section):
             raise ValueError(
                 "engine vllm needs python, an interpreter that has vLLM, urls of servers, or replicas, a number of pods on a "
                 f"cluster; found {found}; give one of them"
+            )
+        if self.sleep and self.python is None:
+            raise ValueError(
+                "sleep belongs to python, a server beside the trainer: others have GPUs of their own; leave it out"
+            )
+        if self.sleep and self.max_staleness:
+            raise ValueError(
+                f"found sleep with max_staleness {self.max_staleness}, by which the server samples while the model trains; give "
+                "one of them"
             )
         if self.replicas is None:
             given = [name for name in _OF_REPLICAS if getattr(self, name) != type(self).model_fields[name].default]

@@ -72,6 +72,10 @@ class RolloutEngine(Protocol):
         number of tokens that were sampled since, for people to see; engines may call it late."""
         ...
 
+    def rest(self) -> None:
+        """Gives memory of the GPU back to training where it can, until the next `update`. Every rank calls it."""
+        ...
+
     def close(self) -> None:
         """Gives back what the engine holds: processes, ports, files."""
         ...

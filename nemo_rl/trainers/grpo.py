@@ -62,6 +62,7 @@ class GRPOTrainer(Trainer):
 
     def train_step(self, examples: list[PromptExample], step: int) -> dict[str, Any]:
         rollouts, drawn = self._rollouts_for(examples, step)
+        self.rollout_engine.rest()
         rewards, valid = self.rewards_of(rollouts)
         started = time.perf_counter()
         found: dict[str, Any] = {}

@@ -18,6 +18,7 @@ from nemo_rl.rollout.vllm.engine import VLLMRollouts
 from nemo_rl.rollout.vllm.server import ServerProcess
 from nemo_rl.run.ranks import Ranks
 from real_vllm.environment import interpreter
+from real_vllm.warm import Warm, warm_starts
 from unit.engine.tiny import make_model
 
 STARTUP_SECONDS = 1800.0
@@ -29,8 +30,26 @@ ENDS = list(range(0, 97, 13))
 
 
 @pytest.fixture(scope="session")
-def vllm_python() -> str:
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """Where servers come from that are started with `vllm_python`."""
+    python = str(interpreter())
+    process = Warm(python, tmp_path_factory.mktemp("warm"))
+    with pytest.MonkeyPatch.context() as patched:
+        warm_starts(patched.setattr, python, process.address)
+        yield process
+    process.close()
+
+
+@pytest.fixture(scope="session")
+def vllm_python(warm: Warm) -> str:
+    """An interpreter with vLLM; servers with it are forks of one process that has imported vLLM."""
     return str(interpreter())
+
+
+@pytest.fixture(scope="session")
+def cold_python() -> str:
+    """The same interpreter by another name, whose servers are started as users' are."""
+    return str(interpreter().with_name("python3"))
 
 
 class Plain:

@@ -30,6 +30,7 @@ from nemo_rl.run.metrics import read_history
 from real_vllm.conftest import WIDE, Start, serving
 from real_vllm.test_agreement import REQUESTS, move, plain_logprobs
 from real_vllm.test_train import STEPS, check, train
+from real_vllm.warm import SOCKET_VARIABLE, Warm
 from unit.engine.tiny import make_model
 from unit.trainers.conftest import write_model
 
@@ -175,7 +176,11 @@ sys.path[:0] = {[str(Path(__file__).parents[1])]!r}
 import torch, datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, Qwen2TokenizerFast
 import nemo_rl.trainers.grpo, nemo_rl.api.training, nemo_rl.rollout.vllm.engine
+from real_vllm.environment import interpreter
 from real_vllm.test_train import train
+from real_vllm.warm import SOCKET_VARIABLE, warm_starts
+
+warm_starts(setattr, str(interpreter()), os.environ[SOCKET_VARIABLE])
 
 def run(model, output, rollout):
     torch.set_num_threads(1)
@@ -184,14 +189,14 @@ def run(model, output, rollout):
 
 
 @pytest.fixture
-def trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, str]], ForkServer]]:
+def trainers(tmp_path: Path, warm: Warm) -> Iterator[Callable[[dict[str, str]], ForkServer]]:
     """Trainers with a temporary folder of their own, in which nothing may stay."""
     started: list[ForkServer] = []
     scratch = tmp_path / "temporary"
     scratch.mkdir()
 
     def begin(environment: dict[str, str]) -> ForkServer:
-        started.append(ForkServer(SOURCE, environment | {"TMPDIR": str(scratch)}))
+        started.append(ForkServer(SOURCE, {**environment, "TMPDIR": str(scratch), SOCKET_VARIABLE: warm.address}))
         return started[-1]
 
     yield begin
@@ -270,21 +275,22 @@ def test_a_trainer_killed_with_its_server_is_started_again(
         code = run(runs, model, output, rollout, draw, kill=kills > 0)
         assert code in (0, -signal.SIGKILL)
         kills -= 1
-        assert servers_end(tmp_path / "temporary", runs)
+        assert servers_end(output / "rollout" / "vllm.log")
     trained_once(output, 0)
     assert not list((tmp_path / "temporary").glob("nemo-rl-*"))
 
 
-def servers_end(temporary: Path, trainer: ForkServer) -> bool:
-    """Whether no process but the trainer's has this temporary folder any more, within a minute."""
-    wanted = f"TMPDIR={temporary}".encode()
+def servers_end(log: Path) -> bool:
+    """Whether no process of a server that writes this log is left, within a minute."""
     for _ in range(600):
-        found = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            with contextlib.suppress(OSError):
-                if wanted in path.read_bytes().split(b"\0"):
-                    found.append(int(path.parent.name))
-        if set(found) <= {trainer.server.pid}:
+        if not any(_writes(process, log) for process in Path("/proc").glob("[0-9]*")):
             return True
         time.sleep(0.1)
     return False
+
+
+def _writes(process: Path, log: Path) -> bool:
+    try:
+        return os.readlink(process / "fd" / "1") == str(log)
+    except OSError:
+        return False

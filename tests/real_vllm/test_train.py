@@ -97,8 +97,8 @@ def urls(served: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> dict[str, An
 
 
 @pytest.mark.vllm_short
-def test_an_interpreter_with_vllm_is_all_that_a_run_needs(vllm_python: str, model: str, tmp_path: Path) -> None:
-    result = train(model, tmp_path / "out", {"rollout_python": vllm_python})
+def test_an_interpreter_with_vllm_is_all_that_a_run_needs(cold_python: str, model: str, tmp_path: Path) -> None:
+    result = train(model, tmp_path / "out", {"rollout_python": cold_python})
     check(result)
     assert all(record["weight_sync_seconds"] > 0 for record in result.history)
     assert "Traceback" not in (tmp_path / "out" / "rollout" / "vllm.log").read_text()

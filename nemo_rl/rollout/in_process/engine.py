@@ -50,6 +50,9 @@ class InProcess:
         self.policy: Policy
         self.version = 0
 
+    def rest(self) -> None:
+        pass
+
     def update(self, policy: Policy, version: int) -> dict[str, float]:
         self.policy, self.version = policy, version
         return {}

@@ -194,6 +194,14 @@ class Client:
             self.post("/finish_weight_update", timeout=timeout)
             self.post("/start_weight_update", timeout=timeout)
 
+    def sleep(self, level: int, timeout: float = UPDATE_SECONDS) -> None:
+        """Has the server give its GPU's memory back: 1 keeps the weights in main memory, 2 nothing."""
+        self.post(f"/sleep?{urlencode({'level': level})}", timeout=timeout)
+
+    def wake_up(self, timeout: float = UPDATE_SECONDS) -> None:
+        """Has it take that memory again. A server that is awake stays as it is."""
+        self.post("/wake_up", timeout=timeout)
+
     def load_adapter(
         self, source: str, files: list[dict[str, Any]], name: str, version: str, timeout: float = UPDATE_SECONDS
     ) -> None:

@@ -75,6 +75,8 @@ class Member:
     """How it was lost, in words; empty where it was not."""
     late: bool = False
     """Whether it is brought to the weights of now while the others go on."""
+    asleep: bool = False
+    """Whether its GPU's memory is the trainer's, as the first rank knows."""
     overdue: bool = False
     """Whether a load of an earlier version is still under way that took far longer than those of others."""
 
@@ -88,6 +90,10 @@ class VLLMRollouts:
     """Tokens of each server, by its address, that this rank got since the last update of weights."""
     busy: Mapping[str, float] = {}
     """Seconds in which each server, by its address, had requests of this rank. A slow one is busy while others wait for it."""
+    sleep_level = 0
+    """How servers sleep while the model trains. 2: the next update brings all weights. 1: those below an adapter never travel
+    again, and stay in main memory. 0: not at all."""
+    resting = False
     tell: Callable[[list[dict[str, Any]]], None] = staticmethod(lambda servers: None)
 
     def __init__(
@@ -120,6 +126,8 @@ class VLLMRollouts:
         self.published: Published | None = None
         self.dtype = policy.dtype
         self.adapter = hasattr(policy.model, "peft_config") and spec.weight_transfer in ("auto", "adapter")
+        if spec.sleep:
+            self.sleep_level = 1 if self.adapter else 2
         self.probe = Sampling(1, NEW_TOKENS, probe.temperature, probe.top_k, probe.top_p)
         self.prompts = probe_prompts(min(policy.head.weight.shape[0], len(tokenizer)), longest)
         self.limit = spec.mismatch_limit or LIMITS[str(self.dtype).removeprefix("torch.")]
@@ -239,6 +247,8 @@ class VLLMRollouts:
             options += ["--enforce-eager", "--max-num-seqs", "64", "--kv-cache-memory-bytes", str(CPU_CACHE_BYTES)]
         else:
             options += ["--gpu-memory-utilization", str(self.spec.gpu_memory_fraction)]
+            if self.sleep_level:
+                options += ["--enable-sleep-mode"]
         if self.adapter:
             config = policy.model.peft_config[policy.model.active_adapter]
             options += ["--enable-lora", "--max-lora-rank", str(_lora_rank(config.r)), "--max-loras", "1"]
@@ -260,6 +270,8 @@ class VLLMRollouts:
     # ------------------------------------------------------------------ weights
 
     def update(self, policy: Policy, version: int) -> dict[str, float]:
+        if self.resting:
+            self._leave_memory(policy)
         if self.version == version:
             return {}
         started = time.perf_counter()
@@ -311,6 +323,41 @@ class VLLMRollouts:
             "rollout_probe": max(v.difference for v in verdicts if v.good and v.difference is not None),
         }
         return metrics
+
+    def rest(self) -> None:
+        if not self.sleep_level or self.resting:
+            return
+        self.ranks.first(self._sleep)
+        self.resting = True
+        if self.sleep_level == 2:  # they are gone, and come with the next update
+            self.version, self._expected = None, []
+
+    def _sleep(self) -> None:
+        for member in self.members:
+            try:
+                member.client.sleep(self.sleep_level)
+                member.asleep = True
+            except ServerGone as error:  # a new one is started when it is needed
+                log.warning("%s", error)
+            except RequestRefused as error:
+                self.note(f"{error}; it keeps its memory while the model trains")
+
+    def _leave_memory(self, policy: Policy) -> None:
+        """Wakes servers, for which no rank keeps memory in reserve."""
+        if policy.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.ranks.gather(lambda: None)
+        self.resting = False
+        self.ranks.first(self._wake)
+
+    def _wake(self) -> None:
+        for member in self.members:
+            if member.asleep:
+                member.asleep = False
+                try:
+                    member.client.wake_up()
+                except (ServerGone, RequestRefused) as error:  # seen again, and healed, by what is asked of it next
+                    log.warning("%s", error)
 
     def _follow(self, urls: list[str]) -> None:
         """The other ranks have the servers that the first rank loaded; those that join later they find by themselves."""

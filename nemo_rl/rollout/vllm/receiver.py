@@ -54,6 +54,7 @@ class SafetensorsEngine(WeightTransferEngine[Init, Update]):
     def receive_weights(self, update_info: Update) -> None:
         with on_disk(update_info.source, update_info.shards) as files:
             self.loading = True
+            _pack_experts_again(self.model)
             initialize_layerwise_reload(self.model)
             tied = {copy: own for copy, own in update_info.tied.items() if _has(self.model, copy)}
             self.model.load_weights(_tensors(files, tied))
@@ -65,6 +66,15 @@ class SafetensorsEngine(WeightTransferEngine[Init, Update]):
 
     def shutdown(self) -> None:
         pass
+
+
+def _pack_experts_again(model: Any) -> None:
+    """Has the kernels of experts on the CPU built anew at this load: vLLM 0.32 brings weights into the order that they read only
+    when it builds them, and a reload would leave the plain order of a checkpoint in their place."""
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if getattr(getattr(method, "unquantized_backend", None), "name", "") == "CPU":
+            method.moe_kernel = None
 
 
 def _has(model: Any, name: str) -> bool:

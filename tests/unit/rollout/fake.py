@@ -45,6 +45,9 @@ class FakeServer:
         """Updates that began within another."""
         self.updates: list[dict[str, Any]] = []
         self.adapters: list[dict[str, Any]] = []
+        self.asked: list[str] = []
+        """Routes and queries that were posted."""
+        self.sleeps = False
         self.released = threading.Event()
         outer = self
 
@@ -96,6 +99,12 @@ class FakeServer:
             return self.send(handler, 200, {"state": "ending"})
         if self.state != "serving":
             return self.send(handler, 503, {"error": "it waits"})
+        if content is not None:
+            self.asked.append(handler.path)
+        if path in ("/sleep", "/wake_up"):
+            self.sleeps = path == "/sleep"
+        elif self.sleeps and content is not None:
+            return self.send(handler, 500, {"error": {"message": "it has no memory now"}})
         if path == "/health":
             if self.healthy is None:
                 return self.send(handler, 503, {"error": {"message": "EngineDeadError"}})

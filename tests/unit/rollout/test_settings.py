@@ -43,6 +43,8 @@ def test_an_interpreter_or_addresses_mean_vllm() -> None:
             {"rollout": {"engine": "vllm", "replicas": 2, "weight_transfer": "files"}},
             "share no folder with the trainer",
         ),
+        ({"rollout": {"engine": "vllm", "urls": ["http://a:1"], "sleep": True}}, "sleep belongs to python"),
+        ({"rollout_python": "/p", "rollout": {"sleep": True, "max_staleness": 1}}, "sleep with max_staleness 1"),
         ({"rollout": {"urls": ["http://a:1"]}}, "urls belongs to engine vllm, but engine is in_process"),
         ({"rollout": {"engine": "sglang"}}, "rollout.engine='sglang'"),
         ({"rollout": {"engine": "vllm", "url": "http://a:1"}}, "rollout.url"),
