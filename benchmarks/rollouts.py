@@ -36,6 +36,8 @@ from nemo_rl.rollout.schedule import Schedule  # noqa: E402
 
 BUILD = ROOT / "build" / "rollouts"
 RESULTS = ROOT / "benchmarks" / "results"
+BY_HAND = "## Killed servers and trainers"
+"""What begins with this line is not measured here and stays in the report."""
 ENGINES = ("in_process", "vllm")
 PARTS = ("curves", "speed", "ahead")
 BATCH, SAMPLES, NEW_TOKENS = 32, 8, 10
@@ -366,7 +368,9 @@ def main() -> None:
             with vllm(options.vllm_python, demo.make_model(BUILD / "architecture", 0)) as rollout:
                 measure("vllm", rollout, parts, options)
     text = report([int(seed) for seed in options.seeds.split(",")])
-    (RESULTS / "rollouts.md").write_text(text)
+    file = RESULTS / "rollouts.md"
+    by_hand = file.read_text().partition(BY_HAND)
+    file.write_text(text + "".join(("\n", *by_hand[1:]) if by_hand[1] else ()))
     print(text)
 
 

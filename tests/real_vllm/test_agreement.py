@@ -18,31 +18,17 @@ UPDATES = 5
 REQUESTS = [Request([(7 * key + i) % 97 for i in range(2 + 5 * key)], key) for key in range(6)]
 
 
-EXPERTS = {
-    "vocab_size": 97, "hidden_size": WIDE, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 256, "initializer_range": 0.2, "eos_token_id": 1, "bos_token_id": None, "pad_token_id": 0,
-    "router_aux_loss_coef": 0.0,
-}  # fmt: skip
-
-
 def mixtral() -> Any:
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    return _seeded(MixtralForCausalLM, MixtralConfig(intermediate_size=64, num_local_experts=4, **EXPERTS))
-
-
-def qwen3_moe() -> Any:
-    """Its experts are of a width that vLLM's kernels are not made for, so that weights are padded."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    config = Qwen3MoeConfig(moe_intermediate_size=48, num_experts=4, num_experts_per_tok=2, head_dim=32, **EXPERTS)
-    return _seeded(Qwen3MoeForCausalLM, config)
-
-
-def _seeded(kind: Any, config: Any) -> Any:
+    config = MixtralConfig(
+        vocab_size=97, hidden_size=WIDE, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=256, initializer_range=0.2,
+        eos_token_id=1, bos_token_id=None, pad_token_id=0, router_aux_loss_coef=0.0,
+    )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        return kind(config).eval()
+        return MixtralForCausalLM(config).eval()
 
 
 MODELS = {
@@ -51,7 +37,6 @@ MODELS = {
     "llama": lambda: make_model("llama", hidden_size=WIDE),
     "gemma2": lambda: make_model("gemma2", hidden_size=WIDE, head_dim=32),
     "mixtral": mixtral,
-    "qwen3 with experts": qwen3_moe,
     "qwen2 with LoRA": lambda: make_model("qwen2", hidden_size=WIDE),
 }
 

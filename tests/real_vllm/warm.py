@@ -187,7 +187,8 @@ class Fork:
 
     def poll(self) -> int | None:
         if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
-            self.returncode = int(self._lines.readline())
+            line = self._lines.readline()
+            self.returncode = int(line) if line else -signal.SIGKILL  # what forks servers has ended
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
