@@ -822,7 +822,8 @@ class _Generation:
                 continue
             with contextlib.suppress(ServerGone, RequestRefused):  # lost since; what it has sampled is here
                 told = member.client.weight_version()
-                if told.instance == member.instance and told.content != self.engine.proved_version:
+                loaded = told.content.removesuffix(PROVED)  # a replica that joins late may be given the same once more
+                if told.instance == member.instance and loaded != self.engine.proved_version.removesuffix(PROVED):
                     raise WeightSyncMismatch(
                         f"the rollout server at {member.client.url} was given version {told.content} of somebody's weights while it "
                         f"sampled with {self.engine.proved_version}; give each server to one run only"

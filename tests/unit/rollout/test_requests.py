@@ -129,6 +129,17 @@ def test_weights_of_another_run_are_noticed(servers: list[FakeServer]) -> None:
         roll_out(Servers(servers[0]))
 
 
+def test_the_same_weights_once_more_are_nobody_elses(servers: list[FakeServer]) -> None:
+    """A replica that joined late was given them by two threads of its trainer, and the job ended (seen in a pod)."""
+    engine = Servers(servers[0])
+
+    def given_again(i: int, _: Any) -> None:
+        servers[0].version = VERSION
+
+    groups = engine.generate(REQUESTS, Sampling(2, 3), seed=1, step=3, on_group=given_again)
+    assert all(len(group) == 2 for group in groups)
+
+
 def test_a_server_that_only_fails_ends_the_run_in_words(servers: list[FakeServer]) -> None:
     servers[0].faults = ["engine died"] * 10_000
     engine = Servers(servers[0], timeout=0.2)
