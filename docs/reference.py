@@ -17,7 +17,8 @@ import yaml
 from nemo_rl.cli.jobs import JobExit
 from nemo_rl.cli.main import app as cli
 from nemo_rl.job import names
-from nemo_rl.job.crd import MUTABLE, MUTABLE_WHILE_SUSPENDED, crd
+from nemo_rl.job.changes import MUTABLE, MUTABLE_WHILE_SUSPENDED
+from nemo_rl.job.crd import crd
 from nemo_rl.job.names import ExitCode
 from nemo_rl.job.status import Cause
 

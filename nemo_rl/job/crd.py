@@ -1,7 +1,9 @@
 """The CustomResourceDefinition, generated from the pydantic models: `python -m nemo_rl.job.crd` prints it.
 
+With it comes the policy that says what of a job may change (`changes`).
+
 `structural` turns pydantic's JSON schema into the subset that the API server takes and raises on everything else. Rules
-that a schema cannot say (one of several fields, what may change) are CEL, in `RULES`, with the words that a user reads.
+that a schema cannot say (one of several fields) are CEL, in `RULES`, with the words that a user reads.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic.alias_generators import to_camel
 
-from nemo_rl.job import names
+from nemo_rl.job import changes, names
 from nemo_rl.job.spec import (
     ALGORITHMS,
     CORE_RESOURCES,
@@ -23,19 +25,6 @@ from nemo_rl.job.spec import (
 from nemo_rl.job.status import JobStatus
 
 Schema = dict[str, Any]
-
-MUTABLE = frozenset(
-    {"spec.suspend", "spec.backoffLimit", "spec.activeDeadlineSeconds", "spec.ttlSecondsAfterFinished"}
-    | {"spec.output.serveUntil", "spec.rollout.replicas", "spec.budget"}
-)
-"""All that may change after creation, at any time."""
-
-MUTABLE_WHILE_SUSPENDED = (
-    "spec.resources",
-    "spec.training.tokensPerMicrobatch",
-    "spec.training.activationCheckpointing",
-)
-"""What may change besides once no pod of the job runs: the next attempt has it."""
 
 KEPT = frozenset(
     {"type", "description", "format", "default", "enum", "required", "nullable", "properties", "items"}
@@ -132,26 +121,6 @@ def _exactly_one(*fields: str) -> Schema:
     return _rule(f"{_count(*fields)} == 1", f"give exactly one of {', '.join(fields)}")
 
 
-def _freeze(node: Schema, where: str) -> None:
-    """No field of the object may change, come or go, at any depth, but for those in MUTABLE and those of suspended jobs.
-
-    Values are compared where they stand, and only what may be absent is looked for by the object around it. Comparing
-    whole objects says the same, but cost the API server half of its time for each write of a status: it evaluates all
-    rules then, and looks at the schemas of all properties for each property that a rule touches.
-    """
-    for name, child in node["properties"].items():
-        path = f"{where}.{name}"
-        if path in MUTABLE or path in MUTABLE_WHILE_SUSPENDED:
-            continue
-        message = f"{path} cannot change after creation; delete the job and create a new one"
-        if name not in node.get("required", ()) and ("default" not in child or child.get("nullable")):
-            _add(node, _rule(f"has(self.{name}) == has(oldSelf.{name})", message, f".{name}"))
-        if "properties" in child:
-            _freeze(child, path)
-        else:
-            _add(child, _rule("self == oldSelf", message))
-
-
 def _add(node: Schema, *rules: Schema) -> None:
     node["x-kubernetes-validations"] = [*node.get("x-kubernetes-validations", ()), *rules]
 
@@ -226,34 +195,6 @@ def _spec_rules() -> list[Schema]:
     return rules + _bundle_rules()
 
 
-def _suspended_rules() -> list[Schema]:
-    """What may change only while the job is suspended, and the operator has said that its pods have ended."""
-    suspended = "(oldSelf.spec.suspend && has(oldSelf.status) && has(oldSelf.status.phase) && oldSelf.status.phase == 'Suspended')"
-    rules = []
-    for path in MUTABLE_WHILE_SUSPENDED:
-        there = [f"{version}.{path}" for version in ("self", "oldSelf")]
-        same = f"{there[0]} == {there[1]}"
-        if path.count(".") > 1:  # without a default
-            has = [f"has({version})" for version in there]
-            same = f"({has[0]} == {has[1]} && (!{has[0]} || {same}))"
-        message = (
-            f"{path} may change only while the job is suspended: set spec.suspend to true, wait for the phase Suspended, "
-            "change it, and set spec.suspend to false"
-        )
-        rules.append(_rule(f"{same} || {suspended}", message, f".{path}"))
-    grows = "(self.spec.resources.nodes > 1) == (oldSelf.spec.resources.nodes > 1)"
-    given = ("uri", "claim", "accessMode")
-    rules.append(
-        _rule(
-            f"{grows} || {' || '.join(f'has(self.spec.output.{name})' for name in given)}",
-            "spec.resources.nodes cannot go from one to several, or back: the claim that was made for the output can be "
-            "mounted by one node only, or by several; a job that names output.uri, output.claim or output.accessMode may",
-            ".spec.resources.nodes",
-        )
-    )
-    return rules
-
-
 PREFIX_RULE = _rule(
     f"self.all(k, !k.startsWith('{names.GROUP}/') && !k.startsWith('batch.kubernetes.io/'))",
     f"keys that start with {names.GROUP}/ or batch.kubernetes.io/ are set by the operator; use another key",
@@ -305,11 +246,6 @@ RULES: dict[str, list[Schema]] = {
         _rule(
             "has(self.replicas) || (!has(self.image) && (!has(self.gpusPerReplica) || self.gpusPerReplica == 1))",
             "image and gpusPerReplica belong to replicas; give replicas, or leave them out",
-        ),
-        _rule(
-            "has(self.replicas) == has(oldSelf.replicas)",
-            "spec.rollout.replicas may change, but neither come nor go; set spec.suspend to free all pods",
-            ".replicas",
         ),
     ],
     "env[]": [
@@ -419,7 +355,6 @@ def spec_schema() -> Schema:
         {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["template"]}
     )
     _add(schema, *_spec_rules())
-    _freeze(schema, "spec")
     return schema
 
 
@@ -443,7 +378,6 @@ def crd() -> Schema:
                 f"metadata.name must have at most {names.MAX_NAME_LENGTH} characters, begin with a letter and "
                 "consist of a-z, 0-9 and '-' (pods and a Service are named after it)",
             ),
-            *_suspended_rules(),
         ],
     }
     columns = [
@@ -492,10 +426,15 @@ class _Plain(yaml.SafeDumper):
         return True
 
 
+def documents() -> list[Schema]:
+    """All that defines the resource in a cluster, in the order in which it is made."""
+    return [crd(), changes.policy(spec_schema()), changes.binding()]
+
+
 def crd_yaml() -> str:
-    """The CustomResourceDefinition as YAML, as it stands in `crds/`."""
+    """The CustomResourceDefinition, and the policy of what may change, as YAML, as they stand in `crds/`."""
     head = "# Generated from nemo_rl/job by `nemo-rl crd`; do not edit.\n"
-    return head + yaml.dump(crd(), Dumper=_Plain, sort_keys=False, width=120, allow_unicode=True)
+    return head + yaml.dump_all(documents(), Dumper=_Plain, sort_keys=False, width=120, allow_unicode=True)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ class Decision:
 
 def report_failure(snapshot: Snapshot, now: datetime) -> Decision:
     """The decision where a call that it takes fails (`snapshot.blocked` says how): nothing is done but to say so."""
-    plan = Plan(snapshot, now, snapshot.status.model_copy(deep=True))
+    plan = Plan(snapshot, now, snapshot.status.duplicate())
     accept.report_failure(plan)
     return Decision(plan.status, requeue_after=plan.wake)
 
@@ -88,7 +88,7 @@ def decide(snapshot: Snapshot, now: datetime) -> Decision:
     """The decision about what is seen at `now`. Touches nothing, asks nobody."""
     if snapshot.resource.deleting:
         return Decision(snapshot.status)  # its children go with it
-    plan = Plan(snapshot, now, snapshot.status.model_copy(deep=True))
+    plan = Plan(snapshot, now, snapshot.status.duplicate())
     if snapshot.status.finished:
         finished.settle(plan)
     else:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
 from nemo_rl.job import names
-from nemo_rl.job.crd import MUTABLE, MUTABLE_WHILE_SUSPENDED
-from nemo_rl.job.reading import read_frozen
+from nemo_rl.job.changes import MUTABLE, MUTABLE_WHILE_SUSPENDED
+from nemo_rl.job.reading import problems, read_frozen, read_spec
 from nemo_rl.job.spec import RLTrainingJobSpec
 from nemo_rl_operator.observe import Resource
 
@@ -22,9 +23,18 @@ JOB_VOLUME = "job"
 """Volume of a pod with the frozen job."""
 LARGEST = 1024 * 1024
 """Bytes of a ConfigMap's data."""
+SHORT = 32
+"""Hexadecimal digits of a digest that stands in each status."""
+MOST_STARTING = 2000
+"""Jobs that start at once whose digests are kept."""
+MOST_NAMED = 8
+"""Fields that a message names."""
 
 
 _ABSENT = object()
+
+_started: OrderedDict[tuple[str, int], str] = OrderedDict()
+"""Digests of jobs that start, by uid and generation."""
 
 _newest: tuple[Resource, RLTrainingJobSpec, str] | None = None
 """The newest text: a start asks for it several times."""
@@ -70,6 +80,21 @@ def too_large(content: str) -> str:
 def digest(content: str) -> str:
     """By this a pod's program refuses any other content."""
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def short_digest(content: str) -> str:
+    """By this the operator knows again, by the status, what a job was when it started."""
+    return digest(content)[:SHORT]
+
+
+def started_digest(resource: Resource, spec: RLTrainingJobSpec) -> str:
+    """That of a job that starts; asked for until the status has it, and computed once."""
+    key = (resource.uid, resource.generation)
+    if key not in _started:
+        _started[key] = short_digest(text(resource, spec))
+        if len(_started) > MOST_STARTING:
+            _started.popitem(last=False)
+    return _started[key]
 
 
 def pin(body: Object, config_map: Object) -> Object:
@@ -139,9 +164,37 @@ def changed(config_map: Mapping[str, Any], body: Object) -> Object | None:
     return {**body, "metadata": body["metadata"] | {"name": name}, "data": {names.JOB_KEY: content}}
 
 
+def unchanged(content: Mapping[str, Any], resource: Resource) -> tuple[Object | None, str]:
+    """The specification with which a job goes on whose frozen job has this one, and what the resource has otherwise, in
+    words. What may change is as the resource has it. None where nothing else was changed."""
+    now, spec = json.loads(resource.spec), copy.deepcopy(dict(content))
+    for path in (*MUTABLE, *MUTABLE_WHILE_SUSPENDED):
+        if path != "spec.rollout.replicas" or _ABSENT not in (_value(spec, path), _value(now, path)):
+            _replace(spec, path, _value(now, path))
+    try:
+        before = _meaning(spec)[0]
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None, ""
+    try:
+        after = _fixed(read_spec(now).spec.model_dump(mode="json", by_alias=True))
+    except ValidationError as error:
+        return spec, problems(error)
+    paths = _differences(before, after, "spec")
+    named = ", ".join(paths[:MOST_NAMED]) + (f" and {more} more" if (more := len(paths) - MOST_NAMED) > 0 else "")
+    return (spec, named) if paths else (None, "")
+
+
+def _differences(one: Any, other: Any, path: str) -> list[str]:
+    """Paths of all values that differ; a list counts as one value."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        pairs = [(name, one.get(name, _ABSENT), other.get(name, _ABSENT)) for name in sorted({*one, *other})]
+        return [found for name, left, right in pairs for found in _differences(left, right, f"{path}.{name}")]
+    return [] if one == other and type(one) is type(other) else [path]
+
+
 def _value(spec: Any, path: str) -> Any:
     for name in path.split(".")[1:]:
-        if name not in spec:
+        if not isinstance(spec, Mapping) or name not in spec:
             return _ABSENT
         spec = spec[name]
     return spec

@@ -285,6 +285,8 @@ class Snapshot:
     blocked: Blocked | None = None
     unknown: tuple[str, ...] = ()
     """Fields of the spec that this version does not know."""
+    changed: str = ""
+    """What of the specification was changed since the job started, which is not taken; `spec` is as it was then."""
     unserved: Blocked | None = None
     """Why the file server could not be made just now."""
     strays: tuple[AttemptView, ...] = ()
@@ -318,7 +320,7 @@ def resource(raw: Raw, *, whole: bool = False) -> Resource:
         and not spec.get("ttlSecondsAfterFinished")
         and spec.get("ttlSecondsAfterFinished") != 0
         and not (spec.get("output") or {}).get("serveUntil"),
-        abridged=not whole and _is_abridged(spec),
+        abridged=not whole and is_abridged(spec),
     )
 
 
@@ -343,7 +345,8 @@ def abridged(spec: Raw) -> Raw:
     return kept
 
 
-def _is_abridged(spec: Raw) -> bool:
+def is_abridged(spec: Raw) -> bool:
+    """Whether a digest stands for rows."""
     sections = (spec.get(name) for name in ("dataset", "validationDataset"))
     rows = [section.get("inline") for section in sections if isinstance(section, Mapping)]
     return any(isinstance(r, list) and len(r) == 1 and isinstance(r[0], Mapping) and ABRIDGED in r[0] for r in rows)

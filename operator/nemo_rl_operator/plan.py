@@ -10,7 +10,7 @@ from typing import Any
 from nemo_rl.job import names
 from nemo_rl.job.spec import RLTrainingJobSpec
 from nemo_rl.job.status import MAX_ATTEMPTS, Attempt, Cause, Condition, Failure, JobStatus, Phase
-from nemo_rl_operator import reasons
+from nemo_rl_operator import frozen, reasons
 from nemo_rl_operator.classify import Outcome
 from nemo_rl_operator.observe import AttemptView, PodView, Snapshot
 from nemo_rl_operator.runtime import timestamps
@@ -207,6 +207,14 @@ class Plan:
         """Set a condition; the time of its last transition changes only when the condition does."""
         value = "True" if holds else "False"
         old = self.status.condition(kind)
+        generation = self.snapshot.resource.generation
+        if old and (old.status, old.reason, old.message, old.observed_generation) == (
+            value,
+            reason,
+            message,
+            generation,
+        ):
+            return
         since = old.last_transition_time if old and old.status == value else self.time
         new = Condition.model_validate(
             {
@@ -214,7 +222,7 @@ class Plan:
                 "status": value,
                 "reason": reason,
                 "message": message,
-                "observedGeneration": self.snapshot.resource.generation,
+                "observedGeneration": generation,
                 "lastTransitionTime": since,
             }
         )
@@ -249,6 +257,8 @@ class Plan:
         )
         self.status.attempts = [*self.status.attempts, record][-MAX_ATTEMPTS:]
         self.status.attempt = number
+        if number == 1 and not self.snapshot.resource.abridged and not self.snapshot.problem:
+            self.status.job_digest = frozen.started_digest(self.snapshot.resource, self.spec)
         self.status.start_time = self.status.start_time or started
 
     def close(self, cause: str, *, counted: bool = False, message: str = "", found: Outcome | None = None) -> None:

@@ -5,6 +5,12 @@ from __future__ import annotations
 # phases and conditions
 ACCEPTED = "Accepted"
 ACCEPTED_MESSAGE = "the specification is valid"
+CHANGED = "ChangeNotTaken"
+CHANGED_MESSAGE = (
+    "the specification was changed after the job had started, and the job goes on as it was then ({changed}); set it "
+    "back, or delete the job and create a new one. The policy that refuses such changes is missing in this cluster: "
+    "nemo-rl crd | kubectl apply --server-side -f -"
+)
 STARTING = "Starting"
 STARTING_MESSAGE = "attempt {attempt} starts"
 PODS_STARTING_MESSAGE = "{running} of {nodes} pods run; waiting for {others}"

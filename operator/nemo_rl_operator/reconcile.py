@@ -12,6 +12,7 @@ from typing import Any
 from nemo_rl.job import names
 from nemo_rl.job.status import JobStatus
 from nemo_rl_operator import build, kueue, observe, reasons
+from nemo_rl_operator.as_started import StartedJobs, going_on
 from nemo_rl_operator.decide import Decision, decide, report_failure
 from nemo_rl_operator.events import EventPoster
 from nemo_rl_operator.execute import Executor, NamespaceGoneError, words
@@ -59,6 +60,7 @@ class Reconciler:
         self._executor = Executor(api, cache, clock)
         self._writer = StatusWriter(api, cache, events, witness, busy=busy, clock=clock)
         self._warning_events = WarningEvents(api)
+        self._started = StartedJobs(api)
         self._failures: dict[Key, int] = {}
         self._large = asyncio.Semaphore(LARGE_AT_ONCE)
 
@@ -123,6 +125,7 @@ class Reconciler:
     def _forget(self, key: Key) -> None:
         self._progress.forget(key)
         self._writer.forget(key)
+        self._started.forget(key)
         self._failures.pop(key, None)
 
     def _see(self, key: Key, whole: Resource | None = None) -> Snapshot | None:
@@ -130,8 +133,11 @@ class Reconciler:
         found = entry.resource
         if found is None:
             return None
+        started = self._started.known(key, found)
         if whole and (whole.uid, whole.version) == (found.uid, found.version):
             found = whole
+        else:
+            found = going_on(found, started)
         snapshot = observe.observe(
             found,
             entry.jobs.values(),
@@ -144,7 +150,12 @@ class Reconciler:
             workload=entry.workload,
             rollout_image=self._rollout_image,
         )
-        return replace(snapshot, unreadable=self._progress.unreadable(key), kueue=self._api.kueue_version)
+        return replace(
+            snapshot,
+            unreadable=self._progress.unreadable(key),
+            kueue=self._api.kueue_version,
+            changed=started.changed if started else "",
+        )
 
     async def _decide(self, key: Key) -> tuple[Snapshot | None, Decision]:
         """Decide, reading first what the decision asks for."""
@@ -154,6 +165,11 @@ class Reconciler:
             snapshot = self._see(key, whole)
             if snapshot is None:
                 return None, Decision(JobStatus())
+            if self._started.unread(key, snapshot.resource, snapshot.status):
+                whole = await self._read_whole(key) if snapshot.resource.abridged else snapshot.resource
+                if whole:
+                    whole = await self._started.read(key, whole, snapshot.status)
+                continue
             snapshot = replace(snapshot, **known)
             decision = decide(snapshot, self._clock())
             if not decision.needs:
@@ -162,6 +178,8 @@ class Reconciler:
                 known |= await self._read(need, key, snapshot)
             if Need.ROWS in decision.needs:
                 whole = await self._read_whole(key)
+                if whole and snapshot.changed:
+                    whole = await self._started.read(key, whole, snapshot.status)
         raise RuntimeError(f"the decision asks for {decision.needs} again and again")
 
     async def _read(self, need: Need, key: Key, snapshot: Snapshot) -> dict[str, Any]:

@@ -104,6 +104,8 @@ class StatusWriter:
         look = decision.requeue_after
         if look is not None and decision.status.reason in running.ORDINARY and key in self._starting:
             look += patience(self.beside(key))
+        if decision.status == snapshot.status:
+            return look
         old, new = snapshot.status.dump(), decision.status.dump()
         if old == new or snapshot.resource.deleting:
             return look

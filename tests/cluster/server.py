@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster.api import Api, ApiError, eventually
+from cluster.api import MERGE, Api, ApiError, eventually, path
+from cluster.manifests import job
 from cluster.scene import run_kubectl
 from lab import programs
 from lab.control_plane import ControlPlane
-from nemo_rl.job import names
+from nemo_rl.job import changes, names
 
 CRDS = Path(__file__).resolve().parents[2] / "crds"
 
@@ -70,7 +72,7 @@ def need_programs() -> None:
 
 
 def define(api: Api, kubectl: Callable[..., str], crds: Path = CRDS) -> None:
-    """Creates or updates the resource definition and waits until it is served."""
+    """Creates or updates the resource definition, with the policy of what may change, and waits until both are in force."""
     kubectl("apply", "--server-side", "--force-conflicts", "-f", str(crds))
 
     def served() -> bool:
@@ -82,3 +84,33 @@ def define(api: Api, kubectl: Callable[..., str], crds: Path = CRDS) -> None:
             raise
 
     eventually(served, "the resource is served")
+    if any(changes.NAME in file.read_text() for file in crds.glob("*.yaml")):
+        await_policy(api)
+
+
+def await_policy(api: Api, there: bool = True) -> None:
+    """A policy is enforced a moment after it is made, and for a moment after it is deleted."""
+    name = f"probe-{uuid.uuid4().hex[:8]}"
+
+    def made() -> bool:
+        try:
+            return bool(api.create(names.PLURAL, "default", job(name, suspend=True)))
+        except ApiError as error:
+            if error.code == 404:  # a server that has just started has no namespace yet
+                return False
+            raise
+
+    def enforced() -> bool:
+        try:
+            api.request("PATCH", path(names.PLURAL, "default", name) + "?dryRun=All", {"spec": {"model": "b"}}, MERGE)
+        except ApiError as error:
+            if changes.FIXED_MESSAGE not in error.message:
+                raise
+            return there
+        return not there
+
+    eventually(made, "a job can be made")
+    try:
+        eventually(enforced, f"the policy of what may change is {'in force' if there else 'gone'}")
+    finally:
+        api.delete(names.PLURAL, "default", name)

@@ -73,7 +73,8 @@ def test_replicas_change_while_the_job_runs_and_nothing_else_of_the_rollout_does
         assert says in refused.value.message
     scene.submit("plain")
     said = scene.kubectl("scale", "rlj/plain", "--replicas=2", check=False)
-    assert "spec.rollout cannot change after creation" in said and "evaluating rule" not in said
+    assert "replicas are vLLM servers, but engine is in_process" in said and "evaluating rule" not in said
+    assert "rollout" not in scene.job("plain")["spec"]
 
 
 # --- the operator

@@ -12,8 +12,8 @@ from cluster.api import Object, eventually
 from cluster.manifests import result
 from cluster.operator_process import Operator
 from cluster.scene import Scene
-from cluster.server import Cluster
-from nemo_rl.job import crd, names
+from cluster.server import Cluster, await_policy, define
+from nemo_rl.job import changes, crd, names
 
 OwnOperator = Callable[..., Operator]
 DEFINITION = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{names.CRD_NAME}"
@@ -38,6 +38,16 @@ def definition(cluster: Cluster, operators: object) -> Iterator[Callable[[Change
 
     yield change
     put(crd.crd())
+
+
+@pytest.fixture
+def no_policy(cluster: Cluster, operators: object) -> Iterator[None]:
+    """As where somebody removed the policy that says what of a job may change."""
+    for kind in ("validatingadmissionpolicybinding", "validatingadmissionpolicy"):
+        cluster.kubectl("delete", kind, changes.NAME)
+    await_policy(cluster.api, there=False)
+    yield
+    define(cluster.api, cluster.kubectl)
 
 
 def newer(root: Object) -> None:
@@ -81,12 +91,12 @@ def test_a_newer_definition_disturbs_no_running_job(
 
 
 def test_a_value_of_the_future_stops_no_running_job(
-    scene: Scene, own_operator: OwnOperator, definition: Callable[[Change], None]
+    scene: Scene, own_operator: OwnOperator, definition: Callable[[Change], None], no_policy: None
 ) -> None:
+    """Without the policy, so that the test can play an operator that accepted it."""
+
     def with_value(root: Object) -> None:
         root["spec"]["properties"]["training"]["properties"]["precision"]["enum"].append("fp4")
-        rules = root["spec"]["properties"]["training"]["properties"]["precision"]
-        rules.pop("x-kubernetes-validations", None)  # so that the test can play an operator that accepted it
 
     operator = own_operator(scene.namespace).start().wait_ready()
     scene.submit()
@@ -146,3 +156,24 @@ def test_two_operators_at_once_run_each_step_once(
         assert [a["number"] for a in status["attempts"]] == [1]
         assert len(scene.jobs(name)) == 1
     eventually(lambda: first.probe("/healthz") == second.probe("/healthz") == 200, "both are well")
+
+
+def test_without_the_policy_a_change_is_said_and_the_job_goes_on_as_it_was(
+    scene: Scene, own_operator: OwnOperator, no_policy: None
+) -> None:
+    operator = own_operator(scene.namespace).start().wait_ready()
+    scene.submit(backoffLimit=1)
+    first = scene.attempt(1).run()
+    scene.phase("Running")
+    scene.change(model="other", training={"maxSteps": 77}, backoffLimit=2)
+    scene.until(lambda s: scene.condition("Accepted").get("reason") == "ChangeNotTaken", "the change is refused")
+    said = scene.condition("Accepted")["message"]
+    assert "spec.model, spec.training.maxSteps" in said and "backoffLimit" not in said
+    operator.kill()
+    first.exit(1)
+    operator.start().wait_ready()
+    second = scene.attempt(2).run()
+    arguments = [pod.object["spec"]["containers"][0]["args"] for pod in (first, second)]
+    assert arguments[0] == arguments[1], "the digest of the same frozen job"
+    second.exit(0, result())
+    scene.phase("Succeeded")

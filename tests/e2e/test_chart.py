@@ -203,7 +203,7 @@ def next_chart(folder: Path) -> Path:
     chart = yaml.safe_load((target / "Chart.yaml").read_text())
     (target / "Chart.yaml").write_text(yaml.safe_dump({**chart, "version": "0.1.1-next"}))
     file = target / "files" / "nemo-rl.io_rltrainingjobs.yaml"
-    definition = yaml.safe_load(file.read_text())
+    definition, *policy = yaml.safe_load_all(file.read_text())
     root = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
     fields = root["spec"]["properties"]
     fields["training"]["properties"]["noticed"] = {"type": "string", "description": "A new field."}
@@ -218,7 +218,7 @@ def next_chart(folder: Path) -> Path:
         "properties": {"mode": {"type": "string", "default": "auto"}},
         "description": "A new section.",
     }
-    file.write_text(yaml.safe_dump(definition, sort_keys=False))
+    file.write_text(yaml.safe_dump_all([definition, *policy], sort_keys=False))
     return target
 
 

@@ -71,7 +71,8 @@ def place(new_scene: Callable[[str], Scene]) -> Iterator[Scene]:
     """A namespace that allows pods with more rights than others, under a policy of its own in place of the release's."""
     scene = new_scene("fields")
     Kubectl()("label", "namespace", scene.namespace, "--overwrite", f"{RESTRICTED}=privileged")
-    objects = render({"admissionPolicy": POLICY, "watchNamespaces": [scene.namespace]}, namespace=scene.namespace)
+    values = {"admissionPolicy": POLICY, "watchNamespaces": [scene.namespace], "crds": {"enabled": False}}
+    objects = render(values, namespace=scene.namespace)
     own = [o for o in objects if o["kind"].startswith("ValidatingAdmissionPolicy")]
     runtime = {
         "apiVersion": "node.k8s.io/v1",

@@ -30,6 +30,10 @@ def refuse_invalid(plan: Plan) -> bool:
             return False
         plan.fail(Cause.INVALID_SPEC, problem)
         return True
+    if plan.snapshot.changed:
+        message = reasons.CHANGED_MESSAGE.format(changed=plan.snapshot.changed)
+        plan.condition("Accepted", False, reasons.CHANGED, message)
+        return False
     if blocked is None or not (blocked.conflict or blocked.fatal):
         plan.condition("Accepted", True, reasons.ACCEPTED, _accepted(plan.snapshot.unknown))
     return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import lru_cache
 
 
 def now() -> datetime:
@@ -25,6 +26,7 @@ def parse(text: str | None) -> datetime | None:
         return (datetime.max if found.year > 1 else datetime.min).replace(tzinfo=UTC)
 
 
+@lru_cache(maxsize=256)
 def write(time: datetime) -> str:
     """Whole seconds with Z, as the API server writes them."""
     return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

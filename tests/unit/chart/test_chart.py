@@ -13,7 +13,7 @@ import yaml
 
 from charts import CHART, ROOT, Object, helm, helm_program, program, render
 from generated import load
-from nemo_rl.job import names
+from nemo_rl.job import changes, names
 
 CRD = "nemo-rl.io_rltrainingjobs.yaml"
 KEEP = "  annotations:\n    helm.sh/resource-policy: keep\n"
@@ -35,15 +35,25 @@ def test_the_charts_definition_is_the_generated_one_byte_by_byte():
     )
 
 
-def test_the_rendered_definition_is_the_generated_one_but_for_its_annotation():
+def test_the_rendered_definition_is_the_generated_one_but_for_its_annotations():
     text = helm("template", "rl", str(CHART), "--show-only", "templates/crd.yaml").stdout
-    body = text.split("# Source: nemo-rl-operator/templates/crd.yaml\n", 1)[1]
-    assert body.count(KEEP) == 1
-    assert body.replace(KEEP, "").strip() == (ROOT / "crds" / CRD).read_text().strip()
+    assert text.count(KEEP) == 3, (
+        "on the definition, and on the policy and the binding that hold as long as jobs are left"
+    )
+    generated = list(yaml.safe_load_all((ROOT / "crds" / CRD).read_text()))
+    assert list(yaml.safe_load_all(text.replace(KEEP, ""))) == generated
 
 
 def test_the_definition_can_be_left_to_others():
-    assert of_kind(render({"crds": {"enabled": False}}), "CustomResourceDefinition") == []
+    left_out = render({"crds": {"enabled": False}, "admissionPolicy": {"enabled": False}})
+    for kind in ("CustomResourceDefinition", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"):
+        assert of_kind(left_out, kind) == []
+
+
+def test_what_may_change_is_checked_whatever_else_the_administrator_allows():
+    objects = render({"admissionPolicy": {"enabled": False}})
+    for kind in ("ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"):
+        assert [found["metadata"]["name"] for found in of_kind(objects, kind)] == [changes.NAME]
 
 
 def test_versions_are_those_of_the_package():

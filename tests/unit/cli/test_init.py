@@ -34,7 +34,7 @@ def nemo(*arguments: Any, **options: Any) -> Any:
 
 def schema() -> dict[str, Any]:
     """The definition's schema, in which an unknown field is an error, as for kubectl's strict validation."""
-    found: Any = yaml.safe_load(DEFINITION.read_text())["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    found: Any = next(yaml.safe_load_all(DEFINITION.read_text()))["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
     spec = found["properties"]["spec"]
 
     def closed(node: Any) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
-from nemo_rl.job import names
+from nemo_rl.job import changes, names
+from nemo_rl.job.changes import MUTABLE, MUTABLE_WHILE_SUSPENDED
 from nemo_rl.job.crd import (
-    MUTABLE,
-    MUTABLE_WHILE_SUSPENDED,
     UnsupportedSchemaError,
     crd,
     crd_yaml,
@@ -54,35 +54,33 @@ def test_every_field_is_described() -> None:
     assert missing == []
 
 
-def rules(node: dict[str, Any]) -> list[str]:
-    return [rule["rule"] for rule in node.get("x-kubernetes-validations", [])]
+def test_no_rule_of_the_definition_is_about_changes() -> None:
+    """Each would be evaluated at every write of a status, which changes nothing of the specification."""
+    assert [
+        path
+        for path, node in leaves(schema())
+        for rule in node.get("x-kubernetes-validations", ())
+        if "oldSelf" in rule["rule"]
+    ] == []
 
 
-def free(node: dict[str, Any], path: str) -> set[str]:
-    """Fields that may change, or come and go, by the rules of the schema."""
-    found = set()
-    for name, child in node["properties"].items():
-        where = f"{path}.{name}"
-        always_there = name in node.get("required", ()) or ("default" in child and not child.get("nullable"))
-        if not always_there and f"has(self.{name}) == has(oldSelf.{name})" not in rules(node):
-            found.add(where)
-        if "properties" in child:
-            found |= free(child, where)
-        elif "self == oldSelf" not in rules(child):
-            found.add(where)
-    return found
+def test_the_policy_comes_with_the_definition() -> None:
+    kinds = [found["kind"] for found in yaml.safe_load_all(FILE.read_text())]
+    assert kinds == ["CustomResourceDefinition", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"]
+    rule = changes.policy(spec_schema())["spec"]["matchConstraints"]["resourceRules"]
+    assert [r["resources"] for r in rule] == [[names.PLURAL]], "and no write of a status meets it"
 
 
 def test_only_the_named_fields_may_change() -> None:
-    open_to_the_section = free(spec_schema(), "spec")
-    of_suspended = {f for f in open_to_the_section if f.startswith(("spec.resources.", *MUTABLE_WHILE_SUSPENDED))}
-    within = {field for field in open_to_the_section if field.startswith(tuple(f"{path}." for path in MUTABLE))}
-    assert open_to_the_section - of_suspended - within == MUTABLE
-    guarded = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["x-kubernetes-validations"]
-    for field in MUTABLE_WHILE_SUSPENDED:
-        assert any(field in rule["rule"] and "'Suspended'" in rule["rule"] for rule in guarded), field
     outside_lists = ("spec.suspend", "spec.backoffLimit", "spec.activeDeadlineSeconds", "spec.ttlSecondsAfterFinished")
     assert {*outside_lists, "spec.output.serveUntil", "spec.rollout.replicas", "spec.budget"} == MUTABLE
+    known = {path for path, _ in leaves(spec_schema(), "spec")}
+    assert {*MUTABLE, *MUTABLE_WHILE_SUSPENDED} <= known
+    variables = {v["name"]: v["expression"] for v in changes.policy(spec_schema())["spec"]["variables"]}
+    for field in (*MUTABLE, *MUTABLE_WHILE_SUSPENDED):
+        assert f"'{field}'" in variables["fixed"]
+    for field in MUTABLE_WHILE_SUSPENDED:
+        assert f"'{field}'" in variables["ofSuspended"]
 
 
 def test_rules_are_the_same_each_time_they_are_made() -> None:
