@@ -71,11 +71,11 @@ def policy(spec: Schema) -> Schema:
         "replicas": "[variables.now, variables.before].map(spec, 'replicas' in spec.rollout && spec.rollout.replicas != null)",
     }
     given = "['uri', 'claim', 'accessMode'].exists(k, k in variables.now.output && variables.now.output[k] != null)"
-    validations = [
+    validations = [  # the first that fails is what the user reads
+        ("!('rollout' in variables.sections) || variables.replicas[0] == variables.replicas[1]", REPLICAS_MESSAGE, ""),
         ("size(variables.fixed) == 0", FIXED_MESSAGE, "variables.fixed"),
         ("size(variables.ofSuspended) == 0 || variables.suspended", SUSPENDED_MESSAGE, "variables.ofSuspended"),
         (f"variables.sizes[0] == variables.sizes[1] || ('output' in variables.sections && {given})", NODES_MESSAGE, ""),
-        ("!('rollout' in variables.sections) || variables.replicas[0] == variables.replicas[1]", REPLICAS_MESSAGE, ""),
     ]
     rule = {
         "apiGroups": [names.GROUP],

@@ -552,7 +552,8 @@ class JobStatus(Wire):
 
     def duplicate(self) -> JobStatus:
         """A copy that shares nothing that can be changed; four times as fast as `model_copy(deep=True)`."""
-        return _duplicate(self)
+        found: JobStatus = _duplicate(self)
+        return found
 
     @classmethod
     def load(cls, status: Mapping[str, Any] | None) -> JobStatus:

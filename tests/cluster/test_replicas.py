@@ -66,7 +66,10 @@ def test_replicas_change_while_the_job_runs_and_nothing_else_of_the_rollout_does
     scene.change(rollout={"replicas": 3})
     for change, says in (
         ({"gpusPerReplica": 2}, "spec.rollout.gpusPerReplica cannot change after creation"),
-        ({"replicas": None, "urls": ["http://a:1"]}, "spec.rollout.replicas may change, but neither come nor go"),
+        (
+            {"replicas": None, "image": None, "urls": ["http://a:1"]},
+            "spec.rollout.replicas may change, but neither come nor go",
+        ),
     ):
         with pytest.raises(ApiError) as refused:
             scene.change(rollout=change)
