@@ -67,7 +67,7 @@ def test_replicas_change_while_the_job_runs_and_nothing_else_of_the_rollout_does
     for change, says in (
         ({"gpusPerReplica": 2}, "spec.rollout.gpusPerReplica cannot change after creation"),
         (
-            {"replicas": None, "image": None, "urls": ["http://a:1"]},
+            {"replicas": None, "gpusPerReplica": 1, "urls": ["http://a:1"]},
             "spec.rollout.replicas may change, but neither come nor go",
         ),
     ):
