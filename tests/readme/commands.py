@@ -40,6 +40,7 @@ RUN: dict[str, str] = {
     "make images": "tests/lab/deploy.py",
     "make gpu": "tests/unit/engine/test_gpu_script.py",
     "make bench": "benchmarks/engine.py",
+    "nemo-rl ui": "tests/ui/conftest.py",
     # on a cluster
     "helm install nemo-rl-operator charts/nemo-rl-operator --namespace nemo-rl-system --create-namespace": (
         "tests/e2e/test_quickstart.py::test_a_newcomer_who_follows_the_cluster_quickstart_gets_trained_models"

@@ -189,7 +189,13 @@ def test_a_dry_run_looks_at_reward_rows_and_places(job: Path, old: str, new: str
 def test_the_resource_definition_is_printed():
     result = nemo_rl("crd")
     assert result.exit_code == 0
-    assert yaml.safe_load(result.output)["metadata"]["name"] == "rltrainingjobs.nemo-rl.io"
+    found = [(part["kind"], part["metadata"]["name"]) for part in yaml.safe_load_all(result.output)]
+    changes = "changes.rltrainingjobs.nemo-rl.io"
+    assert found == [
+        ("CustomResourceDefinition", "rltrainingjobs.nemo-rl.io"),
+        ("ValidatingAdmissionPolicy", changes),
+        ("ValidatingAdmissionPolicyBinding", changes),
+    ]
 
 
 def test_the_version_is_printed():
