@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import subprocess
@@ -59,11 +60,13 @@ def eventful_life(scene: Scene, nodes: int = 1) -> Object:
 
 
 def essence(status: Object) -> Object:
-    """The status without what differs between two equal lives: times, and the pods' names."""
+    """The status without what differs between two equal lives: times, the pods' names, and the job's digest."""
 
     def strip(value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: strip(v) for k, v in value.items() if not re.search(r"(time|since|seconds|pod)$", k, re.I)}
+            return {
+                k: strip(v) for k, v in value.items() if not re.search(r"(time|since|seconds|pod|digest)$", k, re.I)
+            }
         return [strip(v) for v in value] if isinstance(value, list) else value
 
     found = strip(status)
@@ -79,6 +82,12 @@ def assert_one_job_for_each_attempt(scene: Scene, attempts: int) -> None:
         return [j for j in scene.jobs() if not j.get("status", {}).get("conditions")]
 
     eventually(lambda: not live(), "no Job is live")
+
+
+def assert_digest_of_the_frozen_job(scene: Scene, status: Object) -> None:
+    content = scene.api.get("configmaps", scene.namespace, names.frozen_job("x"))["data"][names.JOB_KEY]
+    assert status["jobDigest"] == hashlib.sha256(content.encode()).hexdigest()[: len(status["jobDigest"])]
+    assert len(status["jobDigest"]) >= 32
 
 
 @pytest.mark.timeout(900)
@@ -105,6 +114,7 @@ def test_kill_9_between_any_two_calls_changes_nothing(
                 status = eventful_life(scene, nodes=2)
                 eventually(lambda: operator.running, "the operator runs")
                 assert_one_job_for_each_attempt(scene, 4)
+                assert_digest_of_the_frozen_job(scene, status)
                 assert cut_after is None or proxy.was_cut.is_set() or len(proxy.state_changes) < cut_after
                 scene.close()
                 return len(proxy.state_changes), essence(status)
