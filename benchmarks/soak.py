@@ -440,19 +440,20 @@ class Soaked(Operator):
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         return self
 
-    def asked(self, path: str) -> int:
+    def asked(self, path: str) -> tuple[int, str]:
+        """The status code of an answer, and its words; 0 where there was none."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.health}{path}", timeout=10) as answer:
-                return int(answer.status)
+                return int(answer.status), answer.read().decode()
         except urllib.error.HTTPError as error:
-            return error.code
-        except OSError:
-            return 0
+            return error.code, error.read().decode()
+        except OSError as error:
+            return 0, str(error)
 
     def ready(self) -> bool:
         if self.process.poll() is not None:
             raise RuntimeError(self.log.read_text()[-3000:])
-        return self.asked("/readyz") == 200
+        return self.asked("/readyz")[0] == 200
 
     def resident(self) -> float:
         """MiB now."""
@@ -474,13 +475,16 @@ class Samples:
     users: Users
     taken: list[tuple[float, float, int]] = field(default_factory=list)
     """Seconds since the begin, MiB, jobs submitted so far."""
-    unhealthy: int = 0
+    unhealthy: list[str] = field(default_factory=list)
+    """What /healthz said when it refused."""
 
     async def run(self, every: float) -> None:
         begin = time.monotonic()
         while True:
             self.taken.append((time.monotonic() - begin, self.operator.resident(), self.users.submitted.total()))
-            self.unhealthy += await asyncio.to_thread(self.operator.asked, "/healthz") != 200
+            code, words = await asyncio.to_thread(self.operator.asked, "/healthz")
+            if code != 200:
+                self.unhealthy.append(words.strip())
             await asyncio.sleep(every)
 
     def growth(self) -> tuple[float, float]:
@@ -603,13 +607,17 @@ async def soak(chosen: argparse.Namespace, folder: Path) -> tuple[str, bool]:
     finally:
         plane.stop()
     first, last = samples.growth()
+    said = "".join(f'; {count} times: "{words}"' for words, count in Counter(samples.unhealthy).most_common(3))
     goals = [
         (f"the operator lived on as one process ({lived / 60:.0f} minutes)", alive),
         (
             f"its memory grew by {100 * (last / first - 1):.1f} % in the last half, at most 10 %",
             last <= first * MOST_GROWTH,
         ),
-        (f"/healthz refused {samples.unhealthy} of {len(samples.taken)} times, never", samples.unhealthy == 0),
+        (
+            f"/healthz refused {len(samples.unhealthy)} of {len(samples.taken)} times, never{said}",
+            not samples.unhealthy,
+        ),
         (f"{errors:.0f} reconciliations ended unexpectedly, none", errors == 0),
         (f"{len(wrong)} jobs or children are not as they must be, none", not wrong),
     ]

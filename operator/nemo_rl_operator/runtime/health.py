@@ -30,6 +30,8 @@ class Health:
     def __init__(self, cache: Cache, queue: KeyedQueue[Key]) -> None:
         self._cache, self._queue = cache, queue
         self._written: dict[Key, tuple[float, int]] = {}
+        self._told: dict[str, int] = {}
+        """The newest version that the watch delivered, by namespace. It delivers in the order of versions."""
         self._heard = time.monotonic()
         self.deaf = ""
         """What the resync found that the watches should have told long ago; empty if nothing."""
@@ -52,6 +54,7 @@ class Health:
 
     def echoed(self, key: Key, version: int) -> None:
         """The watch delivered this version of the job, or something newer."""
+        self._told[key[0]] = max(version, self._told.get(key[0], 0))
         waiting = self._written.get(key)
         if waiting and waiting[1] <= version:
             del self._written[key]
@@ -62,15 +65,20 @@ class Health:
             found.append(f"jobs wait, and none was handed to a worker for {self._queue.stalled():.0f} s")
         if self._queue.longest_work() > WORK_LIMIT:
             found.append(f"a worker has been busy with one job for {self._queue.longest_work():.0f} s")
-        if self.reachable and any(self._unheard(key, since) for key, (since, _) in list(self._written.items())):
+        if self.reachable and any(self._unheard(key, *write) for key, write in list(self._written.items())):
             found.append(f"the watch has not reported a write back within {ECHO_LIMIT:.0f} s")
         found += [text for text in (self.deaf, self.broken) if text]
         return found
 
-    def _unheard(self, key: Key, since: float) -> bool:
+    def _unheard(self, key: Key, since: float, version: int) -> bool:
+        """Whether the watch should have told of this write and has not.
+
+        A newer version of any job of the namespace shows that it is past this one: it was told before the answer to the
+        write was read, or the job was deleted while the watch was cut, which nobody is told of.
+        """
         if time.monotonic() - since <= ECHO_LIMIT:
             return False
-        if self._cache.get(key).resource is None:  # deleted meanwhile
+        if version <= self._told.get(key[0], 0) or self._cache.get(key).resource is None:
             del self._written[key]
             return False
         return True

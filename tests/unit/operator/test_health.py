@@ -50,6 +50,22 @@ async def test_a_write_that_the_watch_never_reports_back_is_a_problem(monkeypatc
     assert found.problems() == []
 
 
+async def test_an_echo_that_comes_before_the_answer_to_the_write_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are read by one thread, and nothing says which is read first. After the last write of a job no other echo comes."""
+    monkeypatch.setattr(health, "ECHO_LIMIT", -1.0)
+    cache, _, found = make()
+    cache.put("resource", resource(6))
+    found.echoed(KEY, 6)
+    found.wrote(KEY, "6")
+    assert found.problems() == []
+    found.wrote(KEY, "8")
+    assert found.problems() != [], "a newer one is yet to come"
+    found.echoed(("other", "x"), 9)
+    assert found.problems() != [], "another namespace may be another watch"
+    found.echoed(("ns", "y"), 9)
+    assert found.problems() == [], "the watch is past it"
+
+
 async def test_a_job_that_was_deleted_meanwhile_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "ECHO_LIMIT", -1.0)
     _, _, found = make()
