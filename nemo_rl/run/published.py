@@ -41,6 +41,11 @@ def fetch(uri: str, folder: Path, progress: Progress, say: Callable[[str], None]
     files = [file for file in checked(entries, f"{uri}/{MANIFEST}") if not file.path.startswith(f"{TRAINER_STATE}/")]
     size = sum(file.size for file in files)
     say(f"fetching {len(files)} files ({size / 1e6:.1f} MB) from {uri} to {folder}")
-    target = folder / CHECKPOINTS / name.rpartition("-g")[0]
+    target = folder / CHECKPOINTS / name_on_disk(name)
     download(store, files, target, progress)
     return target
+
+
+def name_on_disk(name: str) -> str:
+    """The name of a checkpoint's folder without the generation of its writer, which it has in a store alone."""
+    return name.rpartition("-g")[0] or name

@@ -27,9 +27,8 @@ from nemo_rl.storage.errors import Conflict, Damaged, Missing, Unavailable
 from nemo_rl.storage.store import Store
 from nemo_rl.storage.transfer import FILES_AT_ONCE, File, upload
 
-NICE = 15
-"""Each thread has a thirtieth of a core that training wants too (a tenth, at 10, was too much for the few that send and make digests);
-all of one that nobody wants, as where training waits for the save."""
+NICE = 10
+"""A tenth of a core that training wants too; all of one that nobody wants, as where training waits for the save."""
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from nemo_rl.storage.sender import serve; serve()"
 _PR_SET_PDEATHSIG = 1
 _KINDS: dict[str, type[Exception]] = {

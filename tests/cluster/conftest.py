@@ -18,13 +18,12 @@ from cluster.scene import USER, Scene
 from cluster.server import Cluster, external_kubeconfig, serve
 from lab import programs
 from lab.settings import LabError
+from marks import mark_below
 from nemo_rl.job import names
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.cluster)
+    mark_below(__file__, items, pytest.mark.cluster)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from e2e.manifests import Manifests, model_archive
 from e2e.operator_pod import OperatorPod
 from e2e.scene import Scene
+from marks import mark_below
 
 TEST_SECONDS = 900
 SCENES: list[Scene] = []
@@ -17,10 +17,7 @@ SCENES: list[Scene] = []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.e2e)
-            item.add_marker(pytest.mark.timeout(TEST_SECONDS))
+    mark_below(__file__, items, pytest.mark.e2e, pytest.mark.timeout(TEST_SECONDS))
 
 
 @pytest.fixture(scope="session")

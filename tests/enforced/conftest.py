@@ -14,6 +14,7 @@ import pytest
 from e2e.conftest import TEST_SECONDS, manifests, new_scene, operator, pytest_runtest_makereport
 from lab import network_policies
 from lab.settings import KUBECONFIG, LabError
+from marks import mark_below
 
 __all__ = ["manifests", "new_scene", "operator", "pytest_runtest_makereport"]
 OUTSIDE, PRIVATE, METADATA = "198.51.100.2", "10.200.0.2", "169.254.169.254"
@@ -34,10 +35,7 @@ print("listens", flush=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.e2e)
-            item.add_marker(pytest.mark.timeout(TEST_SECONDS))
+    mark_below(__file__, items, pytest.mark.e2e, pytest.mark.timeout(TEST_SECONDS))
 
 
 @pytest.fixture(scope="session")

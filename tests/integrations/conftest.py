@@ -22,6 +22,7 @@ from cluster.server import Cluster
 from lab import kueue as lab_kueue
 from lab import prometheus as lab_prometheus
 from lab.settings import LabError
+from marks import mark_below
 from nemo_rl.job import names
 
 __all__ = [
@@ -37,9 +38,7 @@ __all__ = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.cluster)
+    mark_below(__file__, items, pytest.mark.cluster)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -14,6 +14,7 @@ from e2e.conftest import manifests, new_scene, operator, pytest_runtest_makerepo
 from e2e.kubectl import Kubectl, Object
 from e2e.manifests import demo
 from e2e.scene import Scene
+from marks import mark_below
 from nemo_rl.backends.kubernetes.ship.archive import Archive
 from nemo_rl.backends.kubernetes.ship.data import ship_directory
 from nemo_rl.job import names
@@ -36,10 +37,7 @@ def reward(prompt: str, response: str, answer: str) -> float:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.e2e)
-            item.add_marker(pytest.mark.timeout(TEST_SECONDS))
+    mark_below(__file__, items, pytest.mark.e2e, pytest.mark.timeout(TEST_SECONDS))
 
 
 @pytest.fixture(scope="session")

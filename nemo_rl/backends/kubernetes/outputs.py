@@ -244,7 +244,11 @@ def _try_to_read(uri: str) -> None:
 
 def _without_generation(fetched: Path) -> Path:
     """The folder of a checkpoint under the name that it has on a disk."""
-    target = fetched.with_name(fetched.name.rpartition("-g")[0])
+    from nemo_rl.run.published import name_on_disk
+
+    target = fetched.with_name(name_on_disk(fetched.name))
+    if target == fetched:
+        return fetched
     shutil.rmtree(target, ignore_errors=True)
     fetched.rename(target)
     return target

@@ -60,7 +60,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if (
         "--enforce-eager" in sys.argv
-    ):  # else its sampler is compiled all the same, for which there must be a C++ compiler
+    ):  # its sampler would be compiled all the same, for which there must be a C++ compiler
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     sys.argv = ["vllm", *arguments(sys.argv[1:])]
     import runpy
