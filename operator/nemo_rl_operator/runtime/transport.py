@@ -23,8 +23,8 @@ FIRST_PAGE, LARGEST_PAGE = 10, 100
 """Jobs in the first page of a list, and at most; pages grow while they are small."""
 PAGE_BYTES = 4 * 1024 * 1024
 """A page that is larger is asked for again with fewer jobs."""
-PLAIN_BRACKETS, PLAIN_BYTES = 200, observe.ROWS_KEPT
-"""A line of a watch with no more of either is passed on as it came: it is neither deep nor large."""
+PLAIN_BYTES = observe.ROWS_KEPT
+"""A line of a watch that is not longer, and not deep, is passed on as it came."""
 
 
 class CarefulSession:
@@ -122,7 +122,7 @@ class _Lines:
 
 def line(text: bytes) -> bytes:
     """An event of a watch, with its object made light where it is not; nothing where it cannot be read at all."""
-    if len(text) <= PLAIN_BYTES and text.count(b"[") + text.count(b"{") <= PLAIN_BRACKETS:
+    if len(text) <= PLAIN_BYTES and not decode.deeper(text, decode.KEPT_DEPTH):
         return text
     try:
         event = decode.loads(text)

@@ -118,10 +118,26 @@ def test_several_deep_values_are_cut_and_the_rest_is_whole() -> None:
     assert (found[1], found[3]) == ("x", 2)
 
 
-@given(st.recursive(st.none() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x), max_leaves=30))
+def levels(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(levels, inner), default=0)
+
+
+TEXT = st.text() | st.text('{}[]\\"')
+
+
+@given(st.recursive(st.none() | TEXT, lambda x: st.lists(x) | st.dictionaries(TEXT, x), max_leaves=30))
 def test_what_is_not_deep_is_decoded_as_ever(value: Any) -> None:
-    assert decode.loads(json.dumps(value)) == value
-    assert b"".join(decode._cut(json.dumps(value).encode(), 1000)).decode() == json.dumps(value)
+    text = json.dumps(value, separators=(",", ":"))
+    assert decode.loads(text) == value
+    assert b"".join(decode._cut(text.encode(), 1000)).decode() == text
+
+
+@given(
+    st.recursive(st.none() | TEXT, lambda x: st.lists(x) | st.dictionaries(TEXT, x), max_leaves=30), st.integers(0, 9)
+)
+def test_how_deep_a_text_is_nested_is_told_without_reading_it(value: Any, limit: int) -> None:
+    assert decode.deeper(json.dumps(value).encode(), limit) is (levels(value) > limit)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1,", nested(2000)[:-5], '"'])
