@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import os
 import re
 import secrets
@@ -20,8 +22,14 @@ from nemo_rl.rollout.vllm.client import Client, ServerGone
 from nemo_rl.rollout.vllm.fetch import TOKEN_VARIABLE
 from nemo_rl.rollout.vllm.serve import NOT_INSTALLED, PARENT_PIPE
 
+log = logging.getLogger(__name__)
+
 GRACE_SECONDS = 10.0
-_TAIL = 40
+_TAIL, _WORDS = 40, 20_000
+READY_VARIABLE, READY_SECONDS = "VLLM_ENGINE_READY_TIMEOUT_S", 600
+"""vLLM's own limit for the start of its engine, and its default."""
+_TOO_BUSY = re.compile(r"assert addresses\.coordinator_input is not None")
+"""vLLM's engine fails where a thread of it takes more than 10 s to begin: the machine was busy, and nothing else is wrong."""
 _OF_THE_TRAINER = re.compile(
     r"(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*|TORCH_NCCL_.*"
     r"|PYTHON(PATH|HOME|STARTUP|SAFEPATH|NOUSERSITE)|VIRTUAL_ENV|CONDA_.*|__PYVENV_LAUNCHER__|LD_PRELOAD)"
@@ -54,6 +62,8 @@ class ServerProcess:
         self.port: int | None = None
         """Chosen at the first start and kept: the other ranks go on looking for the server there."""
         self._held: socket.socket | None = None
+        self._log_begin = 0
+        """Where in the log the words of this start begin."""
         self.client: Client
 
     def start(self, poll: Callable[[], None], timeout: float) -> Client:
@@ -61,8 +71,15 @@ class ServerProcess:
         self.stop()
         if self.port is None:
             self._hold_port()
+        self.client = Client(f"http://127.0.0.1:{self.port}", self.token)
+        self._begin(timeout)
+        self._wait(poll, timeout)
+        return self.client
+
+    def _begin(self, timeout: float) -> None:
         environment = {name: value for name, value in os.environ.items() if not _OF_THE_TRAINER.fullmatch(name)}
         environment |= {TOKEN_VARIABLE: self.token, PARENT_PIPE: "1", "PYTHONPATH": str(self.kit)}
+        environment.setdefault(READY_VARIABLE, str(max(READY_SECONDS, math.ceil(timeout))))
         command = [
             self.python,
             "-m",
@@ -73,12 +90,13 @@ class ServerProcess:
             str(self.port),
         ]
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.log, "ab") as log:
+        with open(self.log, "ab") as log_file:
+            self._log_begin = log_file.tell()
             try:
                 self.process = subprocess.Popen(
                     [*command, *self.options],
                     stdin=subprocess.PIPE,
-                    stdout=log,
+                    stdout=log_file,
                     stderr=subprocess.STDOUT,
                     env=environment,
                     start_new_session=True,
@@ -88,9 +106,6 @@ class ServerProcess:
                     f"rollout_python={self.python!r} cannot be run ({error.strerror}); give the path of a Python interpreter "
                     "that has vLLM, such as /opt/vllm/bin/python"
                 ) from None
-        self.client = Client(f"http://127.0.0.1:{self.port}", self.token)
-        self._wait(poll, timeout)
-        return self.client
 
     def _hold_port(self) -> None:
         """Chooses a port that stays ours, also while the server loads what it needs or is started anew.
@@ -108,7 +123,11 @@ class ServerProcess:
         while True:
             poll()
             if not self.alive:
-                raise self._failed()
+                if not _TOO_BUSY.search(self._words()):
+                    raise self._failed()
+                log.warning("the machine was too busy for the start of the vLLM server; it is started once more")
+                self.stop()
+                self._begin(timeout)
             with contextlib.suppress(ServerGone):
                 self.client.get("/health", timeout=5)
                 return
@@ -125,19 +144,25 @@ class ServerProcess:
         return self.process is not None and self.process.poll() is None
 
     def tail(self) -> str:
-        """The last lines of the server's log that say something."""
-        with contextlib.suppress(OSError):
-            lines = self.log.read_text(errors="replace").splitlines()[-_TAIL:]
-            telling = [
-                line for line in lines if re.search(r"\w*(Error|Exception|Killed|not installed|has no vLLM)\b", line)
-            ]
-            return " | ".join(line.strip()[-300:] for line in (telling or lines)[-3:])
+        """The last lines of the server's log, since it was started, that say something."""
+        lines = self._words().splitlines()[-_TAIL:]
+        telling = [
+            line for line in lines if re.search(r"\w*(Error|Exception|Killed|not installed|has no vLLM)\b", line)
+        ]
+        return " | ".join(line.strip()[-300:] for line in (telling or lines)[-3:])
+
+    def _words(self) -> str:
+        """The end of the server's log, of this start alone."""
+        with contextlib.suppress(OSError), open(self.log, "rb") as log_file:
+            end = log_file.seek(0, os.SEEK_END)
+            log_file.seek(max(self._log_begin, end - _WORDS))
+            return log_file.read().decode(errors="replace")
         return ""
 
     def _failed(self) -> Exception:
         assert self.process is not None
         code = self.process.returncode
-        text = self.log.read_text(errors="replace")[-20_000:]
+        text = self._words()
         if code == NOT_INSTALLED:
             return ValueError(
                 f"rollout_python={self.python!r} has no vLLM; install it there, for example: "
