@@ -47,9 +47,8 @@ REWARD_SECONDS = 2.0
 GROUPS = 4
 """Prompts of a step whose rewards are slow; there are workers enough that none waits for another."""
 WORKERS = 12
-AHEAD_STEPS = 16
-SETTLED = 6
-"""Steps before which nothing is counted: rollouts that run ahead are begun in them."""
+AHEAD_STEPS, FIRST, LAST = 20, 7, 16
+"""Steps of a run with slow rewards, and those that are counted: before them rollouts begin to run ahead, after them none is left to begin."""
 
 
 @contextmanager
@@ -164,7 +163,7 @@ def slow(prompts: list[str], responses: list[str], answer: list[str]) -> list[fl
 
 
 def ahead(engine: str, rollout: dict[str, Any], staleness: int) -> dict[str, Any]:
-    """Medians of a settled step's seconds with slow rewards."""
+    """Means of a settled step's seconds with slow rewards."""
     result = nemo_rl.train(
         taught(0),
         examples(0),
@@ -181,7 +180,7 @@ def ahead(engine: str, rollout: dict[str, Any], staleness: int) -> dict[str, Any
         resume=False,
         backend="local",
     )
-    steps = [record for record in result.history if record["step"] > SETTLED]
+    steps = [record for record in result.history if FIRST <= record["step"] <= LAST]
     names = ("step_seconds", "generate_seconds", "reward_seconds", "train_seconds", "weight_sync_seconds")
     found = {name: statistics.mean(record.get(name, 0.0) for record in steps) for name in names}
     stale = [record["rollout_staleness"] for record in result.history if "rollout_staleness" in record]
@@ -195,13 +194,12 @@ def predicted(on_policy: dict[str, Any], staleness: int, elsewhere: bool) -> flo
     """
     sampling, training, sync = (on_policy[f"{name}_seconds"] for name in ("generate", "train", "weight_sync"))
     rest = on_policy["step_seconds"] - sampling - training - sync - on_policy["reward_seconds"]
-    steps = 60
-    schedule, begun, now, sampler = Schedule(staleness, steps), 0, 0.0, 0.0
+    schedule, begun, now, sampler = Schedule(staleness, AHEAD_STEPS), 0, 0.0, 0.0
     workers = [0.0] * WORKERS
     sampled: dict[int, float] = {}
     scored: dict[int, float] = {}
     ends = []
-    for step in range(1, steps + 1):
+    for step in range(1, AHEAD_STEPS + 1):
         due = schedule.to_sample(step - 1, begun)
         waits = elsewhere and step in sampled and sampled[step] <= now < sampler  # it is trained first
         if due and not waits:
@@ -218,7 +216,7 @@ def predicted(on_policy: dict[str, Any], staleness: int, elsewhere: bool) -> flo
             begun = due[-1]
         now = max(now, sampled[step], scored[step]) + training + rest
         ends.append(now)
-    return (ends[-1] - ends[steps // 2]) / (steps - 1 - steps // 2)
+    return (ends[LAST - 1] - ends[FIRST - 2]) / (LAST - FIRST + 1)
 
 
 # --- the report
@@ -299,8 +297,8 @@ def report(seeds: list[int]) -> str:
             "## Rollouts that run ahead of slow rewards",
             "",
             f"{GROUPS} prompts with {SAMPLES} completions a step, a reward that waits {REWARD_SECONDS:g} s for each group, {WORKERS} "
-            f"workers of it; means of steps {SETTLED + 1} to {AHEAD_STEPS}. The model of the pipeline knows the times of the phases on policy "
-            "(`max_staleness` 0), and plays the schedule with them.",
+            f"workers of it; means of steps {FIRST} to {LAST} of {AHEAD_STEPS}. The model of the pipeline knows the times of the phases on "
+            "policy (`max_staleness` 0), and plays the schedule with them.",
             "",
             "| engine | max_staleness | step, s | by the model, s | waiting for rollouts | for rewards | training | largest staleness | when, load |",
             "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
