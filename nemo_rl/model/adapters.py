@@ -33,6 +33,8 @@ def add_adapters(model: Any, training: TrainingSpec) -> nn.Module:
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # merged checkpoints untie them
+        # a name that transformers has replaced and peft still asks for
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         torch.manual_seed(training.seed)
         try:
             return get_peft_model(model, config).eval()

@@ -310,6 +310,7 @@ def test_the_reference_of_a_resumed_run_is_the_model_at_its_start(tiny_model: st
     assert unbroken.history[-1]["kl"] > 0
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_adapters_train_and_the_checkpoint_holds_the_merged_model(tiny_model: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
