@@ -257,7 +257,8 @@ def _check_dataset_options(dataset: Any, options: Mapping[str, Any], caller: str
     if values.get("path") == LIVE_DATASET:
         allowed = set()
     if refused := [name for name in options if name not in allowed]:
-        kind = "rows of this process" if not allowed else "a file"
+        folder = bool(allowed) and Path(str(values.get("path"))).is_dir()
+        kind = "rows of this process" if not allowed else "a folder" if folder else "a file"
         cure = "choose the rows before the call" if dataset is not None else "give fit() a DatasetSpec with them"
         raise TypeError(
             f"{caller}(): {refused[0]} is for data sets of the hub{' and files' if refused[0] == 'max_rows' else ''}, "
@@ -384,6 +385,8 @@ def _explain(model: type[BaseModel], error: Any, caller: str) -> str:
     # Environment variables may be secrets, so their values are never repeated.
     found = "" if field in ("env", "env_from") else f"={_short(error['input'])}"
     meaning = model.model_fields[field].description if field in model.model_fields else ""
+    if error["input"] is None and len(error["loc"]) == 1:
+        expected += "; leave it out for its default"
     return f"{caller}(): {name}{inner}{found}: {expected}. {meaning or ''}".rstrip()
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_rl.errors import DatasetError
 from nemo_rl.extras import explained, missing
 
 if TYPE_CHECKING:
@@ -126,6 +127,11 @@ class TrainResult:
         Raises ValueError without a checkpoint and for numbers out of range, DatasetError for what is no prompt, MissingPackage
         without torch.
         """
+        if isinstance(prompts, Mapping | bytes) or not isinstance(prompts, Iterable):
+            raise DatasetError(
+                f"found {type(prompts).__name__} ({prompts!r:.80}) as the prompts; expected a text, a conversation (a list of "
+                "messages) or a list of these"
+            )
         asked: Sequence[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
         if asked and isinstance(asked[0], Mapping):
             asked = [asked]

@@ -216,6 +216,14 @@ def _load(spec: DatasetSpec, name: str, split: str, streaming: bool) -> Iterable
             for field, value in (("subset", spec.subset), ("split", split), ("data_dir", spec.data_dir))
             if value
         )
+        for field, value, said in (
+            ("split", split, "Unknown split|Bad split"),
+            ("subset", spec.subset, "BuilderConfig .* not found"),
+        ):
+            if isinstance(error, ValueError) and re.search(said, str(error)):
+                raise DatasetError(
+                    f"found no {field} {value!r} in the data set {name!r}: {error}; set {field} to one of these"
+                ) from error
         if Path(name).is_dir():
             files = "no file of data" if not any(Path(name).rglob("*.*")) else f"{type(error).__name__}: {error}"
             raise DatasetError(

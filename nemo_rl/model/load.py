@@ -300,8 +300,12 @@ def _wrong_with(folder: Path, cause: str) -> tuple[str, str]:
     if "does not recognize this architecture" in cause:
         newer = "a newer transformers may (pip install --upgrade transformers), or trust_remote_code=True if its code lies beside it"
         return cause, newer
-    found = ", ".join(path.name for path in files[:8]) or "nothing"
-    return (
-        cause,
-        f"expected a Hugging Face directory with config.json, tokenizer files and *.safetensors; it holds {found}",
-    )
+    wanted = "expected a Hugging Face directory with config.json, tokenizer files and *.safetensors"
+    if not any((folder / name).exists() for name in ("config.json", "tokenizer_config.json", "tokenizer.json")):
+        cause = "there is no model in this folder"
+        below = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/config.json"))
+        if below:
+            return cause, f"one is in {below[-1]}: give that folder"
+    held = [*(path.name for path in files), *sorted(f"{path.name}/" for path in folder.iterdir() if path.is_dir())]
+    more = f" and {len(held) - 8} more" if len(held) > 8 else ""
+    return cause, f"{wanted}; it holds {', '.join(held[:8]) or 'nothing'}{more}"

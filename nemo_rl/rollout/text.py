@@ -161,7 +161,8 @@ class TextGenerator:
 def _row(prompt: Prompt) -> PromptRow:
     if isinstance(prompt, str):
         return PromptRow(prompt)
-    messages: list[Message] = [dict(message) for message in prompt]
+    alike = isinstance(prompt, Sequence) and all(isinstance(message, Mapping) for message in prompt)
+    messages: list[Message] = [dict(message) for message in prompt] if alike else []
     if not messages or not all("role" in m and "content" in m for m in messages):
         raise DatasetError(
             f"found {prompt!r:.80} as a prompt; expected a text, or a conversation such as "

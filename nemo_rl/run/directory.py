@@ -146,6 +146,7 @@ def open_run(
     directory = check_output_dir(output_dir).resolve()
     settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists, keys are strings
     obstacles: list[str] = []
+    done: list[str] = []
     candidates: list[tuple[Path, dict[str, Any]]] = []
     for place in _family(directory, inside, stored):
         if not place.is_dir() or not _holds_run(place):
@@ -155,11 +156,15 @@ def open_run(
         if record is not None and obstacle is None:
             candidates.append((place, record))
         elif obstacle is not None:
-            obstacles.append(obstacle)
+            same = record is not None and record["sha256"] == _digest(settings)
+            (done if same else obstacles).append(obstacle)
+    obstacles += done  # a run of these settings says more than one of others
     if resume != "never" and candidates:
         return _go_on(*candidates[-1], settings, total_steps, resume, lease, stored)
     if resume == "required":
         reason = obstacles[-1] if obstacles else "there is no run there; use resume='auto' to begin one"
+        if obstacles and not done:
+            reason += "; give the same settings, or use resume='auto' to begin a run beside it"
         raise ValueError(f"resume=True cannot go on in {_named(directory, stored)}: {reason}")
     started = started or datetime.datetime.now().astimezone()
     return _begin(directory, inside, settings, total_steps, started, obstacles, lease, stored)
@@ -399,10 +404,14 @@ def _from_here(directory: Path) -> Path:
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """One phrase for each field that differs between the settings of two runs, by dotted name."""
+    """One phrase for each field that differs between the settings of two runs, by dotted name.
+
+    Between two algorithms these are the fields that both have.
+    """
     old, new = dict(_leaves(there)), dict(_leaves(here))
     phrases = []
-    for name in sorted(old.keys() | new.keys()):
+    algorithms = {leaves["algorithm"] for leaves in (old, new) if isinstance(leaves.get("algorithm"), str)}
+    for name in sorted(old.keys() & new.keys() if len(algorithms) == 2 else old.keys() | new.keys()):
         if name in old and name in new and old[name] == new[name]:
             continue
         if all(isinstance(leaves.get(name), str) and leaves[name].startswith(DIGEST) for leaves in (old, new)):

@@ -123,7 +123,9 @@ def in_words(error: BaseException, doing: str, uri: str) -> StorageError:
         r"IncompleteBody|BadDigest|InternalError|request error",
         text,
     ):
-        return Unavailable(f"cannot {doing} {uri}: the store was not reached or broke off{_in_a_pod()}{_said(text)}")
+        return Unavailable(
+            f"cannot {doing} {uri}: the store was not reached or broke off; check the address and the network{_in_a_pod()}{_said(text)}"
+        )
     return StorageError(f"cannot {doing} {uri}{_said(text)}")
 
 

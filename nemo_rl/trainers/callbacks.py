@@ -127,9 +127,17 @@ class EarlyStoppingCallback(Callback):
         self.best: float | None = None
         self.best_step: int | None = None
         self.readings_without_improvement = 0
+        self._warned = False
 
     def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         if self.metric not in metrics:
+            near = difflib.get_close_matches(self.metric, metrics, n=1, cutoff=0.8)
+            if near and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"EarlyStoppingCallback watches {self.metric!r}, which step {step} has not; did you mean {near[0]!r}?",
+                    stacklevel=2,
+                )
             return
         value = metrics[self.metric]
         finite = value is not None and math.isfinite(value)
@@ -310,7 +318,8 @@ def _check_hook(where: str, callback: Any, name: str) -> None:
         found.bind(*expected)
     except TypeError:
         raise TypeError(
-            f"{where}{found} cannot take its arguments; it is called as {name}({', '.join(expected)})"
+            f"{where}{found} cannot take its arguments; it is called as {name}({', '.join(expected)}): "
+            "callbacks derive from nemo_rl.Callback, those of other trainers have other hooks"
         ) from None
 
 

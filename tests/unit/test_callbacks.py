@@ -235,6 +235,22 @@ def test_early_stopping_warns_when_its_metric_never_came():
         callback.on_train_end(None, None)
 
 
+def test_early_stopping_says_at_once_that_its_metric_is_misspelt():
+    callback = EarlyStoppingCallback(metric="rewrd")
+    metrics = {"loss": 1.0, "reward": 0.0, "reward_std": 0.0}
+    with pytest.warns(UserWarning, match="'rewrd', which step 1 has not; did you mean 'reward'"):
+        callback.on_step_end(SimpleNamespace(), 1, metrics)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        callback.on_step_end(SimpleNamespace(), 2, metrics)
+
+
+@pytest.mark.filterwarnings("error")
+def test_early_stopping_waits_for_a_metric_of_validation_without_a_word():
+    callback = EarlyStoppingCallback(metric="validation_reward")
+    callback.on_step_end(SimpleNamespace(), 1, {"loss": 1.0, "reward": 0.0, "reward_std": 0.0})
+
+
 @pytest.mark.parametrize("options", [{"mode": "most"}, {"min_delta": -1}])
 def test_early_stopping_refuses_what_makes_no_sense(options):
     with pytest.raises(ValueError, match="found"):

@@ -132,6 +132,22 @@ def test_differences_name_every_field(tmp_path):
     for phrase in ("beta was absent, now 0.1", "lora was null, now absent", "learning_rate was 1e-06, now 2e-06"):
         assert phrase in str(caught.value)
     assert "seed" not in str(caught.value)
+    assert str(caught.value).endswith("; give the same settings, or use resume='auto' to begin a run beside it")
+
+
+def test_between_two_algorithms_only_what_both_have_is_compared():
+    there = {"algorithm": "grpo", "seed": 1, "temperature": 1.0, "reward": {"f()": "sha256:aa"}}
+    here = {"algorithm": "sft", "seed": 2, "train_on_prompt": False}
+    assert differences(there, here) == ['algorithm was "grpo", now "sft"', "seed was 1, now 2"]
+
+
+def test_a_finished_run_of_these_settings_is_named_before_a_later_one_of_others(tmp_path):
+    for place, wanted in (("run", SETTINGS), ("run-2", OTHER)):
+        with open_run(tmp_path / "run", wanted, "auto", total_steps=4) as run:
+            assert run.dir == tmp_path / place
+            run.finish()
+    with pytest.raises(ValueError, match=r"run holds a finished run of 4 steps \(a larger max_steps"):
+        open_run(tmp_path / "run", SETTINGS, "required", total_steps=4)
 
 
 def test_a_digest_that_differs_is_said_without_its_figures():

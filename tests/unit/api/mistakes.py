@@ -51,6 +51,12 @@ class Adds(nemo_rl.Callback):
         metrics["x"] = object()
 
 
+class Theirs:
+    """As transformers calls it."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any) -> None: ...
+
+
 class Keeps(nemo_rl.Callback):
     def state_dict(self) -> dict[str, Any]:
         return {"seen": object()}
@@ -101,7 +107,7 @@ NUMBERS: list[Mistake] = [
     ("a learning rate of True", {"learning_rate": True}, ("learning_rate=True", "a number, not true or false")),
     ("a rank of True", {"lora_rank": True}, ("lora_rank=True", "a number, not true or false")),
     ("negative steps", {"max_steps": -1}, ("max_steps", "greater than")),
-    ("no number of steps", {"max_steps": None}, ("max_steps", "integer")),
+    ("no number of steps", {"max_steps": None}, ("max_steps", "integer", "leave it out for its default")),
     ("half an epoch", {"max_epochs": 0.5}, ("max_epochs", "integer")),
     ("one completion a prompt", {"num_generations_per_prompt": 1}, ("num_generations_per_prompt", "2")),
     ("a temperature of 0", {"temperature": 0}, ("temperature", "greater than 0")),
@@ -156,6 +162,9 @@ ROWS_OF_DATA: list[Mistake] = [
     ("half an emoji", sft([{"prompt": "a", "completion": "b\ud83d"}]), ("surrogate", "'completion'", "row 0")),
     ("half an emoji in a chat", sft([{"messages": [{"role": "user", "content": "\udc00"}, CHAT[1]]}]), ("surrogate", "row 0")),
     ("half an emoji in a prompt", {"dataset": [{"prompt": "\ud800"}]}, ("surrogate", "'prompt'", "row 0")),
+    ("a misspelt split", {"dataset": "sums", "split": "trian"}, ("no split 'trian'", "['train', 'test']", "set split to one")),
+    ("a misspelt subset", {"dataset": "sums", "subset": "x"}, ("no subset 'x'", "['default']", "set subset to one")),
+    ("a split of a folder here", {"dataset": "./sums", "split": "test"}, ("split", "the data set is a folder")),
     ("validation rows of another shape", {"validation_dataset": [{"foo": 1}]}, ("'foo'", "prompt")),
     ("a hub data set that is not to be had", {"dataset": "org/none"}, ("'org/none'", "hub")),
     ("a date for a prompt", {"dataset": [{"prompt": datetime.date(2026, 1, 1)}]}, ("date", "'prompt'")),
@@ -189,7 +198,17 @@ REWARDS: list[Mistake] = [
 PLACES: list[Mistake] = [
     ("a folder that is not there", {"model": "./nomodel"}, ("./nomodel", "folder")),
     ("a model that the hub has not", {"model": "org/no-such-model"}, ("org/no-such-model", "hub")),
-    ("a folder without a model", {"model": "./empty"}, ("empty", "config.json")),
+    ("a folder without a model", {"model": "./empty"}, ("no model in this folder", "config.json", "it holds nothing")),
+    (
+        "a folder of other things",
+        {"model": "./sums"},
+        ("no model in this folder", "it holds test.jsonl, train.jsonl, old/"),
+    ),
+    (
+        "the folder of a run",
+        {"model": "./run"},
+        ("no model in this folder", "run/checkpoints/step-00000002: give that folder"),
+    ),
     ("a file for a model", {"model": "./notes.txt"}, ("notes.txt",)),
     ("a file for the output", {"output_dir": "notes.txt"}, ("output_dir", "notes.txt", "file")),
     ("an output below a file", {"output_dir": "notes.txt/run"}, ("output_dir", "notes.txt", "file")),
@@ -205,6 +224,11 @@ PLACES: list[Mistake] = [
     ("resuming from a path", {"resume": "outputs/x"}, ("resume",)),
     ("a class as a callback", {"callbacks": [dict]}, ("callback", "dict")),
     ("a function as a callback", {"callbacks": [score]}, ("callback", "function")),
+    (
+        "a callback of another trainer",
+        {"callbacks": [Theirs()]},
+        ("on_train_begin(trainer)", "derive from nemo_rl.Callback"),
+    ),
     ("one callback alone", {"callbacks": object()}, ("callback", "list")),
     ("a secret in the environment", {"env": {"HF_TOKEN": "hf_abcdefghijkl"}}, ("HF_TOKEN", "secrets=")),
     ("secrets as a text", {"secrets": "HF_TOKEN"}, ("secrets", "list")),
@@ -262,6 +286,12 @@ def make_surroundings(folder: Path) -> None:
     (folder / "notes.txt").write_text("x")
     (folder / "empty").mkdir()
     (folder / "folder").mkdir()
+    (folder / "sums" / "old").mkdir(parents=True)
+    for split in ("train", "test"):
+        (folder / "sums" / f"{split}.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    for step in (1, 2):
+        (folder / "run" / "checkpoints" / f"step-0000000{step}").mkdir(parents=True)
+        (folder / "run" / "checkpoints" / f"step-0000000{step}" / "config.json").write_text("{}")
 
 
 ALL: list[Mistake] = [*ARGUMENTS, *NUMBERS, *ROWS_OF_DATA, *REWARDS, *PLACES]

@@ -99,6 +99,9 @@ def test_what_cannot_be_asked_is_said(result: Any) -> None:
         nemo_rl.TrainResult().generate("x")
     with pytest.raises(nemo_rl.DatasetError, match="expected a text, or a conversation"):
         result.generate([[{"text": "x"}]])
+    for prompts in (5, b"say ab", {"role": "user", "content": "say ab"}, [5], [["say ab"]]):
+        with pytest.raises(nemo_rl.DatasetError, match=r"expected a text, (or )?a conversation"):
+            result.generate(prompts)
     with pytest.raises(ValueError, match="temperature"):
         result.generate("x", temperature=-1)
 

@@ -121,6 +121,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[str
         asked.append((args, kwargs))
         if kwargs["split"].startswith("nowhere"):
             raise ValueError('Unknown split "nowhere". Should be one of ["train"].')
+        if kwargs["data_dir"] == "gated":
+            raise ConnectionError("401: log in")
         if kwargs["data_dir"] == "preference":
             return datasets.Dataset.from_list(known.HELPSTEER2_PREFERENCE)
         rows = datasets.Dataset.from_list([{"problem": str(i)} for i in range(100)])
@@ -172,8 +174,14 @@ def test_preference_part_of_helpsteer2_is_split_by_its_column(hub: list[Any], sp
 
 def test_failure_of_the_hub_is_explained(hub: list[Any]) -> None:
     with pytest.raises(
-        DatasetError, match=r"'a/b' from the hub \(split 'nowhere'\): ValueError: Unknown split .*; check"
+        DatasetError,
+        match=r"'a/b' from the hub \(.*split 'train'.*\): ConnectionError: 401: log in; .*; check .*HF_TOKEN",
     ):
+        load_rows(DatasetSpec(name="a/b", data_dir="gated"))
+
+
+def test_a_split_that_the_hub_has_not_is_told_from_other_failures(hub: list[Any]) -> None:
+    with pytest.raises(DatasetError, match=r"no split 'nowhere' in the data set 'a/b': Unknown split .*; set split to"):
         load_rows(DatasetSpec(name="a/b", split="nowhere"))
 
 
