@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from e2e.kubectl import Lines, Object, eventually
 from e2e.scene import SECONDS, Scene, TrainingJob, metrics_of
-from nemo_rl.cli.main import app
 from nemo_rl.job import names
 
 STEPS = 60
@@ -81,32 +78,6 @@ def test_the_checkpoint_on_the_claim_loads_as_a_transformers_model(grpo: Trained
     records = metrics_of(run)
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     assert float(grpo.job.status["result"]["metrics"]["reward"]) == pytest.approx(records[-1]["reward"], rel=1e-4)
-
-
-def test_the_model_of_a_job_is_asked_and_scored_by_the_name_of_the_job(
-    grpo: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": "321=", "answer": "123"}, {"prompt": "54=", "answer": "45"}]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    words = ["--namespace", grpo.scene.namespace, "--max-new-tokens", "8"]
-    asked = CliRunner().invoke(app, ["chat", "sort", *words], input="".join(f"{row['prompt']}\n" for row in rows))
-    assert asked.exit_code == 0, asked.output
-    # the answers are those of transformers, from the checkpoint that the job called its best
-    best = tmp_path / "outputs" / grpo.job.status["checkpoint"]["best"]
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(best), AutoTokenizer.from_pretrained(best)
-    answers = []
-    for row in rows:
-        tokens = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
-        found = model.generate(tokens, max_new_tokens=8, do_sample=False)[0, tokens.shape[1] :]
-        answers.append(tokenizer.decode(found, skip_special_tokens=True))
-    assert asked.stdout.splitlines() == answers
-    scored = CliRunner().invoke(app, ["eval", "sort", "rows.jsonl", "--reward", "exact_match", "-o", "json", *words])
-    assert scored.exit_code == 0, scored.output
-    right = [answer == row["answer"] for answer, row in zip(answers, rows, strict=True)]
-    assert json.loads(scored.stdout)["mean"] == pytest.approx(sum(right) / len(rows))
 
 
 def test_trainer_pods_hold_no_token_and_keep_to_the_restricted_level(grpo: Trained):
