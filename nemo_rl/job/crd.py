@@ -60,9 +60,8 @@ def _convert(node: Schema, models: Schema, path: str, seen: tuple[str, ...]) -> 
                 out["x-kubernetes-validations"] = [_rule(f"self {sign} {value}", f"must be {sign} {value}")]
     if "default" in out and out["default"] is None:
         del out["default"]
-        if (
-            "enum" in out
-        ):  # neither kubectl nor the API server finds null among words; where it is not allowed, it is dropped
+        if "enum" in out:
+            # kubectl would refuse a definition with null among words; where null is not allowed, the server drops it
             out.pop("nullable", None)
     if out.get("nullable") and "enum" in out:
         raise UnsupportedSchemaError(f"{path}: one of several words or null, where null is not the default")

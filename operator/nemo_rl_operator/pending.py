@@ -77,6 +77,9 @@ def unschedulable(message: str, spec: RLTrainingJobSpec) -> Waiting:
     if "unbound immediate PersistentVolumeClaims" in message:
         text = "waiting for a claim to be bound; is there a default StorageClass, or the one in spec.output?"
         return Waiting("Pending", reasons.UNBOUND_CLAIM, text)
+    if found := re.search(r"device class (\S+) does not exist", message):
+        text = f"DeviceClass {found[1]}, which {_templates(spec)} names, does not exist; is the driver of the devices installed?"
+        return Waiting("Pending", reasons.MISSING_CLAIM, text)
     total = re.match(r"0/(\d+) nodes", message)
     body = message.split(":", 1)[-1].split("preemption:", 1)[0].strip(" .")
     parts = [_constraint(part.strip(), spec) for part in re.split(r", (?=\d+ )", body) if part.strip()]
@@ -96,10 +99,20 @@ def _wanted(body: str, spec: RLTrainingJobSpec) -> str:
         wanted.append(f"{ask.memory} memory")
     if "Insufficient ephemeral-storage" in body and ask.ephemeral_storage:
         wanted.append(f"{ask.ephemeral_storage} ephemeral-storage")
+    if NO_DEVICES in body and ask.claims:
+        wanted.append(f"devices of {_templates(spec)}")
     text = " and ".join(wanted)
     if not text:
         return "a node"
     return f"{text} on each of {ask.nodes} nodes" if ask.nodes > 1 else text
+
+
+NO_DEVICES = "cannot allocate all claims"
+"""The scheduler's words for claims (DRA) whose devices a node does not have, or not free."""
+
+
+def _templates(spec: RLTrainingJobSpec) -> str:
+    return f"spec.resources.claims ({', '.join(claim.template for claim in spec.resources.claims)})"
 
 
 def _constraint(part: str, spec: RLTrainingJobSpec) -> str:
@@ -107,6 +120,8 @@ def _constraint(part: str, spec: RLTrainingJobSpec) -> str:
     count, _, text = part.partition(" ")
     if found := re.match(r"Insufficient (\S+)", text):
         return f"{count} have too little {found[1].rstrip('.')} free"
+    if NO_DEVICES in text:
+        return f"{count} have no such devices free"
     if "untolerated taint" in text or "had taint" in text:
         taint = re.search(r"\{([^}]*)\}", text)
         return f"{count} have the taint {taint[1].rstrip(': ') if taint else ''}, see spec.tolerations"
@@ -197,6 +212,9 @@ def from_warning(message: str) -> Waiting:
     if found := re.search(r"no PriorityClass with name (\S+) was found", message):
         text = f"PriorityClass {found[1]} does not exist; create it or change spec.priorityClassName"
         return Waiting("Pending", reasons.POD_REFUSED, text)
+    if found := re.search(r'resource claim template "([^"]+)": .*not found', message):
+        text = f"ResourceClaimTemplate {found[1]} does not exist; create it or change spec.resources.claims"
+        return Waiting("Pending", reasons.MISSING_CLAIM, text)
     if "Multi-Attach" in message:
         text = "a claim is still attached to another node; it is freed when the pods there end"
         return Waiting("Starting", reasons.MOUNT, text)

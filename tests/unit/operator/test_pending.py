@@ -56,6 +56,30 @@ def test_unschedulable(message: str, reason: str, words: str) -> None:
     assert (found.phase, found.reason, found.message) == ("Pending", reason, words)
 
 
+CLAIMS = [
+    (
+        "0/3 nodes are available: 3 cannot allocate all claims. still not schedulable, preemption: 0/3 nodes are available: "
+        "3 Preemption is not helpful for scheduling.",
+        "Unschedulable",
+        "waiting for devices of spec.resources.claims (gpus, nics) on each of 2 nodes: 0 of 3 nodes fit (3 have no such devices free)",
+    ),
+    (
+        "0/3 nodes are available: request gpu: device class gpu.example.com does not exist. not found",
+        "MissingClaim",
+        "DeviceClass gpu.example.com, which spec.resources.claims (gpus, nics) names, does not exist; is the driver of the devices "
+        "installed?",
+    ),
+]
+
+
+@pytest.mark.parametrize(("message", "reason", "words"), CLAIMS)
+def test_devices_of_claims_that_are_not_there(message: str, reason: str, words: str) -> None:
+    claims = [{"template": "gpus", "gpus": True}, {"template": "nics"}]
+    spec = make.parsed(resources={"nodes": 2, "gpusPerNode": 2, "claims": claims})
+    found = waiting((make.pod(unschedulable=message),), spec, make.IMAGE, "")
+    assert (found.phase, found.reason, found.message) == ("Pending", reason, words)
+
+
 CONTAINER = [
     (
         "ImagePullBackOff",
@@ -173,6 +197,12 @@ EVENTS = [
         'FailedCreate: Error creating: pods "x-1-0-" is forbidden: pod rejected: RuntimeClass "kata" not found',
         "Pending",
         "RuntimeClass kata does not exist; create it or change spec.runtimeClassName",
+    ),
+    (
+        'FailedResourceClaimCreation: PodResourceClaim device-0: resource claim template "gpus": '
+        'resourceclaimtemplate.resource.k8s.io "gpus" not found',
+        "Pending",
+        "ResourceClaimTemplate gpus does not exist; create it or change spec.resources.claims",
     ),
     (
         'FailedMount: MountVolume.SetUp failed for volume "bundle-0" : configmap "b-0" not found',
