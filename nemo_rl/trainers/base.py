@@ -197,11 +197,11 @@ class Trainer(Passes, Saving, ABC):
     def _prepare_and_run(
         self, dataset: Any, reward_fn: Any, validation_dataset: Any, reward_weights: Any
     ) -> TrainResult:
-        self.begin_phase("reading the data")
         dataset, own_validation = train_and_validation(dataset)
         validation_dataset = own_validation if validation_dataset is None else validation_dataset
         if self.model is None:
             if is_store(self.config.model):
+                self.begin_phase("fetching the model")
                 in_parts = is_sharded(self.training.sharding, self.ranks) and not keeps_models(self.config.cache.claim)
                 self._model_folder = str(self.ranks.together(lambda: local_model(self.config.model, in_parts=in_parts)))
             refuse_adapter(self._model_name())
@@ -211,9 +211,11 @@ class Trainer(Passes, Saving, ABC):
                 "give tokenizer=..., a tokenizer, its name or its folder"
             )
         if self.tokenizer is None or isinstance(self.tokenizer, str | os.PathLike):
+            self.begin_phase("loading the tokenizer")  # for which a hub that is away may be asked for a minute
             name = self._model_name() if self.tokenizer is None else os.fspath(self.tokenizer)
             self.tokenizer = load_tokenizer(name, self.training.trust_remote_code)
         self.tokenizer = with_template(self.tokenizer, self.training.chat_template)
+        self.begin_phase("reading the data")
         if isinstance(dataset, Iterator):
             dataset = list(dataset)
         self._started = datetime.datetime.now().astimezone()

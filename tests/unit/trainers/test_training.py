@@ -15,6 +15,7 @@ import torch
 
 import nemo_rl
 from nemo_rl.errors import RewardError, TrainingInterrupted
+from nemo_rl.trainers import base
 
 QUIET: dict[str, Any] = {"backend": "local", "log_level": "warning"}
 PROMPTS = [{"prompt": f"{i}="} for i in range(10, 26)]
@@ -54,6 +55,28 @@ def test_grpo_learns_to_emit_a_wanted_token(tiny_model: str, tmp_path: Path) -> 
     )
     assert result.history[0]["reward"] < 0.3
     assert result.history[-1]["reward"] > 0.9
+
+
+def test_each_thing_that_takes_a_while_before_the_first_step_is_called_by_its_name(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases: list[str] = []
+    begin = nemo_rl.SFTTrainer.begin_phase
+
+    def recording(trainer: nemo_rl.SFTTrainer, name: str, *arguments: Any) -> Any:
+        phases.append(name)
+        return begin(trainer, name, *arguments)
+
+    def load_tokenizer(*arguments: Any) -> Any:
+        assert phases == ["loading the tokenizer"]
+        return real(*arguments)
+
+    real = base.load_tokenizer
+    monkeypatch.setattr(nemo_rl.SFTTrainer, "begin_phase", recording)
+    monkeypatch.setattr(base, "load_tokenizer", load_tokenizer)
+    pairs = [{"prompt": "1=", "completion": "2"}]
+    nemo_rl.train(tiny_model, pairs, algorithm="sft", max_steps=1, output_dir=tmp_path, **QUIET)
+    assert phases[1:4] == ["reading the data", "loading the model", "getting ready"]
 
 
 def test_sft_memorises_sixteen_pairs(tiny_model: str, tmp_path: Path) -> None:
