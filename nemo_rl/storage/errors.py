@@ -38,7 +38,7 @@ _CAUSES: tuple[tuple[str, str, bool], ...] = (
     ),
     (
         r"ExpiredToken|TokenRefreshRequired|token (?:has |is )?expired|ExpiredAuthenticationToken",
-        "the credentials have expired; get new ones (a Secret or service account whose token is renewed does so by itself)",
+        "the credentials have expired; get new ones (those of a service account with a role are renewed by themselves, those in a Secret with the next pod)",
         False,
     ),
     (
@@ -119,9 +119,9 @@ def in_words(error: BaseException, doing: str, uri: str) -> StorageError:
     if kind in ("NotSupportedError", "NotImplementedError"):
         return StorageError(f"cannot {doing} {uri}: this kind of store cannot do that{_said(text)}")
     if isinstance(error, OSError | TimeoutError) or re.search(
-        r"code: 50[0-4]|error sending request|[Cc]onnection|[Tt]imed? ?out|timeout|dns|reset|decoding response body|end of file|hyper|"
-        r"IncompleteBody|BadDigest|InternalError|request error",
-        text,
+        r"code: 5\d\d|error sending request|[Cc]onnection|(?<!retry_)[Tt]imed? ?out|dns|reset|decoding response body|response body error|"
+        r"end of file|hyper|IncompleteBody|BadDigest|InternalError|request error",
+        re.sub(r"https?://\S+", "", text),  # what a user named may hold any of these words
     ):
         return Unavailable(
             f"cannot {doing} {uri}: the store was not reached or broke off; check the address and the network{_in_a_pod()}{_said(text)}"

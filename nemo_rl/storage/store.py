@@ -54,6 +54,8 @@ class Store:
         self._obstore = _obstore()
         self.is_local = "://" not in self.uri
         self.base = ""
+        # What a write on condition is told of the object that it replaces: Google Cloud Storage takes its generation, all others its ETag.
+        self._version_of = "version" if self.uri.startswith("gs://") else "e_tag"
         if self.is_local:
             folder = Path(self.uri).expanduser().resolve()
             self._inner = self._obstore.store.LocalStore(str(folder), mkdir=True)
@@ -82,14 +84,14 @@ class Store:
     # --- reading
 
     def read(self, path: str) -> tuple[bytes, str] | None:
-        """The content of an object and its version; None where there is none."""
+        """The content of an object and its version, for `swap`; None where there is none."""
 
         def get() -> tuple[bytes, str]:
             found = self._obstore.get(self._inner, self._key(path))
             content = bytes(found.bytes())
             if len(content) != found.meta["size"]:
                 raise Unavailable(f"cannot read {self._name(path)}: {len(content)} of {found.meta['size']} bytes came")
-            return content, str(found.meta["e_tag"] or "")
+            return content, str(found.meta[self._version_of] or "")
 
         try:
             return self._patiently("read", path, get)
@@ -186,15 +188,17 @@ class Store:
         return self._conditionally(path, content, "create")
 
     def swap(self, path: str, content: bytes, version: str) -> str:
-        """Replaces the object of that version; returns the new one. Conflict where somebody else wrote it meanwhile."""
-        return self._conditionally(path, content, {"e_tag": version})
+        """Replaces the object of that version, which `read`, `create` or `swap` gave; returns the new one. Conflict where
+        somebody else wrote it meanwhile."""
+        return self._conditionally(path, content, {self._version_of: version})
 
     def _conditionally(self, path: str, content: bytes, mode: Any) -> str:
         """An answer that was lost is found out by reading: who was refused may have been refused by his own write."""
         end, pause = time.monotonic() + self.patience, 0.2
         while True:
             try:
-                return str(self._obstore.put(self._inner, self._key(path), content, mode=mode)["e_tag"] or "")
+                written = self._obstore.put(self._inner, self._key(path), content, mode=mode)
+                return str(written[self._version_of] or "")
             except Exception as error:
                 told = in_words(error, "write", self._name(path))
             if isinstance(told, Conflict | Unavailable | Missing):
@@ -218,23 +222,28 @@ class Store:
         """Proves that objects can be written, read, deleted, and written on condition; StorageError says what cannot."""
         path, content = f"{PROBE}-{os.getpid()}-{random.getrandbits(64):016x}", b"nemo-rl was here"
 
-        def overwritten() -> bool:
+        def refused(mode: Any) -> bool:
             try:
-                self._obstore.put(self._inner, self._key(path), b"another content", mode="create")
-                return True
+                self._obstore.put(self._inner, self._key(path), b"another content", mode=mode)
+                return False
             except Exception as error:
                 if isinstance(in_words(error, "write", self._name(path)), Conflict):
-                    return False
+                    return True
                 raise
 
-        self.create(path, content)
+        version = self.create(path, b"")
         try:
-            if self._patiently("write", path, overwritten):
-                raise StorageError(
-                    f"{self.uri}: this store has no conditional writes (it overwrote an object that was to be written only if "
-                    "new), so two writers could not be kept apart; expected a store that knows If-None-Match and If-Match, "
-                    "as Amazon S3, Google Cloud Storage, Azure, MinIO, Ceph (19.2) and versitygw do"
-                )
+            conditions = [("new", "create")]
+            if not self.is_local:
+                self.swap(path, content, version)
+                conditions.append(("unchanged", {self._version_of: version}))
+            for condition, mode in conditions:
+                if not self._patiently("write", path, lambda mode=mode: refused(mode)):  # type: ignore[misc]
+                    raise StorageError(
+                        f"{self.uri}: this store has no conditional writes (it overwrote an object that was to be written only if "
+                        f"{condition}), so two writers could not be kept apart; expected a store that knows If-None-Match and "
+                        "If-Match, as Amazon S3, Google Cloud Storage, Azure, MinIO, Ceph (19.2) and versitygw do"
+                    )
             if (found := self.read(path)) is None or found[0] != content:
                 raise StorageError(f"{self.uri}: an object that was just written cannot be read")
             self.list()
@@ -290,11 +299,10 @@ def _open(obstore: Any, scheme: str, bucket: str, retry_seconds: float) -> Any:
     if scheme in ("http", "https"):
         client["allow_http"] = scheme == "http"
         return obstore.store.HTTPStore.from_url(f"{scheme}://{bucket}", **common)
-    if scheme == "gs":
-        return obstore.store.GCSStore(bucket, **common)
-    if scheme == "az":
-        client["allow_http"] = os.environ.get("AZURE_ALLOW_HTTP", "").lower() in ("1", "true")
-        return obstore.store.AzureStore(bucket, **common)
+    if scheme in ("gs", "az"):
+        company, kind = ("GOOGLE", obstore.store.GCSStore) if scheme == "gs" else ("AZURE", obstore.store.AzureStore)
+        client["allow_http"] = os.environ.get(f"{company}_ALLOW_HTTP", "").lower() in ("1", "true")  # of an emulator
+        return kind(bucket, **common)
     config, provider = _s3_settings()
     endpoint = config.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint:

@@ -240,7 +240,7 @@ def test_the_client_says_why_no_file_server_comes_and_does_not_wait_for_long(
     off = deny("pods")
     with (
         pytest.raises(
-            ClusterError, match=r"does not run after \d s \(.*image verification timed out.*stays on the claim"
+            ClusterError, match=r"does not run after \d s \(.*image verification timed out.*stays where it is"
         ),
         outputs.file_server(connect(scene.namespace), "x"),
     ):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from storage.gcs import Gcs
 from storage.server import S3, Faults, serving
 
 
@@ -32,3 +33,14 @@ def faults(store_environment: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[F
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     yield proxy
     proxy.close()
+
+
+@pytest.fixture
+def gcs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gcs]:
+    """A server like Google Cloud Storage with the bucket `bucket`, which the variables name."""
+    server = Gcs()
+    server.write_account(tmp_path / "account.json")
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "account.json"))
+    monkeypatch.setenv("GOOGLE_ALLOW_HTTP", "true")
+    yield server
+    server.close()

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore.store import S3Store
 
 from lab import programs
 from ports import free_port
@@ -100,7 +105,7 @@ class Faults:
 
     One of ANSWERS: that answer in the server's place; "reset": the connection is cut; "lost": the server does it, and
     its answer is cut; "truncated": half of the answer's body, then a cut; "slow": half a second late; "kill", "killed": as "reset"
-    and as "lost", and `kill` is called before the cut.
+    and as "lost", and `kill` is called before the cut; "kept": nothing is deleted, which an answer of 200 says of each object.
     """
 
     server: S3
@@ -111,8 +116,8 @@ class Faults:
     """Bytes of each object that were the answer to GET, by its path."""
     without_ranges: bool = False
     """Whether whole objects are the answer to a request for a part, as of a simple web server."""
-    without_conditions: bool = False
-    """Whether an object that shall only be made new is overwritten, as a store does that does not know conditions."""
+    ignored: Collection[str] = ()
+    """Conditions (`if-none-match`, `if-match`) that do not hinder a write, as a store does that does not know them."""
 
     def __post_init__(self) -> None:
         faults = self
@@ -135,11 +140,18 @@ class Faults:
                 body = self.rfile.read(length)
                 if fault in ANSWERS:
                     return self._answer(*ANSWERS[fault])
+                if fault == "kept":
+                    keys = re.findall(rb"<Key>.*?</Key>", body)
+                    told = [
+                        b"<Error>%s<Code>AccessDenied</Code><Message>Access Denied</Message></Error>" % key
+                        for key in keys
+                    ]
+                    return self._send(200, b"<DeleteResult>%s</DeleteResult>" % b"".join(told))
                 if fault == "slow":
                     time.sleep(0.5)
                 headers = dict(self.headers.items())
-                if faults.without_conditions and headers.get("if-none-match"):
-                    (faults.server.data / self.path.strip("/")).unlink(missing_ok=True)
+                if self.command == "PUT" and any(self.headers.get(name) for name in faults.ignored):
+                    return self._overwrite(body)
                 upstream = HTTPConnection("127.0.0.1", faults.server.port, timeout=60)
                 try:
                     upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
@@ -173,12 +185,24 @@ class Faults:
                     return self._cut()
                 self.wfile.write(content)
 
+            def _overwrite(self, content: bytes) -> None:
+                """As asked, but for the conditions. They are signed, so it is another request."""
+                bucket, _, name = unquote(urlsplit(self.path).path).strip("/").partition("/")
+                given = {"endpoint": faults.server.url, "region": "us-east-1"}
+                keys = {"access_key_id": ACCESS, "secret_access_key": SECRET}
+                store = S3Store(bucket, config={**given, **keys}, client_options={"allow_http": True})
+                written = obstore.put(store, name, content)
+                self.send_response(200)
+                self.send_header("ETag", str(written["e_tag"]))
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
             def _answer(self, status: int, code: str, message: str) -> None:
-                dropped = {"transfer-encoding", "connection", "content-length"}
-                dropped |= {"content-range"} if status == 200 else set()
+                self._send(status, f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode())
+
+            def _send(self, status: int, content: bytes) -> None:
+                content = b"" if self.command == "HEAD" else content
                 self.send_response(status)
-                text = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
-                content = b"" if self.command == "HEAD" else text.encode()
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)

@@ -153,15 +153,20 @@ def test_in_a_save(faults: Faults, tmp_path: Path, fault: str, moment: int):
     again.close()
 
 
-@pytest.mark.parametrize(("fault", "which"), [*product(PASSING, (anything,)), *product(LASTING, (of_checkpoints,))])
-def test_at_load(faults: Faults, tmp_path: Path, fault: str, which: Choose, caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize(
+    ("fault", "which", "moment"),
+    [*product(PASSING, (anything,), (1,)), *product(LASTING, (of_checkpoints,), (0, 1))],
+)
+def test_at_load(
+    faults: Faults, tmp_path: Path, fault: str, which: Choose, moment: int, caplog: pytest.LogCaptureFixture
+):
     """A checkpoint that cannot be read is no damaged one: going on without it would lose what it has."""
-    uri = f"s3://bucket/loaded/{fault}-{which.__name__}"
+    uri = f"s3://bucket/loaded/{fault}-{which.__name__}-{moment}"
     runs = begun(uri, tmp_path / "one")
     for step in (2, 4):
         save(runs, step)
     runs.close()
-    faults.choose = after(1, fault, lambda method, path: reading(method, path) and which(method, path))
+    faults.choose = after(moment, fault, lambda method, path: reading(method, path) and which(method, path))
     if fault in PASSING:
         again = taken_up(uri, tmp_path / "two")
     else:

@@ -23,6 +23,7 @@ from nemo_rl.run.stored.writer import RunHeldError, Writer
 from nemo_rl.storage.sender import Sender
 from nemo_rl.storage.store import Store
 from nemo_rl.storage.transfer import upload
+from storage.gcs import Gcs
 from storage.server import S3
 
 RECORD = {"format": 2, "status": "unfinished", "settings": {}}
@@ -139,7 +140,31 @@ def test_a_writer_that_lost_the_run_publishes_nothing_more(store_environment, s3
                 assert (s3.data / "bucket" / prefix / "checkpoints" / entry["folder"] / file["path"]).is_file()
         old.close()
         assert read_head(Store(f"s3://bucket/{prefix}")) == head
-    assert lost > TAKEOVERS / 2
+    assert lost == TAKEOVERS
+
+
+def test_so_it_is_in_google_cloud_storage(gcs: Gcs, tmp_path):
+    uri = "gs://bucket/lease/run"
+    old = opened(uri, tmp_path / "old", 1, begin=True)
+    for step in (2, 4):
+        save(old, step, b"old")
+    new = opened(uri, tmp_path / "new", 2)
+    with pytest.raises(LeaseLost):
+        save(old, 6, b"old")
+    save(new, 8, b"new")
+    new.close()
+    old.close()
+    head = read_head(Store(uri))
+    assert head is not None and head["holder"] is None
+    assert [(entry["name"], entry["folder"][-3:]) for entry in head["checkpoints"]] == [
+        ("step-00000004", "-g1"),
+        ("step-00000008", "-g2"),
+    ]
+    third = opened(uri, tmp_path / "third", 3)
+    assert (third.place / "checkpoints" / "step-00000008" / "model.safetensors").read_bytes() == b"new"
+    lines = [json.loads(line) for line in (third.place / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["by"]) for line in lines] == [(2, "old"), (4, "old"), (8, "new")]
+    third.close()
 
 
 def test_an_attempt_that_comes_too_late_is_told(store_environment, tmp_path):

@@ -203,7 +203,7 @@ class Job:
         """Follows the job to its end and fetches the result to `output_dir`.
 
         Raises TrainingFailed for a job that failed, JobCancelled for one that was cancelled, DownloadError where
-        the result cannot be fetched (it stays on the claim, and calling again goes on), KeyboardInterrupt for Ctrl-C.
+        the result cannot be fetched (it stays where it is, and calling again goes on), KeyboardInterrupt for Ctrl-C.
         """
         status = self.follow()
         if not status.finished:

@@ -94,7 +94,7 @@ def _wait_for_pod(cluster: Cluster, job: str) -> str:
     why = _why(found) or refused or _refusal(cluster, job) or "the operator has not made it"
     raise ClusterError(
         f"pod {pod}, which serves the result, does not run after {time.monotonic() - begun:.0f} s ({why}); "
-        f"kubectl -n {cluster.namespace} describe pod {pod} says more. The result stays on the claim; "
+        f"kubectl -n {cluster.namespace} describe pod {pod} says more. The result stays where it is; "
         f"nemo_rl.attach({job!r}).result() tries again"
     )
 
