@@ -157,11 +157,11 @@ def ours(folder: Path, output: Path) -> dict[str, Any]:
     import nemo_rl
     from nemo_rl.model import load
     from nemo_rl.model.sharding import blocks_of
-    from nemo_rl.trainers import base
+    from nemo_rl.trainers import loading
 
     found: dict[str, Any] = {}
     name = "load_sharded" if int(os.environ["WORLD_SIZE"]) > 1 else "load_model"
-    whole = getattr(base, name)
+    whole = getattr(loading, name)
 
     def measured(*args: Any, **options: Any) -> Any:
         gc.collect()
@@ -172,7 +172,7 @@ def ours(folder: Path, output: Path) -> dict[str, Any]:
         finally:
             found["loading"] = memory.end()
 
-    setattr(base, name, measured)
+    setattr(loading, name, measured)
     assert getattr(load, name) is whole
 
     class Watch:

@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=1.0, help="size of the checkpoint")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=["lost"], help="leave the transfers out")
+    parser.add_argument("--only", choices=["transfers", "lost"], help="leave the other out")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     options = parser.parse_args()
     ways = [way for way in WAYS if way != "boto3" or importlib.util.find_spec("boto3")]
@@ -293,11 +293,11 @@ def main() -> None:
                 row["memory MiB"] = round(medians["nemo_rl"]["memory"])
                 rows.append(row)
                 print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-        for row in lost(
-            Path(place), int(options.gib * 2**30), server.process.pid, options.rounds, options.only == "lost"
-        ):
-            rows.append(row)
-            print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+        if options.only != "transfers":
+            alone = options.only == "lost"
+            for row in lost(Path(place), int(options.gib * 2**30), server.process.pid, options.rounds, alone):
+                rows.append(row)
+                print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
     if options.json:
         options.json.write_text(
             json.dumps({"gib": options.gib, "rounds": options.rounds, "rows": rows}, indent=1) + "\n"
