@@ -10,7 +10,7 @@ IN_CLUSTER := $(if $(KUBECONFIG),,$(LAB) run)
 ALONE := tests/e2e/test_startup.py tests/e2e/test_waiting.py
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
-.PHONY: help demo test test-readme test-vllm test-vllm-short test-vllm-kills test-trackers test-ui architectures test-storage test-storage-kills test-cluster e2e e2e-storage e2e-integrations e2e-replicas bench soak gpu lint docs pictures generate images image-ui lab-up lab-deploy lab-down lab-status clean
+.PHONY: help demo test test-readme test-vllm test-vllm-short test-vllm-kills test-trackers test-ui architectures test-storage test-storage-kills test-cluster e2e e2e-long e2e-storage e2e-integrations e2e-replicas bench soak gpu lint docs pictures generate images image-ui lab-up lab-deploy lab-down lab-status clean
 help:            ## list the commands
 	@grep -E '^[a-z0-9 -]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 16
 
@@ -41,7 +41,14 @@ ifndef KUBECONFIG
 	$(LAB) deploy
 endif
 	$(IN_CLUSTER) $(BIN)/python -m pytest $(ALONE)
-	$(IN_CLUSTER) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not store_examples" $(ALONE:%=--ignore %) tests/e2e
+	$(IN_CLUSTER) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not store_examples and not long" $(ALONE:%=--ignore %) tests/e2e
+
+e2e-long: $(VENV)/.dev            ## the jobs in real pods that take minutes each, which make e2e leaves out
+ifndef KUBECONFIG
+	$(LAB) up
+	$(LAB) deploy
+endif
+	$(IN_CLUSTER) $(BIN)/python -m pytest -n 2 --dist loadfile -m long tests/e2e
 
 e2e-storage: $(VENV)/.dev            ## the documented examples as jobs with model, data and output in a real S3 server, in the lab or the cluster of KUBECONFIG
 ifndef KUBECONFIG

@@ -66,6 +66,7 @@ def test_a_job_goes_on_from_its_last_checkpoint_when_either_pod_is_killed(
     assert metrics_of(job.read_output(tmp_path)) == undisturbed[1]
 
 
+@pytest.mark.long
 def test_a_pod_that_is_held_back_is_waited_for_and_then_both_train(new_scene: Any):
     scene = new_scene("held-back")
     quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "pods"}, "spec": {"hard": {"pods": "1"}}}
@@ -84,6 +85,7 @@ def test_a_pod_that_is_held_back_is_waited_for_and_then_both_train(new_scene: An
     assert status["attempts"][0]["runningTime"]
 
 
+@pytest.mark.long
 def test_a_run_that_hangs_is_stopped_with_its_stack(nodes: Scene):
     hangs = {"source": "import time\n\ntime.sleep(10**9)\n\n\ndef reward(prompt, response, answer):\n    return 1.0\n"}
     limits = {"startupTimeoutSeconds": 20, "stallTimeoutSeconds": 10, "backoffLimit": 0}

@@ -67,6 +67,7 @@ def plain_download(uri: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_two_nodes_without_a_claim_go_on_after_the_loss_of_a_pod_of_both_and_of_the_operator(
     place: Scene, operator: OperatorPod, tmp_path: Path
 ):

@@ -81,6 +81,7 @@ def test_a_client_that_is_killed_and_one_that_is_interrupted_find_the_one_run_ag
     assert again["status"]["attempt"] == 1
 
 
+@pytest.mark.long
 def test_a_log_that_is_cut_every_five_seconds_loses_and_doubles_no_line(
     desk: Desk, tiny: Path, rows: list[dict[str, str]], tmp_path: Path
 ) -> None:

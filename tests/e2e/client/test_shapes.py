@@ -54,6 +54,7 @@ def test_nine_shapes_of_reward_score_alike_here_and_in_a_pod(desk: Desk, tiny: P
         assert answer["here"] == answer["there"], answer
 
 
+@pytest.mark.long
 def test_from_another_python_seven_of_nine_score_alike_and_none_wrongly(
     desk: Desk, tiny: Path, rows: Rows, other_python: Path
 ) -> None:
