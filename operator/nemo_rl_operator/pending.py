@@ -123,8 +123,9 @@ def _constraint(part: str, spec: RLTrainingJobSpec) -> str:
     if NO_DEVICES in text:
         return f"{count} have no such devices free"
     if "untolerated taint" in text or "had taint" in text:
-        taint = re.search(r"\{([^}]*)\}", text)
-        return f"{count} have the taint {taint[1].rstrip(': ') if taint else ''}, see spec.tolerations"
+        taint = re.search(r"\{([^}]*)\}", text)  # Kubernetes 1.34 says no more than that there are some
+        which = f"the taint {taint[1].rstrip(': ')}" if taint else "taints that the job does not tolerate"
+        return f"{count} have {which}, see spec.tolerations"
     if "node affinity/selector" in text or "node selector" in text:
         return f"{count} do not match spec.nodeSelector or spec.affinity"
     if "topology spread constraints" in text:

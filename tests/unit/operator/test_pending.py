@@ -22,6 +22,12 @@ UNSCHEDULABLE = [
         "2 have too little nvidia.com/gpu free; 2 do not match spec.nodeSelector or spec.affinity)",
     ),
     (
+        "0/1 nodes are available: 1 node(s) had untolerated taint(s). still not schedulable, preemption: 0/1 nodes are available: "
+        "1 Preemption is not helpful for scheduling.",
+        "Unschedulable",
+        "waiting for a node: 0 of 1 nodes fit (1 have taints that the job does not tolerate, see spec.tolerations)",
+    ),
+    (
         "0/3 nodes are available: 3 Insufficient memory.",
         "Unschedulable",
         "waiting for 64Gi memory: 0 of 3 nodes fit (3 have too little memory free)",
@@ -64,7 +70,8 @@ CLAIMS = [
         "waiting for devices of spec.resources.claims (gpus, nics) on each of 2 nodes: 0 of 3 nodes fit (3 have no such devices free)",
     ),
     (
-        "0/3 nodes are available: request gpu: device class gpu.example.com does not exist. not found",
+        "0/3 nodes are available: request gpu: device class gpu.example.com does not exist. no new claims to deallocate, preemption: "
+        "0/3 nodes are available: 3 Preemption is not helpful for scheduling.",
         "MissingClaim",
         "DeviceClass gpu.example.com, which spec.resources.claims (gpus, nics) names, does not exist; is the driver of the devices "
         "installed?",
