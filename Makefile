@@ -10,7 +10,7 @@ IN_CLUSTER := $(if $(KUBECONFIG),,$(LAB) run)
 ALONE := tests/e2e/test_startup.py tests/e2e/test_waiting.py
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
-.PHONY: help demo test test-readme test-vllm test-vllm-short test-vllm-kills test-trackers test-ui architectures test-storage test-storage-kills test-cluster e2e e2e-long e2e-storage e2e-integrations e2e-replicas bench soak gpu lint docs pictures generate images image-ui lab-up lab-deploy lab-down lab-status clean
+.PHONY: help demo test test-readme test-vllm test-vllm-short test-vllm-kills test-trackers test-ui architectures test-storage test-storage-kills test-cluster test-devices e2e e2e-long e2e-storage e2e-integrations e2e-replicas bench soak gpu lint docs pictures generate images image-ui lab-up lab-deploy lab-down lab-status clean
 help:            ## list the commands
 	@grep -E '^[a-z0-9 -]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 16
 
@@ -34,6 +34,9 @@ test-storage-kills: $(VENV)/.dev            ## runs in a store, killed 20 times 
 
 test-cluster: $(VENV)/.dev            ## the operator against a real API server (built once from Go modules, or KUBECONFIG)
 	$(BIN)/python -m pytest $(if $(NEMO_RL_TEST_KUBECONFIG),,-n 2 --dist loadfile) tests/cluster
+
+test-devices: $(VENV)/.dev            ## devices by claims (DRA): a real scheduler and Kubernetes' own test driver (built once from Go modules); no root
+	$(BIN)/python -m pytest tests/devices/test_scheduler.py
 
 e2e: $(VENV)/.dev            ## jobs in real pods: in the lab (root, Linux, Go), or in the cluster of KUBECONFIG with the operator in it
 ifndef KUBECONFIG

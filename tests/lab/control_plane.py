@@ -41,8 +41,9 @@ class ControlPlane:
     start() starts everything; kill() and restart() are for tests of faults; stop() ends what start() began.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, controllers: tuple[str, ...] = CONTROLLERS) -> None:
         self.folder = folder
+        self.controllers = controllers
         self.pki = folder / "pki"
         self.logs = folder / "logs"
         self.kubeconfig = folder / "kubeconfig"
@@ -76,7 +77,7 @@ class ControlPlane:
         self._until("service account", lambda: self.get("/api/v1/namespaces/default/serviceaccounts/default"))
 
     def stop(self) -> None:
-        for name in ("kube-controller-manager", "kube-apiserver", "etcd"):
+        for name in [*reversed(self.processes)]:
             self.kill(name)
 
     def launch(self, name: str) -> None:
@@ -198,7 +199,7 @@ class ControlPlane:
                 f"--kubeconfig={self.kubeconfig}",
                 f"--root-ca-file={keys}/ca.crt",
                 f"--service-account-private-key-file={keys}/sa.key",
-                f"--controllers={','.join(CONTROLLERS)}",
+                f"--controllers={','.join(self.controllers)}",
                 "--use-service-account-credentials=false",
                 "--leader-elect=false",
                 "--secure-port=0",

@@ -14,6 +14,7 @@ lab.py deploy                build the project's images, load them, install the 
 lab.py deploy --replicas     the image of rollout replicas too, with vLLM of tests/real_vllm
 lab.py kueue                 install Kueue, by its own chart
 lab.py policies [off]        enforce NetworkPolicies, by kube-network-policies
+lab.py claims [off]          offer devices by claims (DRA), by Kubernetes' own test driver
 lab.py load TAG ...          load images that were built before into the node
 lab.py extend NAME=COUNT     advertise a resource on the node, for example nvidia.com/gpu=4
 lab.py kill PROGRAM [SIGNAL] signal one of the node's programs; it is started again
@@ -31,7 +32,18 @@ from pathlib import Path
 # as a script, this file's own folder comes first in the path, where `lab` would be this file
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from lab import cluster, control_plane_process, deploy, forward, images, kueue, network_policies, node, programs  # noqa: E402
+from lab import (  # noqa: E402
+    cluster,
+    control_plane_process,
+    deploy,
+    dra,
+    forward,
+    images,
+    kueue,
+    network_policies,
+    node,
+    programs,
+)
 from lab.settings import CONTROL_PLANE, KUBECONFIG, LabError, fail, say  # noqa: E402
 
 
@@ -47,6 +59,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     verbs.add_parser("deploy").add_argument("--replicas", action="store_true")
     verbs.add_parser("kueue")
     verbs.add_parser("policies").add_argument("state", nargs="?", default="on", choices=("on", "off"))
+    verbs.add_parser("claims").add_argument("state", nargs="?", default="on", choices=("on", "off"))
     builder = verbs.add_parser("image")
     builder.add_argument("tag")
     builder.add_argument("folder")
@@ -99,6 +112,8 @@ def run(given: argparse.Namespace, rest: list[str]) -> None:
             kueue.install()
         case "policies":
             network_policies.on() if given.state == "on" else network_policies.off()
+        case "claims":
+            dra.on() if given.state == "on" else dra.off()
         case "load":
             for tag in given.tags:
                 images.load(tag)

@@ -27,6 +27,7 @@ PROGRAMS: dict[str, tuple[str, str, Path]] = {
     "kube-scheduler": ("kubernetes", "k8s.io/kubernetes/cmd/kube-scheduler", BIN),
     "kubelet": ("kubernetes", "k8s.io/kubernetes/cmd/kubelet", BIN),
     "kube-proxy": ("kubernetes", "k8s.io/kubernetes/cmd/kube-proxy", BIN),
+    "dra-test-driver": ("kubernetes", "k8s.io/kubernetes/test/e2e/dra/test-driver", BIN),
     "bridge": ("kubernetes", "github.com/containernetworking/plugins/plugins/main/bridge", CNI_BIN),
     "loopback": ("kubernetes", "github.com/containernetworking/plugins/plugins/main/loopback", CNI_BIN),
     "portmap": ("kubernetes", "github.com/containernetworking/plugins/plugins/meta/portmap", CNI_BIN),
@@ -43,7 +44,13 @@ PROGRAMS: dict[str, tuple[str, str, Path]] = {
 TAGS = {"prometheus": "remove_all_sd,enable_kubernetes_sd"}
 """Build tags of a module: Prometheus finds its targets by the API server alone; the clients of clouds cost minutes."""
 CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kubectl")
-NODE = tuple(name for name, (module, _, _) in PROGRAMS.items() if module in ("kubernetes", "pause", "coredns"))
+ON_DEMAND = ("dra-test-driver",)
+"""Of the module kubernetes, but no part of a node."""
+NODE = tuple(
+    name
+    for name, (module, _, _) in PROGRAMS.items()
+    if module in ("kubernetes", "pause", "coredns") and name not in ON_DEMAND
+)
 
 
 def path(name: str) -> Path:
