@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import CDPSession, Locator, Page, expect
 
 from charts import ROOT
 from generated import load
@@ -91,6 +91,42 @@ def test_a_run_has_curves_samples_and_facts(ui: Ui, visit: Visit, tmp_path: Path
     expect(reward.locator("figcaption")).to_contain_text("→ 0.9502")
     page.get_by_label("Smooth").check()
     expect(reward.locator("canvas")).to_be_visible()
+
+
+SWEEPS = """async () => {
+  let frames = 0;
+  for (const step of [120, -120]) {
+    for (let n = 0; n < 40; n++, frames++) {
+      window.scrollBy(0, step);
+      await new Promise(requestAnimationFrame);
+    }
+  }
+  return frames;
+}"""
+
+
+def test_the_cost_of_scrolling_grows_far_less_than_the_number_of_runs(ui: Ui, visit: Visit, tmp_path: Path) -> None:
+    """By the processor time of the page's thread, which does not depend on what else the machine does."""
+    costs = []
+    for count in (100, 1000):
+        for number in range(count):
+            run(tmp_path / f"of-{count}/run-{number:04d}", steps=1, finished=number % 2 == 0)
+        page = visit(ui(f"of-{count}").address)
+        expect(page.locator(".table .row a")).to_have_count(count)
+        page.evaluate(SWEEPS)  # what comes into sight for the first time is laid out once
+        tools = page.context.new_cdp_session(page)
+        tools.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+        def spent(tools: CDPSession = tools) -> float:
+            found = tools.send("Performance.getMetrics")["metrics"]
+            return float(next(metric["value"] for metric in found if metric["name"] == "TaskDuration"))
+
+        begin = spent()
+        frames = page.evaluate(SWEEPS)
+        costs.append(1000 * (spent() - begin) / frames)
+        page.close()
+    print(f"processor time of a frame while scrolling: {costs[0]:.2f} ms with 100 runs, {costs[1]:.2f} ms with 1,000")
+    assert costs[1] < 5 * costs[0]
 
 
 def test_names_prompts_and_completions_are_shown_as_text(ui: Ui, visit: Visit, tmp_path: Path) -> None:
