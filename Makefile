@@ -10,7 +10,7 @@ IN_CLUSTER := $(if $(KUBECONFIG),,$(LAB) run)
 ALONE := tests/e2e/test_startup.py tests/e2e/test_waiting.py
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
-.PHONY: help demo test test-readme test-vllm test-vllm-short test-vllm-kills test-trackers test-ui architectures test-storage test-storage-kills test-cluster test-devices e2e e2e-long e2e-storage e2e-integrations e2e-replicas bench soak gpu lint docs pictures generate images image-ui lab-up lab-deploy lab-down lab-status clean
+.PHONY: help demo test test-readme test-vllm test-vllm-short test-vllm-kills test-trackers test-ui architectures test-storage test-storage-kills test-cluster test-devices e2e e2e-long e2e-storage e2e-integrations e2e-replicas e2e-using bench soak gpu lint docs pictures generate images image-ui lab-up lab-deploy lab-down lab-status clean
 help:            ## list the commands
 	@grep -E '^[a-z0-9 -]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 16
 
@@ -70,6 +70,13 @@ e2e-replicas: $(VENV)/.dev            ## rollout replicas in the lab: real pods 
 	$(LAB) up
 	$(LAB) deploy --replicas
 	$(LAB) run $(BIN)/python -m pytest tests/replicas
+
+e2e-using: $(VENV)/.dev            ## jobs as people use them, in the lab: chat and eval by a job's name, the web page's image and Deployment in a browser
+	$(LAB) up
+	$(LAB) deploy
+	$(BIN)/python nemo_rl/ui/libraries.py nemo_rl/ui/vendor
+	$(LAB) image localhost/nemo-rl-ui:$(VERSION) . --file trainer_image/ui.Dockerfile --build-arg BASE=localhost/python:3.11
+	$(LAB) run $(BIN)/python tests/ui/environment.py -m pytest tests/using
 
 test-readme: $(VENV)/.dev            ## each command and snippet of the README, in a fresh clone and fresh environments
 	$(BIN)/python -m pytest tests/readme
