@@ -224,6 +224,8 @@ class TrainingSpec(Section):
     """Recompute activations in the backward pass: less memory, about a quarter slower. Default: on a GPU where the estimate of nemo-rl plan says that the run would not fit without; false on the CPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of forward and backward; weights and optimizer stay fp32. auto is bf16 on CUDA, fp32 on CPU. Default auto."""
+    cast_lm_head_to_fp32: bool = False
+    """Compute logits in float32 where the rest is bf16 (arXiv 2506.13585): log-probabilities closer to those of rollouts, for more time and memory in the output layer. Default false."""
     sharding: Literal["auto", "full", "none"] = "auto"
     """full: each rank keeps a part of the weights, gradients and optimizer, and blocks are made whole as passes come to them (FSDP2); none: each rank keeps them whole. auto is full on more than one rank. Default auto."""
     lora_rank: Annotated[int, Field(ge=1, le=1024)] | None = None

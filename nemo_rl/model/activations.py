@@ -95,12 +95,19 @@ class LiveBytes(TorchDispatchMode):
 
 
 def measure_pass(
-    model: Any, sequences: list[TokenSequence], dtype: torch.dtype, recompute: bool, device: str, sharded: bool = False
+    model: Any,
+    sequences: list[TokenSequence],
+    dtype: torch.dtype,
+    recompute: bool,
+    device: str,
+    sharded: bool = False,
+    head_dtype: torch.dtype | None = None,
 ) -> int:
     """Returns the bytes that a forward and backward pass over one micro-batch holds at its peak, beside weights and gradients.
 
     `model` is on the meta device. `device`: which one's chunks of logits. Weights are of `dtype`, and gradients with them.
     `sharded`: gradients of what is outside of blocks count too, from when they are computed to the end of the pass.
+    `head_dtype`: of the logits, where it is another one.
     """
     if dtype != torch.float32:
         model = model.to(dtype=dtype)
@@ -112,7 +119,7 @@ def measure_pass(
     batch = pack(sequences, "meta")
     try:
         with LiveBytes(known) as live, _fused_attention(), _chunks_of(device):
-            _logprobs(model, batch, dtype, recompute).sum().backward()
+            _logprobs(model, batch, head_dtype or dtype, recompute).sum().backward()
         return live.peak
     finally:
         for parameter in model.parameters():

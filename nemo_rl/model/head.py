@@ -3,11 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def cast_to_fp32(model: nn.Module) -> None:
+    """From now on the output layer of a model computes its logits in float32, whatever the rest computes in.
+
+    Raises ValueError for an output layer that is none.
+    """
+    head: Any = model.get_output_embeddings()
+    if not _is_linear(head):
+        raise ValueError(
+            f"found {type(head).__name__} as the output layer of {type(model).__name__}; expected a linear layer, whose "
+            "logits can be computed in float32: leave cast_lm_head_to_fp32 out"
+        )
+    head.__class__ = _cast(type(head))
+
+
+def is_cast_to_fp32(head: Any) -> bool:
+    return type(head).forward is _forward_in_fp32
+
+
+def _is_linear(head: Any) -> bool:
+    # sharding makes a class of its own for a module, with the same forward
+    return isinstance(head, nn.Linear) and type(head).forward in (nn.Linear.forward, _forward_in_fp32)
+
+
+@cache
+def _cast(own: type[nn.Module]) -> type[nn.Module]:
+    contents = {"forward": _forward_in_fp32, "__module__": own.__module__}
+    return own if own.forward is _forward_in_fp32 else type(own.__name__, (own,), contents)
+
+
+def _forward_in_fp32(self: nn.Linear, hidden: Tensor) -> Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden.float(), self.weight.float(), self.bias.float() if self.bias is not None else None)
+
 
 LARGE = 40.0
 """Largest logit of the measurement: large enough that the usual soft caps (30 to 50) bend it."""
@@ -30,8 +66,7 @@ def measure_head(model: nn.Module, ids: list[int]) -> Head | None:
     That input is made larger for the measurement, so that a soft cap shows however small the logits are.
     """
     head = model.get_output_embeddings()
-    # sharding makes a class of its own for a module, with the same forward
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+    if not _is_linear(head):
         return None
     raws: list[Tensor] = []
 

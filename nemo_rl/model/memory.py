@@ -286,6 +286,9 @@ class Planner:
             copy = compute * facts.parameters if sharded or compute < 4 else 0
             rows, cache = self._cache(where, grpo, sum(standing.values()) + copy)
             phases["rollout"] = {**standing, "weights for rollouts": copy, "cache": cache}
+            if training.cast_lm_head_to_fp32 and compute < 4:
+                head = causal_of(self._whole).get_output_embeddings()
+                phases["rollout"]["output layer in float32"] = 4 * head.weight.numel()
         passes: dict[str, int] = {"gradients": gradients, "activations and logits": slots_peak}
         if sharded:
             passes["blocks made whole"] = compute * (2 * facts.largest_block + facts.outside)
@@ -378,13 +381,14 @@ class Planner:
         weights and gradients."""
         sequences = self.sequences(budget)
         lengths = tuple((len(s.ids), s.first_target, s.group) for s in sequences)
-        key = (where.device, self.compute_bytes(where), self.is_sharded(where), recompute, lengths)
+        wide = torch.float32 if self.spec.training.cast_lm_head_to_fp32 else None
+        key = (where.device, self.compute_bytes(where), self.is_sharded(where), recompute, wide, lengths)
         if key not in self._growth:
             dtype = torch.bfloat16 if self.compute_bytes(where) == 2 else torch.float32
 
             def peak_of(layers: int | None) -> int:
                 model = self._whole if layers is None else self._shorter(layers)
-                return measure_pass(model, sequences, dtype, recompute, where.device, self.is_sharded(where))
+                return measure_pass(model, sequences, dtype, recompute, where.device, self.is_sharded(where), wide)
 
             try:
                 if self._period is None:
@@ -440,7 +444,9 @@ class Planner:
         layer = tokens * size * (10 * width + 4 * inner)
         kept = self._num_layers * (tokens * size * width if recompute else layer)
         elements = logprobs.CHUNK_ELEMENTS_CUDA if where.device == "cuda" else logprobs.CHUNK_ELEMENTS_CPU
-        return kept + layer + 12 * min(elements, tokens * int(text.vocab_size)) + 6 * int(text.vocab_size) * width
+        head = int(text.vocab_size) * width
+        cast = 4 * head if self.spec.training.cast_lm_head_to_fp32 and size < 4 else 0
+        return kept + layer + 12 * min(elements, tokens * int(text.vocab_size)) + 6 * head + cast
 
     def _cache(self, where: Where, grpo: GRPOSpec, taken: int) -> tuple[int, int]:
         """Returns the rows decoded together, and the bytes of their cache: the share of a rank, or what there is room for."""

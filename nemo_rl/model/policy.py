@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_rl.model.attention import Flat, PackedAttention
-from nemo_rl.model.head import Head, measure_head
+from nemo_rl.model.head import Head, cast_to_fp32, is_cast_to_fp32, measure_head
 from nemo_rl.model.kinds import describe
 from nemo_rl.model.load import compute_dtype
 from nemo_rl.model.logprobs import token_logprobs
@@ -79,9 +79,11 @@ class Policy:
         recompute: bool = False,
         longest: int | None = None,
         sharded: ShardedModel | None = None,
+        cast_lm_head_to_fp32: bool = False,
     ) -> None:
         """`recompute`: make activations again in the backward pass. `longest`: tokens of the longest sequence of the run.
         `sharded`: the model's shards, where ranks share its weights; then every call here is collective.
+        `cast_lm_head_to_fp32`: logits in float32, also where the rest is not.
 
         Raises ValueError for a model that is not a causal language model, or that no way computes right.
         """
@@ -91,6 +93,8 @@ class Policy:
         self.dtype = compute_dtype(precision, self.device)
         self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         make_norms_lean(self.causal)
+        if cast_lm_head_to_fp32:
+            cast_to_fp32(self.causal)
         self.head_facts: Head | None = None
         self.rollout: Any = None
         """What `nemo_rl.rollout.in_process.proof` found out about decoding."""
@@ -177,7 +181,8 @@ class Policy:
 
         def logprobs(hidden: Tensor) -> Tensor:
             with torch.autocast(self.device.type, enabled=False):
-                selected = hidden.flatten(0, -2).index_select(0, call.select).to(self.dtype)
+                dtype = torch.float32 if is_cast_to_fp32(head) else self.dtype
+                selected = hidden.flatten(0, -2).index_select(0, call.select).to(dtype)
                 values = token_logprobs(
                     selected,
                     head.weight,

@@ -28,7 +28,7 @@ NOT_IDENTITY = frozenset(
 LATER = frozenset(
     {
         *("advantage_statistics", "dynamic_sampling_rounds", "mini_batch_size", "use_kl_in_reward"),
-        *("importance_correction", "importance_max", "importance_min"),
+        *("importance_correction", "importance_max", "importance_min", "cast_lm_head_to_fp32"),
     }
 )
 """Settings that runs of earlier versions do not know: at its default such a one is left out, so that these runs go on."""

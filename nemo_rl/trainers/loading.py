@@ -111,7 +111,12 @@ class ModelLoader:
         """Returns what computes the model's log-probabilities. `recompute`: make activations again in backward passes."""
         training = self.training
         return Policy(
-            loaded.model, training.precision, recompute, longest=training.max_sequence_length, sharded=loaded.sharded
+            loaded.model,
+            training.precision,
+            recompute,
+            longest=training.max_sequence_length,
+            sharded=loaded.sharded,
+            cast_lm_head_to_fp32=training.cast_lm_head_to_fp32,
         )
 
 

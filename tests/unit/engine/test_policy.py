@@ -237,6 +237,51 @@ def test_bf16_compute_is_close_to_fp32_with_gradients_in_fp32(model_of, family: 
     assert relative(found[1], expected[1]) <= 0.1
 
 
+def with_exact_head(model: nn.Module, ids: list[int]) -> Tensor:
+    """Logits in float32 of what a plain model hands to its output layer while the rest computes in bf16."""
+    given: list[Tensor] = []
+    taken = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            model(input_ids=torch.tensor([ids]), use_cache=False)
+    finally:
+        taken.remove()
+    head = model.get_output_embeddings()
+    return torch.nn.functional.linear(given[0][0].float(), head.weight, head.bias)
+
+
+@pytest.mark.parametrize(("family", "path"), [("qwen2", "packed"), ("llama", "hidden"), ("gpt2", "logits")])
+def test_logits_in_float32_are_those_of_the_hidden_states_by_the_float32_weights(family: str, path: str):
+    model, ids = tiny.make_model(family), random_ids(20, 3)
+    expected = with_exact_head(model, ids)[:-1].log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+    batch = pack([TokenSequence(ids, 1)])
+    with torch.no_grad():
+        rounded = policy_of(model, path, precision="bf16").logprobs(batch)
+        policy = policy_of(model, path, precision="bf16", cast_lm_head_to_fp32=True)
+        assert torch.allclose(policy.logprobs(batch), expected, atol=2e-6)
+        assert (rounded - expected).abs().max() > 1e-4
+        with policy.autocast():
+            logits = policy.causal(input_ids=torch.tensor([ids]), use_cache=False).logits
+    assert logits.dtype == torch.float32  # rollouts too
+    assert torch.allclose(logits[0], with_exact_head(tiny.make_model(family), ids), atol=2e-6)
+
+
+def test_gradients_through_a_float32_output_layer_are_close_to_those_in_float32(model_of):
+    sequences = some_sequences()
+    expected = of_policy(policy_of(model_of("qwen2")), sequences)
+    policy = policy_of(tiny.make_model("qwen2"), precision="bf16", cast_lm_head_to_fp32=True)
+    found = of_policy(policy, sequences)
+    assert found[1].dtype == torch.float32
+    assert relative(found[1], expected[1]) <= 0.1
+
+
+def test_an_output_layer_with_adapters_is_not_computed_in_float32():
+    with pytest.raises(
+        ValueError, match="found Linear as the output layer of LlamaForCausalLM; expected a linear layer"
+    ):
+        policy_of(with_adapters("llama", lora_target_modules=["lm_head"]), cast_lm_head_to_fp32=True)
+
+
 # ------------------------------------------------------------------ adapters
 
 
