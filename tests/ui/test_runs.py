@@ -93,6 +93,29 @@ def test_a_run_has_curves_samples_and_facts(ui: Ui, visit: Visit, tmp_path: Path
     expect(reward.locator("canvas")).to_be_visible()
 
 
+WRITTEN = """() => {
+  window.written = [];
+  const fillText = CanvasRenderingContext2D.prototype.fillText;
+  CanvasRenderingContext2D.prototype.fillText = function (text, ...place) {
+    window.written.push(text);
+    return fillText.call(this, text, ...place);
+  };
+}"""
+
+
+def test_the_steps_of_a_short_run_are_marked_by_whole_numbers(ui: Ui, visit: Visit, tmp_path: Path) -> None:
+    run(tmp_path / "outputs/short", steps=3, reward=0.0, loss=0.0, step_seconds=0.0)
+    page = visit(ui("outputs").address)
+    page.get_by_role("link", name="short").click()
+    expect(page.locator("[data-metric=reward] canvas")).to_be_visible()
+    page.evaluate(WRITTEN)
+    page.get_by_label("Smooth").check()
+    page.wait_for_function("window.written.includes('3')")
+    written = page.evaluate("window.written")
+    assert {"1", "2", "3"} <= set(written)
+    assert not {"1.5", "2.5"} & set(written), written
+
+
 SWEEPS = """async () => {
   let frames = 0;
   for (const step of [120, -120]) {

@@ -5,6 +5,8 @@ import { amount, named } from "./words.js";
 
 const HEIGHT = 170;
 const NARROW = 120;
+// Distances between two marks of the steps: there is no step 1.5.
+const WHOLE = Array.from({ length: 24 }, (_, n) => [1, 2, 5][n % 3] * 10 ** Math.floor(n / 3));
 
 export class Chart extends Component {
   constructor(props) {
@@ -57,7 +59,7 @@ export class Chart extends Component {
         legend: { show: false },
         cursor: { sync: { key: "steps" }, y: false, drag: { x: true, y: false } },
         scales: { x: { time: false } },
-        axes: [{ ...axis, size: 28 }, { ...axis, size: 56, values: (_, ticks) => ticks.map(amount) }],
+        axes: [{ ...axis, size: 28, incrs: WHOLE }, { ...axis, size: 56, values: (_, ticks) => ticks.map(amount) }],
         series,
         hooks: { setCursor: [(plot) => this.setState({ at: plot.cursor.idx ?? null })] },
       },
