@@ -10,7 +10,7 @@ IN_CLUSTER := $(if $(KUBECONFIG),,$(LAB) run)
 ALONE := tests/e2e/test_startup.py tests/e2e/test_waiting.py
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
-.PHONY: help demo test test-readme test-vllm test-vllm-short test-vllm-kills test-trackers test-ui architectures test-storage test-storage-kills test-cluster test-devices e2e e2e-long e2e-storage e2e-integrations e2e-replicas e2e-using bench soak gpu lint docs pictures generate images image-ui lab-up lab-deploy lab-down lab-status clean
+.PHONY: help demo test test-readme test-vllm test-vllm-short test-vllm-kills test-trackers test-ui architectures test-storage test-storage-kills test-cluster test-devices e2e e2e-long e2e-storage e2e-integrations e2e-devices e2e-replicas e2e-using bench soak gpu lint docs pictures generate images image-ui lab-up lab-deploy lab-down lab-status clean
 help:            ## list the commands
 	@grep -E '^[a-z0-9 -]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 16
 
@@ -65,6 +65,11 @@ e2e-integrations: $(VENV)/.dev            ## real Kueue, Prometheus and kube-net
 	$(LAB) up
 	$(LAB) deploy
 	$(LAB) run $(BIN)/python -m pytest tests/enforced
+
+e2e-devices: $(VENV)/.dev            ## a job with every field that the policy can allow and a device by a claim (DRA), in the lab
+	$(LAB) up
+	$(LAB) deploy
+	$(LAB) run $(BIN)/python -m pytest tests/devices/test_claims.py
 
 e2e-replicas: $(VENV)/.dev            ## rollout replicas in the lab: real pods with a real vLLM on the CPU (6 GB, made once)
 	$(LAB) up

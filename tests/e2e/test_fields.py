@@ -12,7 +12,7 @@ import pytest
 
 from charts import render
 from e2e.kubectl import Kubectl, Object, eventually
-from e2e.scene import RESTRICTED, SECONDS, Scene
+from e2e.scene import RESTRICTED, SECONDS, Scene, TrainingJob
 
 GPU, NIC = "example.com/slice-1g", "rdma/hca"
 POLICY = {
@@ -21,13 +21,15 @@ POLICY = {
     "allowedVolumes": ["configMap", "secret", "persistentVolumeClaim", "emptyDir"],
     "allowedClaims": ["shared-*"],
     "allowedCapabilities": ["IPC_LOCK"],
+    "allowedResourceClaimTemplates": ["lab-*"],
     "hostNetwork": True,
 }
-REWARD = """
+GO = "/volumes/scratch/go"
+REWARD = f"""
 import os, time
 
 def reward(prompt: str, response: str) -> float:
-    if not os.path.exists("/volumes/scratch/go"):  # until somebody has looked
+    if not os.path.exists("{GO}"):  # until somebody has looked
         time.sleep(0.05)
     return float(len(response))
 """
@@ -125,7 +127,8 @@ def change(binding: Object, matched: Object | None) -> None:
     )
 
 
-def test_a_job_with_all_that_the_policy_allows_trains(place: Scene, devices: None):
+def everything(place: Scene, name: str, **resources: Any) -> Object:
+    """A manifest with all that the policy allows; what it names is made. It trains until somebody has looked, and then to its end."""
     rows = "\n".join(json.dumps(row) for row in place.manifests.rows)
     claim = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Mi"}}}
     place.kubectl.apply(
@@ -133,12 +136,13 @@ def test_a_job_with_all_that_the_policy_allows_trains(place: Scene, devices: Non
         {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "ca"}, "stringData": {"ca.crt": "certificate"}},
         {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "shared-corpus"}, "spec": claim},
     )
-    manifest = place.manifests.grpo(
-        "everything",
+    asked = {"gpusPerNode": 1, "gpuResource": GPU, "extra": {NIC: 2}, "memory": "2Gi", "ephemeralStorage": "1Gi"}
+    return place.manifests.grpo(
+        name,
         steps=40,
         dataset={"path": "/volumes/rows/rows.jsonl"},
         reward={"source": REWARD},
-        resources={"gpusPerNode": 1, "gpuResource": GPU, "extra": {NIC: 2}, "memory": "2Gi", "ephemeralStorage": "1Gi"},
+        resources=asked | resources,
         runtimeClassName="e2e-fields",
         topologySpreadConstraints=[{"topologyKey": "kubernetes.io/hostname"}],
         volumes=[
@@ -151,25 +155,39 @@ def test_a_job_with_all_that_the_policy_allows_trains(place: Scene, devices: Non
         capabilities=["IPC_LOCK"],
         hostNetwork=True,
     )
-    limit = time.monotonic() + SECONDS  # a policy is in force a moment after it is made
+
+
+def taken(place: Scene, manifest: Object) -> TrainingJob:
+    """The job, once the policy is in force, which is a moment after it is made."""
+    limit = time.monotonic() + SECONDS
     while "created" not in (
         said := place.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(manifest), check=False)
     ):
         assert time.monotonic() < limit, said
         time.sleep(0.5)
-    job = place.apply(manifest)
-    job.reached(1)
+    return place.apply(manifest)
+
+
+def look(job: TrainingJob) -> None:
+    """All that `everything` names has reached the container, and nothing besides."""
     found = json.loads(job.execute("python", "-c", LOOK))
     assert found["bounding"] == IPC_LOCK, "that capability, and no other"
     assert found["user"] != 0
     assert (found["secret"], found["hca"]) == ("certificate", "mlx5")
     assert found["writable"] == ["/volumes/scratch"]
-    job.execute("touch", "/volumes/scratch/go")
     pod = job.pod()
     limits = pod["spec"]["containers"][0]["resources"]["limits"]
     assert {k: v for k, v in limits.items() if "/" in k} == {GPU: "1", NIC: "2"}
     assert pod["status"]["podIP"] == pod["status"]["hostIP"], "the node's network"
     assert pod["spec"]["runtimeClassName"] == "e2e-fields"
+
+
+def test_a_job_with_all_that_the_policy_allows_trains(place: Scene, devices: None):
+    manifest = everything(place, "everything")
+    job = taken(place, manifest)
+    job.reached(1)
+    look(job)
+    job.execute("touch", GO)
     status = job.phase("Succeeded")
     assert (status["result"]["totalSteps"], status["attempt"]) == (40, 1)
     refused = json.loads(json.dumps(manifest))
