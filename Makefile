@@ -29,8 +29,8 @@ architectures: $(VENV)/.dev            ## every causal model type of transformer
 test-storage: $(VENV)/.dev            ## models, data and runs in a real S3 server (built once from its Go module)
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/storage
 
-test-storage-kills: $(VENV)/.dev            ## runs in a store, killed 20 times in the midst of a save and 20 times at any moment (SEED=…)
-	NEMO_RL_TEST_KILLS=20 NEMO_RL_TEST_SEED=$(or $(SEED),17) $(BIN)/python -m pytest tests/storage/test_runs.py -k kills
+test-storage-kills: $(VENV)/.dev            ## runs in a store, killed 20 times in the midst of a save and 20 times at any moment (SEED=…); each fault of a store at four moments of a run
+	NEMO_RL_TEST_KILLS=20 NEMO_RL_TEST_SEED=$(or $(SEED),17) $(BIN)/python -m pytest tests/storage/test_runs.py -k "kills or each_fault"
 
 test-cluster: $(VENV)/.dev            ## the operator against a real API server (built once from Go modules, or KUBECONFIG)
 	$(BIN)/python -m pytest $(if $(NEMO_RL_TEST_KUBECONFIG),,-n 2 --dist loadfile) tests/cluster

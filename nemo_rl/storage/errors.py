@@ -57,6 +57,17 @@ _CAUSES: tuple[tuple[str, str, bool], ...] = (
         False,
     ),
     (
+        r"\bInvalidToken\b",
+        "the server does not take the session token; unset AWS_SESSION_TOKEN if the access key is another server's, or get a new one",
+        False,
+    ),
+    (
+        r"AssumeRoleWithWebIdentity|InvalidIdentityToken|IDPRejectedClaim",
+        "the service account's token was not accepted for its role; check the role's trust policy, and the role that the service "
+        "account names (eks.amazonaws.com/role-arn)",
+        False,
+    ),
+    (
         r"PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraint|301 Moved|region is wrong|expecting '",
         "the bucket is in another region than the one asked; set AWS_REGION to the bucket's region",
         False,
@@ -68,7 +79,7 @@ _CAUSES: tuple[tuple[str, str, bool], ...] = (
     ),
     (
         r"169\.254\.169\.254|metadata\.google\.internal|instance metadata|CredentialsNotLoaded|[Mm]issing.*credential"
-        r"|InstanceCredentialProvider|no credentials|MetadataHeader",
+        r"|InstanceCredentialProvider|no credentials|MetadataHeader|/v\d/credentials\S* in [^-]+ - Server returned non-2xx status code: 4",
         "found no credentials; give them by environment variables (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
         "GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME and _KEY), on a cluster by envFrom or the service account",
         False,

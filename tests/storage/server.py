@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import json
 import os
 import re
 import socket
@@ -226,6 +228,43 @@ class Faults:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self._http.server_address[1]}"
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+
+class PodIdentity:
+    """Gives the server's keys for a few seconds to who asks, as EKS Pod Identity does. `cut`: so many requests get no answer."""
+
+    def __init__(self) -> None:
+        self.refuses, self.cut, self.given = False, 0, 0
+        identity = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                if identity.cut > 0:
+                    identity.cut -= 1
+                    return self.connection.shutdown(socket.SHUT_RDWR)
+                until = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=20)
+                keys = {"AccessKeyId": ACCESS, "SecretAccessKey": SECRET, "Token": ""}
+                told = {"message": "no association"} if identity.refuses else keys
+                self.send_response(404 if identity.refuses else 200)
+                self.end_headers()
+                self.wfile.write(json.dumps({**told, "Expiration": f"{until:%Y-%m-%dT%H:%M:%SZ}"}).encode())
+                identity.given += not identity.refuses
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads = True
+        self._http.handle_error = lambda request, client_address: None  # type: ignore[method-assign]
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._http.server_address[1]}/v1/credentials"
 
     def close(self) -> None:
         self._http.shutdown()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from nemo_rl.run.stored.head import read_head
 from nemo_rl.run.stored.runs import StoredRuns
 from nemo_rl.run.stored.writer import Writer
 from nemo_rl.storage.store import Store
-from storage.server import Faults
+from storage.server import S3, Faults, PodIdentity
 
 PASSING = ("503", "reset", "lost", "slow", "truncated")
 """Three requests long. The library asks again by itself, and so do we."""
@@ -63,6 +63,19 @@ def after(count: int, fault: str, which: Choose = anything) -> Choose:
         return fault if number >= count and (fault in LASTING or number < count + 3) else None
 
     return choose
+
+
+@pytest.fixture
+def identity(store_environment: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PodIdentity]:
+    """Credentials that are asked for at an address, as in pods of EKS, and renewed, in place of keys in variables."""
+    server = PodIdentity()
+    (tmp_path / "token").write_text("a token of the service account")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", server.url)
+    monkeypatch.setenv("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", str(tmp_path / "token"))
+    yield server
+    server.close()
 
 
 def begun(uri: str, root: Path) -> StoredRuns:
@@ -190,3 +203,50 @@ def test_at_the_load_of_a_model(faults: Faults, tmp_path: Path, fault: str):
             local_model(f"{runs.uri}/latest")
         faults.choose = lambda method, path: None
     assert (local_model(f"{runs.uri}/latest") / "model.safetensors").read_bytes() == content(2)
+
+
+NONE = "found no credentials"
+
+
+def test_credentials_that_are_renewed_may_be_away_for_a_while(identity: PodIdentity, tmp_path: Path):
+    uri = "s3://bucket/identity/away"
+    identity.cut = 2
+    runs = begun(uri, tmp_path / "one")
+    save(runs, 2)
+    identity.cut = 2
+    save(runs, 4)
+    runs.close()
+    identity.cut = 2
+    again = taken_up(uri, tmp_path / "two")
+    assert loaded(again) == 4
+    again.close()
+    assert identity.cut == 0
+    assert identity.given > 3, "those that expire are renewed"
+
+
+@pytest.mark.parametrize("moment", ["probe", "save", "load"])
+def test_without_credentials(identity: PodIdentity, tmp_path: Path, moment: str):
+    """Before a run begins, in the midst of it, and when it is to go on: told in words, and nothing is lost."""
+    uri = f"s3://bucket/identity/{moment}"
+    if moment == "probe":
+        identity.refuses = True
+        with pytest.raises(StorageError, match=NONE):
+            begun(uri, tmp_path / "one")
+        identity.refuses = False
+        assert read_head(Store(uri)) is None
+    runs = begun(uri, tmp_path / "two")
+    save(runs, 2)
+    if moment == "save":
+        identity.refuses = True
+        with pytest.raises(StorageError, match=NONE):
+            save(runs, 4)
+        identity.refuses = False
+    runs.close()
+    if moment == "load":
+        identity.refuses = True
+        with pytest.raises(StorageError, match=NONE):
+            taken_up(uri, tmp_path / "three")
+        identity.refuses = False
+    again = taken_up(uri, tmp_path / "four")
+    assert loaded(again) == 2
+    again.close()

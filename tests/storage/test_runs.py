@@ -16,24 +16,31 @@ import pytest
 from forked import ForkServer
 from nemo_rl.run.sources import local_model
 from nemo_rl.run.stored.head import read_head, read_text
-from nemo_rl.storage.store import Store
+from nemo_rl.storage.store import Store, walk
 from ports import free_port
 from storage.server import S3, Faults
+from storage.test_faults import LASTING, PASSING, after
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 STEPS = 9
 KILLS = int(os.environ.get("NEMO_RL_TEST_KILLS", "5"))
 """Of each kind; `make test-storage-kills` asks for 20."""
 SEED = int(os.environ.get("NEMO_RL_TEST_SEED", "17"))
+TRIED = (*PASSING, *LASTING) if KILLS >= 20 else ("expired",)
+"""Of the faults of a store, those that a whole run meets here; test_faults.py has all of them without training."""
 
 SOURCE = """
-import json, os
+import json, logging, os
 import torch, torch.distributed.checkpoint, datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, Qwen2TokenizerFast
 import nemo_rl.trainers.sft, nemo_rl.api.training
 
-def run(model, output, cache, steps, port, endpoint, keep):
+def run(model, output, cache, steps, port, endpoint, keep, seed, keys):
     os.environ |= {"NEMO_RL_CACHE": cache, "AWS_ENDPOINT_URL": endpoint}
+    logging.getLogger("nemo_rl").addHandler(logging.FileHandler(f"{cache}/warnings"))
+    if not keys:
+        os.environ.update(HOME=cache)
+        del os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
     other = None
     if port:  # two nodes: processes with nothing in common but the store
         other = os.fork()
@@ -45,13 +52,16 @@ def run(model, output, cache, steps, port, endpoint, keep):
     rows = [{"prompt": f"{i}=", "completion": f"{i % 10}a"} for i in range(10, 30)]
     try:
         result = nemo_rl.train(model, rows, algorithm="sft", max_steps=steps, max_epochs=9, batch_size=4,
-                               learning_rate=1e-2, save_every=2, keep_checkpoints=keep, seed=7, output_dir=output,
+                               learning_rate=1e-2, save_every=2, keep_checkpoints=keep, seed=seed, output_dir=output,
                                backend="local", log_level="warning", validation_dataset=rows[:4])
     except nemo_rl.errors.TrainingInterrupted as stopped:
         open(f"{cache}/stopped-{os.environ.get('RANK', '0')}", "w").write(str(stopped))
         if other:
             os.waitpid(other, 0)
         os._exit(75)
+    except nemo_rl.errors.StorageError as error:
+        open(f"{cache}/failed", "w").write(str(error))
+        os._exit(74)
     if other == 0:
         os._exit(0)
     if other:
@@ -77,10 +87,12 @@ class Runs:
         port: int = 0,
         endpoint: str = "",
         keep: int = 2,
+        seed: int = 7,
+        keys: bool = True,
         kill_after: float | None = None,
     ) -> int:
         cache.mkdir(parents=True, exist_ok=True)
-        words = (self.model, output, str(cache), steps, port, endpoint or self.url, keep)
+        words = (self.model, output, str(cache), steps, port, endpoint or self.url, keep, seed, keys)
         return self.server.run(*words, kill_after=kill_after)
 
 
@@ -186,23 +198,17 @@ def test_kills_at_any_moment_lose_nothing(runs, undisturbed, tmp_path, store_env
 
 
 def written(method: str, path: str, uri: str) -> bool:
-    """Whether a request changes something of the run."""
-    return method in ("PUT", "POST", "DELETE") and path.startswith(f"/{uri.removeprefix('s3://')}/")
+    """Whether a request changes something of the run. One that deletes names its objects in its body."""
+    return method in ("PUT", "POST") and (path.startswith(f"/{uri.removeprefix('s3://')}/") or path.endswith("?delete"))
 
 
 def test_kills_in_the_midst_of_saves_leave_whole_checkpoints(
-    runs, undisturbed, tmp_path, store_environment, faults: Faults, monkeypatch
+    runs, undisturbed, weights, tmp_path, store_environment, faults: Faults, monkeypatch
 ):
     """At a request of a save, drawn by the seed: before the store has it, or when the store has done it and before it says so.
 
     Whatever the store names after a kill is whole, and is what the undisturbed run had at that step.
     """
-    every = tmp_path / "every" / "run"
-    assert runs.run(str(every), tmp_path / "unused", keep=99) == 0
-    weights = {
-        path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in every.glob("checkpoints/step-*/model.safetensors")
-    }
     monkeypatch.setenv("NEMO_RL_CACHE", str(tmp_path / "reader"))
     calm = "s3://bucket/calm/run"
     assert runs.run(calm, tmp_path / "calm", endpoint=faults.url) == 0
@@ -216,7 +222,7 @@ def test_kills_in_the_midst_of_saves_leave_whole_checkpoints(
             if not written(method, path, uri) or killed:
                 return None
             left[0] -= 1
-            if left[0] > 0 or not (f"{uri.partition('://')[2]}/checkpoints/" in path or path.endswith("run.json")):
+            if left[0] > 0 or not ("/checkpoints/" in path or path.endswith(("run.json", "?delete"))):
                 return None
             killed.append(path)
             return way
@@ -235,6 +241,134 @@ def test_kills_in_the_midst_of_saves_leave_whole_checkpoints(
     assert runs.run(uri, tmp_path / "last", endpoint=faults.url) == 0
     assert in_store(uri) == on_disk(undisturbed[0])
     assert loaded > 0
+
+
+@pytest.fixture(scope="module")
+def weights(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Digests of the weights of each checkpoint of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("every")
+    assert runs.run(str(folder / "run"), folder / "cache", keep=99) == 0
+    return {
+        path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.glob("run/checkpoints/step-*/model.safetensors")
+    }
+
+
+MOMENTS = {
+    "before": (lambda method, path: True, set()),
+    "save": (lambda method, path: method in ("PUT", "POST") and "/checkpoints/step-00000004-" in path, {2}),
+    "end": (lambda method, path: method in ("PUT", "POST") and f"/checkpoints/step-{STEPS:08d}-" in path, {6, 8}),
+    "resume": (lambda method, path: method in ("GET", "HEAD") and "/checkpoints/step-" in path, {2, 4}),
+}
+"""Which request begins the trouble, and the steps whose checkpoints must be there when it has ended the run."""
+
+
+def killed_in_the_third_save(runs: Runs, uri: str, cache: Path, faults: Faults) -> None:
+    faults.choose = lambda method, path: "kill" if method == "PUT" and "/checkpoints/step-00000006-" in path else None
+    faults.kill = lambda: os.kill(runs.server.pid, signal.SIGKILL)
+    assert runs.run(uri, cache, endpoint=faults.url) == -signal.SIGKILL
+    faults.choose = lambda method, path: None
+
+
+@pytest.mark.parametrize(("moment", "fault"), [*itertools.product(MOMENTS, TRIED)])
+def test_each_fault_at_each_moment_loses_nothing(
+    runs, undisturbed, weights, tmp_path, faults: Faults, monkeypatch, moment: str, fault: str
+):
+    """What passes is not noticed. What lasts ends the run in words, and the next call, on another machine, ends as if it had not been."""
+    monkeypatch.setenv("NEMO_RL_CACHE", str(tmp_path / "reader"))
+    uri = f"s3://bucket/{moment}-{fault}/run"
+    which, there = MOMENTS[moment]
+    if moment == "resume":
+        killed_in_the_third_save(runs, uri, tmp_path / "killed", faults)
+    faults.choose = after(0, fault, which)
+    code = runs.run(uri, tmp_path / "ill", endpoint=faults.url)
+    met = [path for _, path, found in faults.seen if found == fault]
+    faults.choose = lambda method, path: None
+    assert met
+    if fault in LASTING:
+        assert code == 74
+        assert LASTING[fault] in (tmp_path / "ill" / "failed").read_text()
+        head = read_head(Store(uri))
+        assert {entry["step"] for entry in head["checkpoints"]} == there if head else not there
+        assert whole(uri, weights) == len(there)
+        code = runs.run(uri, tmp_path / "well", endpoint=faults.url)
+    assert code == 0
+    assert in_store(uri) == on_disk(undisturbed[0])
+
+
+@pytest.mark.parametrize("moment", ["before", "save", "resume"])
+def test_a_store_that_knows_no_conditions_is_refused_and_what_is_there_stays(
+    runs, undisturbed, tmp_path, faults: Faults, moment: str
+):
+    """A run that has begun has one writer all the same."""
+    uri = f"s3://bucket/{moment}-unconditional/run"
+    if moment == "resume":
+        killed_in_the_third_save(runs, uri, tmp_path / "killed", faults)
+    before = faults.server.objects(uri.removeprefix("s3://bucket/"))
+
+    def forget(method, path):
+        if moment != "save" or MOMENTS["save"][0](method, path):
+            faults.ignored = ("if-none-match", "if-match")
+
+    faults.choose = forget
+    code = runs.run(uri, tmp_path / "ill", endpoint=faults.url)
+    faults.choose, faults.ignored = lambda method, path: None, ()
+    if moment != "save":
+        assert code == 74
+        assert "has no conditional writes" in (tmp_path / "ill" / "failed").read_text()
+        assert faults.server.objects(uri.removeprefix("s3://bucket/")) == before
+        code = runs.run(uri, tmp_path / "well", endpoint=faults.url)
+    assert code == 0
+    assert in_store(uri) == on_disk(undisturbed[0])
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_without_credentials_nothing_is_trained_and_nothing_lost(
+    runs, undisturbed, tmp_path, faults: Faults, begun: bool
+):
+    uri = f"s3://bucket/keyless-{begun}/run"
+    if begun:
+        killed_in_the_third_save(runs, uri, tmp_path / "killed", faults)
+    before = faults.server.objects(uri.removeprefix("s3://bucket/"))
+    assert runs.run(uri, tmp_path / "ill", keys=False) == 74
+    assert "found no credentials" in (tmp_path / "ill" / "failed").read_text()
+    assert faults.server.objects(uri.removeprefix("s3://bucket/")) == before
+    assert runs.run(uri, tmp_path / "well") == 0
+    assert in_store(uri) == on_disk(undisturbed[0])
+
+
+@pytest.mark.parametrize("harm", ["altered", "shorter", "gone"])
+def test_half_a_checkpoint_is_passed_over_and_made_again(runs, undisturbed, tmp_path, faults: Faults, harm: str):
+    uri = f"s3://bucket/half-{harm}/run"
+    killed_in_the_third_save(runs, uri, tmp_path / "killed", faults)
+    newest = read_head(Store(uri))["checkpoints"][-1]
+    file = faults.server.data / f"bucket/half-{harm}/run/checkpoints/{newest['folder']}/model.safetensors"
+    content = file.read_bytes()
+    changes = {"altered": content[:-1] + bytes([content[-1] ^ 1]), "shorter": content[: len(content) // 2]}
+    file.unlink() if harm == "gone" else file.write_bytes(changes[harm])
+    assert runs.run(uri, tmp_path / "next") == 0
+    assert f"passed over the checkpoint {newest['name']}" in (tmp_path / "next" / "warnings").read_text()
+    assert in_store(uri) == on_disk(undisturbed[0])
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_another_run_at_the_address_is_left_as_it_is(runs, undisturbed, tmp_path, faults: Faults, done: bool):
+    """The one that differs begins beside it; the first goes on where it was."""
+    uri = f"s3://bucket/another-{done}/run"
+    if done:
+        assert runs.run(uri, tmp_path / "first") == 0
+    else:
+        killed_in_the_third_save(runs, uri, tmp_path / "first", faults)
+    at = faults.server.data / uri.removeprefix("s3://")
+    before = {name: (at / name).read_bytes() for name, _ in walk(at)}
+    assert runs.run(uri, tmp_path / "other", seed=8) == 0
+    assert {name: (at / name).read_bytes() for name, _ in walk(at)} == before
+    other = in_store(f"{uri}-2")
+    assert other["weights"] != on_disk(undisturbed[0])["weights"]
+    assert len(other["metrics"]) == len(on_disk(undisturbed[0])["metrics"])
+    if not done:
+        assert runs.run(uri, tmp_path / "second") == 0
+    assert in_store(uri) == on_disk(undisturbed[0])
 
 
 def test_what_a_kill_left_of_the_last_save_is_finished_by_the_next_call(

@@ -14,7 +14,7 @@ import pytest
 from nemo_rl.errors import StorageError
 from nemo_rl.job.uris import problem
 from nemo_rl.storage.cache import cached
-from nemo_rl.storage.errors import Conflict
+from nemo_rl.storage.errors import Conflict, in_words
 from nemo_rl.storage.store import Store
 from nemo_rl.storage.transfer import File, digest, download, upload
 from storage.gcs import Gcs
@@ -168,6 +168,7 @@ def test_a_store_that_can_be_written_is_proved_and_left_clean(store, s3: S3):
     [
         ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "the secret key is not the one of this access key"),
         ({"AWS_ACCESS_KEY_ID": "nobody"}, "does not know the access key"),
+        ({"AWS_SESSION_TOKEN": "of another server"}, "does not take the session token; unset AWS_SESSION_TOKEN"),
         ({"AWS_REGION": "eu-north-1"}, "another region"),
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "was not reached"),
     ],
@@ -207,6 +208,18 @@ def test_what_lasts_is_told_at_once_by_whatever_is_asked_first(faults: Faults, w
         with pytest.raises(StorageError, match=words):
             getattr(store, work)(*arguments.get(work, ("a",)))
         assert len(faults.seen) - before <= 3
+
+
+def test_a_role_that_does_not_trust_the_service_account_is_no_right_to_the_bucket():
+    """As STS answers, which is asked by HTTPS alone."""
+    kind = type("GenericError", (Exception,), {})
+    answer = "<Code>AccessDenied</Code><Message>Not authorized to perform sts:AssumeRoleWithWebIdentity</Message>"
+    error = kind(
+        f"Error performing POST REDACTED in 5ms - Server returned non-2xx status code: 403 Forbidden: {answer}"
+    )
+    told = in_words(error, "write", "s3://bucket/run")
+    assert type(told) is StorageError
+    assert "was not accepted for its role; check the role's trust policy" in str(told)
 
 
 def test_a_bucket_that_is_not_there(store_environment):
