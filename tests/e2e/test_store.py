@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nbclient
+import nbformat
 import pytest
 
 import nemo_rl
@@ -203,3 +205,37 @@ def test_a_documented_example_is_a_job_with_model_data_and_output_in_the_store(s
     AutoModelForCausalLM.from_pretrained(result.checkpoint_path)
     spec = job.resource["spec"]
     assert spec["model"].startswith(f"s3://{BUCKET}/hub/") and spec["dataset"]["path"].startswith(f"s3://{BUCKET}/hub/")
+
+
+@pytest.mark.store_examples
+def test_train_in_a_notebook_returns_a_folder_that_loads(
+    place: Scene, hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    desk = Desk(tmp_path, place)
+    for name, value in (desk.environment | {"IPYTHONDIR": str(tmp_path / "ipython")}).items():
+        monkeypatch.setenv(name, value)
+    more = f", name='from-a-notebook', gpus=0, env_from={CREDENTIALS!r}, env={{'OMP_NUM_THREADS': '1'}}"
+    load = "AutoModelForCausalLM.from_pretrained(result.checkpoint_path).config.hidden_size"
+    cells = [in_store(example("SFT"), hub, RESULTS, more), f"from transformers import AutoModelForCausalLM\n{load}"]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in cells])
+    where = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(book, timeout=2 * SECONDS, kernel_name="python3", resources=where).execute()
+    (told,) = (output for output in book.cells[-1].outputs if output.output_type == "execute_result")
+    assert told.data["text/plain"] == "32"
+
+
+@pytest.mark.store_examples
+def test_a_machine_without_keys_has_the_result_through_a_pod_of_the_job(
+    submitted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from transformers import AutoModelForCausalLM
+
+    job = nemo_rl.attach(submitted["SFT"].name)
+    job.wait()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody-else")
+    job.output_dir = tmp_path / "out"
+    result = job.fetch()
+    assert result.checkpoint_uri.startswith(f"{RESULTS}/{job.name}/checkpoints/step-")
+    assert Path(result.checkpoint_path).is_relative_to(tmp_path)
+    assert result.history[-1]["step"] == result.total_steps
+    AutoModelForCausalLM.from_pretrained(result.checkpoint_path)
