@@ -155,7 +155,7 @@ class Store:
 
         def walk() -> list[Object]:
             found = [
-                Object(entry["path"][start:], int(entry["size"]), str(entry["e_tag"] or ""))
+                Object(entry["path"][start:], int(entry["size"]), self._listed(entry["e_tag"]))
                 for page in self._obstore.list(self._inner, prefix=prefix or None)
                 for entry in page
             ]
@@ -254,6 +254,10 @@ class Store:
 
     def _key(self, path: str) -> str:
         return f"{self.base}/{path}".strip("/")
+
+    def _listed(self, tag: str | None) -> str:
+        """An ETag as conditions take it: Azure's lists leave out its quotes."""
+        return f'"{tag}"' if tag and not self.is_local and not tag.endswith('"') else tag or ""
 
     def _name(self, path: str) -> str:
         return uris.joined(self.uri, path) if path else self.uri

@@ -17,6 +17,10 @@ from xml.sax.saxutils import escape
 DATE = "Sun, 29 Nov 2026 12:00:00 GMT"
 
 
+def digest(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
 class Gcs:
     """One bucket in memory. `objects`: name to (generation, content)."""
 
@@ -67,13 +71,12 @@ class Gcs:
 
             def _about(self) -> dict[str, str]:
                 generation, content = server.objects[self._name()]
-                tag = hashlib.md5(content, usedforsecurity=False).hexdigest()
-                return {"ETag": f'"{tag}"', "x-goog-generation": str(generation), "Last-Modified": DATE}
+                return {"ETag": f'"{digest(content)}"', "x-goog-generation": str(generation), "Last-Modified": DATE}
 
             def _list(self, prefix: str) -> None:
                 found = "".join(
                     f"<Contents><Key>{escape(name)}</Key><Generation>{generation}</Generation>"
-                    f"<LastModified>2026-11-29T12:00:00.000Z</LastModified><ETag>&quot;x&quot;</ETag><Size>{len(content)}</Size></Contents>"
+                    f"<LastModified>2026-11-29T12:00:00.000Z</LastModified><ETag>&quot;{digest(content)}&quot;</ETag><Size>{len(content)}</Size></Contents>"
                     for name, (generation, content) in sorted(server.objects.items())
                     if name.startswith(prefix)
                 )

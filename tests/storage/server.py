@@ -116,6 +116,8 @@ class Faults:
     seen: list[tuple[str, str, str | None]] = field(default_factory=list)
     sent: Counter[str] = field(default_factory=Counter)
     """Bytes of each object that were the answer to GET, by its path."""
+    unquoted: bool = False
+    """Whether ETags in lists have no quotes, as in Azure's."""
     without_ranges: bool = False
     """Whether whole objects are the answer to a request for a part, as of a simple web server."""
     ignored: Collection[str] = ()
@@ -166,6 +168,8 @@ class Faults:
                         status, content = 200, (faults.server.data / self.path.strip("/")).read_bytes()
                     if self.command == "GET":
                         faults.sent[self.path.partition("?")[0]] += len(content)
+                    if faults.unquoted and "list-type" in self.path:
+                        content = content.replace(b"&#34;", b"").replace(b"&quot;", b"")
                     told = answer.getheaders()
                 finally:
                     upstream.close()

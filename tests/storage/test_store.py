@@ -41,6 +41,14 @@ def test_objects_are_written_read_listed_and_deleted(store):
     assert [o.path for o in store.list()] == ["a/two"]
 
 
+def test_a_listed_version_is_that_which_reads_are_told(faults: Faults, store):
+    store.write("one", b"content")
+    for faults.unquoted in (False, True):
+        (found,) = store.list()
+        assert found == store.stat("one")
+        assert store.read_range("one", 0, 3, found.version) == b"con"
+
+
 def test_of_many_writers_one_creates_and_one_swaps(store):
     """Compare and swap by a real server: of 8 threads exactly one wins, each of 10 times."""
     for number in range(10):
