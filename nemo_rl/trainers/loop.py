@@ -203,9 +203,11 @@ class Loop:
             self._save(self.metrics, None, callbacks=self._settled_callbacks, should_stop=False)
         self.store.settle()
         latest = self.store.latest()
+        if latest is not None and latest.step != trainer.current_step:
+            latest = None  # with a store, where it went is known on the first node alone; others may have the one that they began with
         path = str(latest.path) if latest else None
         shown = self.store.shown(latest.path) if latest else None
-        if path or trainer.current_step:  # with a store, where it went is known on the first node alone
+        if path or trainer.current_step:
             where = f"saved step {trainer.current_step}" + (f" to {shown}" if shown else "")
         else:
             where = "before the first step; nothing to save"

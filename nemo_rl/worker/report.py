@@ -201,8 +201,11 @@ def read_checkpoints(run_dir: Path, claim: Path, algorithm: str) -> Checkpoint |
 
 
 def published_checkpoints(published: PublishedCheckpoints, algorithm: str) -> Checkpoint | None:
-    """The complete checkpoints of a run in a store, by their addresses; None if there is none."""
-    entries = published.entries()
+    """The complete checkpoints of a run in a store, by their addresses; None if there is none.
+
+    None too of other ranks than the first: they know those that were there when they began, which the job has long left behind.
+    """
+    entries = published.entries() if published.rank == 0 else []
     best = best_entry(entries)
     if best is None:
         return None

@@ -423,20 +423,25 @@ def test_two_nodes_share_nothing_but_the_store(runs, undisturbed, tmp_path, stor
 
 
 def test_two_nodes_that_are_stopped_say_what_was_saved(runs, tmp_path, faults: Faults):
-    """A checkpoint does not stay on the second node, which knows all the same that there is one."""
-    uri, asked = "s3://bucket/stopped/run", []
+    """A checkpoint does not stay on the second node, which knows all the same that there is one. The one that a run went on from does:
+    it is not the one that was saved."""
+    uri = "s3://bucket/stopped/run"
+    for attempt, step in (("first", 2), ("second", 6)):
+        asked: list[str] = []
 
-    def choose(method, path):
-        if method == "PUT" and "/checkpoints/step-00000004-g1/" in path and not asked:
-            asked.append(path)
-            os.kill(runs.server.pid, signal.SIGTERM)
+        def choose(method, path, step=step, asked=asked):
+            if method == "PUT" and f"/checkpoints/step-{step:08d}-" in path and not asked:
+                asked.append(path)
+                os.kill(runs.server.pid, signal.SIGTERM)
 
-    faults.choose = choose
-    assert runs.run(uri, tmp_path / "first", port=free_port(), endpoint=faults.url) == 75
-    saved = max(entry["step"] for entry in read_head(Store(uri))["checkpoints"])
-    for rank in (0, 1):
-        told = (tmp_path / "first" / f"stopped-{rank}").read_text()
-        assert told.startswith(f"stopped by SIGTERM; saved step {saved}")
+        faults.choose = choose
+        assert runs.run(uri, tmp_path / attempt, port=free_port(), endpoint=faults.url) == 75
+        newest = read_head(Store(uri))["checkpoints"][-1]
+        end = ". Run the same call again to go on"
+        saved = f"stopped by SIGTERM; saved step {newest['step']}"
+        told = [(tmp_path / attempt / f"stopped-{rank}").read_text() for rank in (0, 1)]
+        assert told[0] == f"{saved} to {uri}/checkpoints/{newest['folder']}{end}"
+        assert told[1] == f"{saved}{end}"
 
 
 def test_a_finished_run_is_lengthened_on_another_machine(runs, undisturbed, tmp_path, store_environment):

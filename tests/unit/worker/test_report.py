@@ -11,6 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_rl.job.status import MAX_METRICS, Checkpoint, Progress
+from nemo_rl.run.stored.checkpoints import PublishedCheckpoints
+from nemo_rl.run.stored.lease import HeadLease
+from nemo_rl.run.stored.writer import Writer
 from nemo_rl.worker import report as phases
 from nemo_rl.worker.prometheus import TrainMetrics
 from nemo_rl.worker.report import Report
@@ -157,3 +160,16 @@ def test_before_the_first_step_there_is_no_time_of_the_last_one():
 
 def test_a_folder_without_checkpoints_has_none(tmp_path: Path):
     assert phases.read_checkpoints(tmp_path / "run", tmp_path, "grpo") is None
+
+
+def test_only_the_first_rank_reports_what_is_in_a_store(tmp_path: Path):
+    """Others know the checkpoints that there were when they began. Their last words would take the job's status back to these."""
+    found = {}
+    for rank in (0, 1):
+        lease = HeadLease("s3://bucket/run", tmp_path, Writer(), lambda sentence: None)
+        entry = {"name": "step-00000004", "folder": "step-00000004-g1", "step": 4, "metric": None, "files": []}
+        lease.head = {"checkpoints": [entry]}
+        found[rank] = phases.published_checkpoints(PublishedCheckpoints(lease, rank=rank, carries=True), "sft")
+    assert found[0] is not None
+    assert (found[0].latest_step, found[0].latest) == (4, "s3://bucket/run/checkpoints/step-00000004-g1")
+    assert found[1] is None
