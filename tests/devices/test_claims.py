@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 from e2e.kubectl import Kubectl, Object, eventually
 from e2e.scene import SECONDS, Scene, TrainingJob
@@ -15,7 +16,7 @@ from e2e.test_fields import GO, everything, look, taken
 from lab import dra
 from lab.dra import template
 
-NIC = "lab-nic"
+GPUS, NIC = "lab-gpus", "lab-nic"
 ENVIRONMENT = "import json, os; print(json.dumps(dict(os.environ)))"
 SEEN = {"user_MODEL": "lab"}
 """What the templates' parameters become in the container, by the driver."""
@@ -97,3 +98,23 @@ def test_a_job_with_all_that_the_policy_allows_trains_with_a_device_of_a_claim(
     status = job.phase("Succeeded")
     assert (status["result"]["totalSteps"], status["attempt"]) == (40, 1)
     given_back(place, uids)
+
+
+def test_gpus_of_a_claim_are_those_of_the_attempt_and_the_next_has_claims_of_its_own(
+    place: Scene, driver: None
+) -> None:
+    place.kubectl.apply(template(GPUS, 2), template(NIC, 1))
+    asked: dict[str, Any] = {"gpusPerNode": 2, "claims": [{"template": GPUS, "gpus": True}, {"template": NIC}]}
+    job = taken(place, place.manifests.grpo("claimed", steps=1000, pause=0.1, resources=asked))
+    job.reached(1)
+    limits = job.pod()["spec"]["containers"][0]["resources"].get("limits") or {}
+    assert not [name for name in limits if "/" in name], "no nvidia.com/gpu besides"
+    first = reached_the_pod(place, job, [2, 1])
+    job.kill_worker()
+    job.until(lambda status: status["attempt"] == 2 and status["phase"] == "Running", "attempt 2 runs")
+    second = reached_the_pod(place, job, [2, 1], attempt=2)
+    assert not {*first} & {*second}
+    given_back(place, first)
+    job.patch(suspend=True)
+    job.phase("Suspended")
+    given_back(place, second)
