@@ -96,7 +96,7 @@ test-vllm-short: $(VENV)/.dev            ## of these the faults that the gate mu
 
 test-vllm-kills: $(VENV)/.dev            ## vLLM and the trainer, each killed 20 times at moments drawn by SEED=…: the run goes on
 	$(BIN)/python tests/real_vllm/environment.py
-	NEMO_RL_TEST_KILLS=20 NEMO_RL_TEST_SEED=$(or $(SEED),17) $(BIN)/python -m pytest tests/real_vllm/test_kills.py
+	NEMO_RL_TEST_KILLS=20 NEMO_RL_TEST_SEED=$(or $(SEED),17) $(BIN)/python -m pytest -s tests/real_vllm/test_kills.py
 
 test-trackers: $(VENV)/.dev            ## W&B, MLflow and Trackio without a network, in an environment of their own (made once, 0.4 GB)
 	$(BIN)/python tests/trackers/environment.py -m pytest tests/trackers

@@ -42,6 +42,9 @@ UPDATE = (
     "/weight_info", "/pause", "/start_weight_update", "/update_weights", "/finish_weight_update", "/reset_prefix_cache",
     "/resume", "/update_weight_version",
 )  # fmt: skip
+START = "/health"
+"""What is asked of a server that starts until it is ready."""
+MOMENTS = (*UPDATE, *[COMPLETIONS] * 9, *[START] * 3)
 VICTIMS = ("all", "server", "engine")
 """Of the server's processes: the one that answers HTTP, the one with the model, which is another, or all of them."""
 
@@ -59,7 +62,7 @@ class Killer:
             if path.partition("?")[0] == self.path:
                 self.left -= 1
                 if self.left == 0:
-                    threading.Timer(self.seconds, self.kill).start()
+                    threading.Thread(target=self.kill, args=(self.seconds, self.victim), daemon=True).start()
             return request(client, method, path, *arguments)
 
         def started(process: ServerProcess, *arguments: Any) -> Any:
@@ -73,14 +76,24 @@ class Killer:
         self.killed.clear()
         self.path, self.left, self.seconds, self.victim = path, nth, seconds, victim
 
-    def kill(self) -> None:
-        assert self.process is not None and self.process.process is not None
-        group = self.process.process.pid
-        members = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _group_of(pid) == group]
-        for pid in members:
-            if self.victim == "all" or (pid == group) == (self.victim == "server"):
+    def kill(self, seconds: float, victim: str) -> None:
+        """Kills the processes once they are there: a server's engine begins a while after the server."""
+        time.sleep(seconds)  # the moment of the kill is what the tests vary
+        while not (victims := self._victims(victim)):
+            time.sleep(0.01)
+        for pid in victims:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.killed.set()
+
+    def _victims(self, victim: str) -> list[int]:
+        process = self.process.process if self.process is not None else None
+        if process is None:
+            return []
+        members = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _group_of(pid) == process.pid]
+        if victim == "engine":
+            return [pid for pid in members if pid != process.pid and b"resource_tracker" not in _command_of(pid)]
+        return [pid for pid in members if victim == "all" or pid == process.pid]
 
 
 def _group_of(pid: int) -> int | None:
@@ -88,6 +101,12 @@ def _group_of(pid: int) -> int | None:
         return os.getpgid(pid)
     except ProcessLookupError:
         return None
+
+
+def _command_of(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def sampled_by(policy: Policy, groups: list[list[Completion]], version: int) -> None:
@@ -108,21 +127,25 @@ def test_a_server_killed_at_any_moment_is_replaced_and_the_data_are_the_same(
     engine, policy = start(make_model("qwen2", hidden_size=WIDE))
     engine.update(policy, 0)
     same = total = 0
+    moments: list[str] = []
     for version in range(1, KILLS + 1):
         move(policy.model, version)
-        path = draw.choice([*UPDATE, COMPLETIONS, COMPLETIONS, COMPLETIONS, "its start"])
+        moments = moments or draw.sample(MOMENTS, len(MOMENTS))
+        path = moments.pop()
         nth, seconds, victim = draw.randint(1, len(REQUESTS)), draw.uniform(0.0, 0.1), draw.choice(VICTIMS)
-        print(f"kill {version}: {victim} at {path}", flush=True)
-        if path == "its start":
+        print(f"kill {version}: {victim} at {path}, {nth}, {seconds:.3f} s", flush=True)
+        began = time.monotonic()
+        if path == START:
             killed_while_it_starts(engine, policy, version, killer, nth, victim)
         else:
             killer.arm(path, nth if path == COMPLETIONS else 1, seconds, victim)
         groups = sample(engine, policy, version)
-        assert killer.killed.wait(60)
+        assert killer.killed.wait(300)
         sampled_by(policy, groups, version)
         again = sample(engine, policy, version)
         pairs = [(a.ids, b.ids) for one, two in zip(groups, again, strict=True) for a, b in zip(one, two, strict=True)]
         same, total = same + sum(a == b for a, b in pairs), total + len(pairs)
+        print(f"kill {version}: right, {same} of {total} the same, {time.monotonic() - began:.0f} s", flush=True)
     assert same >= 0.98 * total, "rounding may tip a draw, no more"
 
 
@@ -138,7 +161,7 @@ def killed_while_it_starts(
     engine: VLLMRollouts, policy: Policy, version: int, killer: Killer, nth: int, victim: str
 ) -> None:
     """What takes the place of a killed server is killed, too: the update ends in words, and the next one goes well."""
-    killer.arm("/health", nth, 0.0, victim)
+    killer.arm(START, nth, 0.0, victim)
     assert killer.process is not None and killer.process.process is not None
     os.killpg(killer.process.process.pid, signal.SIGKILL)
     with pytest.raises(RolloutLost, match=r"the vLLM server .* before it was ready"):
@@ -170,6 +193,8 @@ def assert_on_policy(history: list[dict[str, Any]]) -> None:
 
 # --- the trainer
 
+START_STEPS = 10
+"""About as many steps take as long as a start and the first one."""
 SOURCE = f"""
 import os, sys
 sys.path[:0] = {[str(Path(__file__).parents[1])]!r}
@@ -208,6 +233,14 @@ def history(output: Path) -> list[dict[str, Any]]:
     return read_history(output / "metrics.jsonl")
 
 
+def _written(output: Path) -> tuple[int, int] | None:
+    """Tells whether the file of metrics was written."""
+    with contextlib.suppress(FileNotFoundError):
+        about = (output / "metrics.jsonl").stat()
+        return about.st_mtime_ns, about.st_size
+    return None
+
+
 def trained_once(output: Path, staleness: int) -> None:
     found = history(output)
     assert [record["step"] for record in found] == list(range(1, STEPS + 1))
@@ -219,23 +252,33 @@ def trained_once(output: Path, staleness: int) -> None:
 
 
 def run(runs: ForkServer, model: str, output: Path, rollout: dict[str, Any], draw: random.Random, kill: bool) -> int:
-    """The exit code of a run that is killed, if at all, a drawn while after a drawn one of its further steps."""
-    steps, more = draw.randrange(min(len(history(output)), STEPS - 1), STEPS), draw.uniform(0.0, 0.3)
+    """The exit code of a run that is killed, if at all, at a drawn moment: while it starts, or in one of its next steps."""
+    newest = max([int(folder.name[5:]) for folder in (output / "checkpoints").glob("step-" + 8 * "[0-9]")], default=0)
+    step, part = newest + draw.randrange(4), draw.random()
+    kill = kill and step < STEPS
+    seconds = max([record["step_seconds"] for record in history(output)[-3:]], default=1.0)
+    seconds *= START_STEPS if step == newest else 1
+    old = _written(output)
     ended = threading.Event()
 
+    def there() -> bool:
+        """Whether it has trained those before in this life: the steps of an earlier one are cut off when it begins."""
+        return bool(runs.pid) and (step == newest or (_written(output) != old and len(history(output)) >= step))
+
     def kill_it() -> None:
-        while (not runs.pid or len(history(output)) < steps) and not ended.wait(0.02):
+        while not there() and not ended.wait(0.02):
             pass
-        if not ended.wait(more):
+        if not ended.wait(part * seconds):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(runs.pid, signal.SIGKILL)
 
     runs.pid = 0
     if kill:
-        threading.Thread(target=kill_it).start()
+        threading.Thread(target=kill_it, daemon=True).start()
     code = runs.run(model, str(output), rollout)
     ended.set()
-    print(f"{output.name}, {rollout}: exit code {code} after {len(history(output))} steps", flush=True)
+    killed = f"to be killed in step {step + 1}" if kill else "left alone"
+    print(f"{output.name}, {rollout}, {killed}: exit code {code} after {len(history(output))} steps", flush=True)
     return code
 
 
@@ -281,12 +324,13 @@ def test_a_trainer_killed_with_its_server_is_started_again(
 
 
 def servers_end(log: Path) -> bool:
-    """Whether no process of a server that writes this log is left, within a minute."""
-    for _ in range(600):
-        if not any(_writes(process, log) for process in Path("/proc").glob("[0-9]*")):
-            return True
+    """Whether no process of a server that writes this log is left, within five minutes; it takes some seconds."""
+    deadline = time.monotonic() + 300
+    while any(_writes(process, log) for process in Path("/proc").glob("[0-9]*")):
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.1)
-    return False
+    return True
 
 
 def _writes(process: Path, log: Path) -> bool:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import nemo_rl
 from nemo_rl.errors import WeightSyncMismatch
+from nemo_rl.rollout.vllm.client import COMPLETIONS, Client
 from nemo_rl.rollout.vllm.fetch import TOKEN_VARIABLE
 from nemo_rl.rollout.vllm.server import ServerProcess
 from nemo_rl.rollout.vllm.weights import Published, Publisher
@@ -23,6 +24,7 @@ from real_vllm.test_agreement import move
 from unit.trainers.conftest import write_model
 
 pytestmark = pytest.mark.timeout(3600)
+SLEEP = "/sleep?level=2"
 ROWS = [{"prompt": f"{i % 10}={i // 10}"} for i in range(16)]
 STEPS = 12
 
@@ -102,6 +104,29 @@ def test_an_interpreter_with_vllm_is_all_that_a_run_needs(cold_python: str, mode
     check(result)
     assert all(record["weight_sync_seconds"] > 0 for record in result.history)
     assert "Traceback" not in (tmp_path / "out" / "rollout" / "vllm.log").read_text()
+
+
+def test_a_server_that_sleeps_while_the_model_trains(
+    vllm_python: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU build sleeps, too, though it has no memory to give back: it samples nothing until it is woken."""
+    asked: list[str] = []
+    request = Client._request
+
+    def watched(client: Client, method: str, path: str, *arguments: Any) -> Any:
+        asked.append(path)
+        return request(client, method, path, *arguments)
+
+    monkeypatch.setattr(Client, "_request", watched)
+    check(train(model, tmp_path / "out", {"rollout_python": vllm_python, "sleep": True}))
+    awake = True
+    for path in asked:
+        if path in (SLEEP, "/wake_up"):
+            assert awake == (path == SLEEP)
+            awake = not awake
+        else:
+            assert awake or path not in (COMPLETIONS, "/update_weights")
+    assert asked.count(SLEEP) == STEPS
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 4])
