@@ -48,6 +48,9 @@ COMMANDS: dict[str, tuple[list[str], str | None]] = {
 }
 """Every subcommand: arguments with which it gets as far as it can, and the extra that it lacks."""
 
+INSTALLS_THE_OTHER = re.compile(r"\b(?:pip|uv) (?:install|add) (?:[^\n&;|`#]*[\s'\"])?nemo[-_]rl\b(?!/)")
+"""A command that installs by the name that another project has on the registry."""
+
 ROWS = "[{'prompt': 'a', 'completion': 'b'}]"
 CALLS = {
     "nemo_rl.train('./model', ROWS, algorithm='sft', backend='local')": "engine",
@@ -172,8 +175,26 @@ def test_commands_name_packages_and_never_the_name_that_another_project_has_on_t
         packages = re.findall(r"'([^']+)'", command)
         assert packages, extra
         assert all(Requirement(package).name != "nemo-rl" for package in packages)
-    for folder in ("nemo_rl", "operator", "docs", "examples", "charts"):
-        for path in (base_environment.ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".md", ".txt", ".yaml") and path.is_file():
-                text = path.read_text(encoding="utf-8")
-                assert not re.search(r"(pip|uv) (install|add) [^\n]*['\" ]nemo-rl\b", text), path
+    root = base_environment.ROOT
+    folders = ("nemo_rl", "operator", "docs", "examples", "charts", "trainer_image")
+    files = [path for folder in folders for path in (root / folder).rglob("*")]
+    for path in [*files, root / "README.md", root / "CONTRIBUTING.md", root / "Makefile"]:
+        if path.suffix in (".py", ".md", ".txt", ".yaml", ".ipynb", ".Dockerfile", "") and path.is_file():
+            assert not INSTALLS_THE_OTHER.search(path.read_text(encoding="utf-8")), path
+
+
+@pytest.mark.parametrize(
+    ("line", "other"),
+    [
+        ("pip install nemo-rl", True),
+        ("pip install 'nemo-rl[engine]'", True),
+        ('pip install -U "nemo-rl"', True),
+        ("python -m pip install nemo_rl[engine]", True),
+        ("uv pip install torch nemo-rl==0.1", True),
+        ("uv add nemo-rl", True),
+        ("pip install '.[engine]' && nemo-rl doctor", False),
+        ("pip install /usr/share/nemo-rl/nemo_rl.whl", False),
+    ],
+)
+def test_the_name_of_the_other_project_is_found_however_it_is_written(line: str, other: bool) -> None:
+    assert bool(INSTALLS_THE_OTHER.search(line)) == other
