@@ -91,11 +91,17 @@ def python_page() -> str:
                 continue
             if not name.startswith("__"):
                 parts.append(_documented(name, getattr(loaded, name)))
+    parts += [
+        "## Jobs",
+        "What `attach()`, `jobs()` and `train(wait=False)` on a cluster return. `status()` has the fields of the resource's status "
+        "with Python's names (`phase`, `message`, `progress`, `attempt`): [fields](fields.md).",
+        _documented("Job", importlib.import_module("nemo_rl.backends.kubernetes.job").Job, made_by_callers=False),
+    ]
     return "\n\n".join(parts)
 
 
-def _documented(name: str, found: Any) -> str:
-    parts = [f"### {name}", _fence(f"{name}{_signature(found)}"), _docstring(found)]
+def _documented(name: str, found: Any, made_by_callers: bool = True) -> str:
+    parts = [f"### {name}", _fence(f"{name}{_signature(found)}") if made_by_callers else "", _docstring(found)]
     if inspect.isclass(found):
         for method, member in vars(found).items():
             if (

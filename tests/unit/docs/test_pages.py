@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
 import json
 import re
 import subprocess
@@ -65,6 +66,15 @@ def test_every_keyword_has_an_address():
     found = re.findall(r'<a id="([\w-]+)"></a>', (DOCS / "reference" / "keywords.md").read_text(encoding="utf-8"))
     assert set(keywords()) <= set(found)
     assert len(found) == len(set(found))
+
+
+def test_every_method_of_a_job_is_documented():
+    from nemo_rl.backends.kubernetes.job import Job
+
+    found = re.findall(r"^\*\*`Job\.(\w+)\(", (DOCS / "reference" / "python.md").read_text(encoding="utf-8"), re.MULTILINE)
+    methods = {name for name, member in vars(Job).items() if inspect.isfunction(member) and not name.startswith("_")}
+    assert {"status", "logs", "result", "cancel"} <= methods
+    assert set(found) == methods
 
 
 def test_every_page_is_in_the_navigation():
