@@ -48,7 +48,7 @@ COMMANDS: dict[str, tuple[list[str], str | None]] = {
 }
 """Every subcommand: arguments with which it gets as far as it can, and the extra that it lacks."""
 
-INSTALLS_THE_OTHER = re.compile(r"\b(?:pip|uv) (?:install|add) (?:[^\n&;|`#]*[\s'\"])?nemo[-_]rl\b(?!/)")
+INSTALLS_THE_OTHER = re.compile(r"\b(?:pip|uv) (?:install|add) (?:[^\n&;|`#]*[ '\"])?nemo[-_]rl\b(?!/)")
 """A command that installs by the name that another project has on the registry."""
 
 ROWS = "[{'prompt': 'a', 'completion': 'b'}]"
