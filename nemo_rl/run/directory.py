@@ -414,7 +414,9 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     for name in sorted(old.keys() & new.keys() if len(algorithms) == 2 else old.keys() | new.keys()):
         if name in old and name in new and old[name] == new[name]:
             continue
-        if all(isinstance(leaves.get(name), str) and leaves[name].startswith(DIGEST) for leaves in (old, new)):
+        if name == "uid" and name in old and name in new:
+            phrases.append("it is of another job of that name")
+        elif all(isinstance(leaves.get(name), str) and leaves[name].startswith(DIGEST) for leaves in (old, new)):
             phrases.append(f"{name} has changed{_streamed(old[name], new[name])}")
         else:
             phrases.append(f"{name} was {_shown(old, name)}, now {_shown(new, name)}")

@@ -150,6 +150,11 @@ def test_a_finished_run_of_these_settings_is_named_before_a_later_one_of_others(
         open_run(tmp_path / "run", SETTINGS, "required", total_steps=4)
 
 
+def test_a_result_of_another_job_of_the_same_name_is_told_without_identifiers():
+    there, here = ({"job": "a", "uid": uid} for uid in ("8f03-11", "fd9a-22"))
+    assert differences(there, here) == ["it is of another job of that name"]
+
+
 def test_a_digest_that_differs_is_said_without_its_figures():
     assert differences({"dataset": "sha256:aa", "x": 1}, {"dataset": "sha256:bb", "x": 1}) == ["dataset has changed"]
     assert differences({"r": {"f()": "sha256:aa"}}, {"r": {}}) == [

@@ -71,7 +71,9 @@ def test_every_keyword_has_an_address():
 def test_every_method_of_a_job_is_documented():
     from nemo_rl.backends.kubernetes.job import Job
 
-    found = re.findall(r"^\*\*`Job\.(\w+)\(", (DOCS / "reference" / "python.md").read_text(encoding="utf-8"), re.MULTILINE)
+    found = re.findall(
+        r"^\*\*`Job\.(\w+)\(", (DOCS / "reference" / "python.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     methods = {name for name, member in vars(Job).items() if inspect.isfunction(member) and not name.startswith("_")}
     assert {"status", "logs", "result", "cancel"} <= methods
     assert set(found) == methods
