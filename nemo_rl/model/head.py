@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +18,23 @@ def cast_to_fp32(model: nn.Module) -> None:
     """
     head: Any = model.get_output_embeddings()
     if not _is_linear(head):
+        kind = type(head)
         raise ValueError(
-            f"found {type(head).__name__} as the output layer of {type(model).__name__}; expected a linear layer, whose "
-            "logits can be computed in float32: leave cast_lm_head_to_fp32 out"
+            f"found {kind.__module__}.{kind.__name__} as the output layer of {type(model).__name__}; expected a plain linear "
+            "layer without adapters, whose logits can be computed in float32: leave cast_lm_head_to_fp32 out"
         )
     head.__class__ = _cast(type(head))
 
 
+def undo_cast(model: nn.Module) -> None:
+    """The output layer computes as it did before `cast_to_fp32`, which an earlier run with the same model may have called."""
+    for head in model.modules():
+        if is_cast_to_fp32(head):
+            head.__class__ = cast(Any, type(head)).own
+
+
 def is_cast_to_fp32(head: Any) -> bool:
-    return type(head).forward is _forward_in_fp32
+    return getattr(type(head), "forward", None) is _forward_in_fp32
 
 
 def _is_linear(head: Any) -> bool:
@@ -36,13 +44,24 @@ def _is_linear(head: Any) -> bool:
 
 @cache
 def _cast(own: type[nn.Module]) -> type[nn.Module]:
-    contents = {"forward": _forward_in_fp32, "__module__": own.__module__}
-    return own if own.forward is _forward_in_fp32 else type(own.__name__, (own,), contents)
+    if own.forward is _forward_in_fp32:
+        return own
+    contents = {"own": own, "forward": _forward_in_fp32, "__reduce_ex__": _reduce, "__module__": own.__module__}
+    return type(own.__name__, (own,), contents)
 
 
 def _forward_in_fp32(self: nn.Linear, hidden: Tensor) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         return F.linear(hidden.float(), self.weight.float(), self.bias.float() if self.bias is not None else None)
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    # copies, and what is pickled, are of the class that torch knows
+    return _new, (type(self).own,), self.__dict__
+
+
+def _new(kind: type[nn.Module]) -> nn.Module:
+    return kind.__new__(kind)
 
 
 LARGE = 40.0

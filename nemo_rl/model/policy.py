@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_rl.model.attention import Flat, PackedAttention
-from nemo_rl.model.head import Head, cast_to_fp32, is_cast_to_fp32, measure_head
+from nemo_rl.model.head import Head, cast_to_fp32, is_cast_to_fp32, measure_head, undo_cast
 from nemo_rl.model.kinds import describe
 from nemo_rl.model.load import compute_dtype
 from nemo_rl.model.logprobs import token_logprobs
@@ -95,6 +95,8 @@ class Policy:
         make_norms_lean(self.causal)
         if cast_lm_head_to_fp32:
             cast_to_fp32(self.causal)
+        else:
+            undo_cast(self.causal)
         self.head_facts: Head | None = None
         self.rollout: Any = None
         """What `nemo_rl.rollout.in_process.proof` found out about decoding."""

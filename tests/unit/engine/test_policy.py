@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -275,9 +277,21 @@ def test_gradients_through_a_float32_output_layer_are_close_to_those_in_float32(
     assert relative(found[1], expected[1]) <= 0.1
 
 
+def test_copies_pickles_and_later_runs_of_a_model_have_its_own_output_layer():
+    model = tiny.make_model("llama")
+    policy_of(model, precision="bf16", cast_lm_head_to_fp32=True)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other.lm_head) is nn.Linear
+    policy = policy_of(model, precision="bf16")
+    assert type(model.lm_head) is nn.Linear
+    with torch.no_grad(), policy.autocast():
+        assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.dtype == torch.bfloat16
+
+
 def test_an_output_layer_with_adapters_is_not_computed_in_float32():
     with pytest.raises(
-        ValueError, match="found Linear as the output layer of LlamaForCausalLM; expected a linear layer"
+        ValueError,
+        match=r"found peft\.\S+\.Linear as the output layer of LlamaForCausalLM; expected a plain linear layer",
     ):
         policy_of(with_adapters("llama", lora_target_modules=["lm_head"]), cast_lm_head_to_fp32=True)
 
