@@ -93,7 +93,7 @@ def page() -> str:
         "These numbers are **estimated, not measured on a GPU**: by `nemo-rl plan`, which counts weights, gradients and optimizer, "
         "and runs the training pass on tensors without numbers to count what it holds. On the CPU the estimate is compared with "
         "real steps of small models (a test: within 10 %; `benchmarks/memory_estimate.py` has one of 125 million parameters); "
-        "`make gpu` compares it with a card. The most that one GPU "
+        "`make gpu` compares it with a card, which was not done yet. The most that one GPU "
         f"holds may be {SHARE:.0%} of its memory less {RESERVED / GIB:.2f} GiB for CUDA itself.",
         "Each cell: the peak on each GPU, the micro-batch that is chosen where the example does not give one, and whether "
         "activation checkpointing is on.",

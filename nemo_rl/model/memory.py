@@ -286,7 +286,7 @@ class Planner:
             copy = compute * facts.parameters if sharded or compute < 4 else 0
             rows, cache = self._cache(where, grpo, sum(standing.values()) + copy)
             phases["rollout"] = {**standing, "weights for rollouts": copy, "cache": cache}
-            if training.cast_lm_head_to_fp32 and compute < 4:
+            if training.cast_lm_head_to_fp32 and sharded and compute < 4:  # whole weights are float32 anyhow
                 head = causal_of(self._whole).get_output_embeddings()
                 phases["rollout"]["output layer in float32"] = 4 * head.weight.numel()
         passes: dict[str, int] = {"gradients": gradients, "activations and logits": slots_peak}
@@ -445,7 +445,7 @@ class Planner:
         kept = self._num_layers * (tokens * size * width if recompute else layer)
         elements = logprobs.CHUNK_ELEMENTS_CUDA if where.device == "cuda" else logprobs.CHUNK_ELEMENTS_CPU
         head = int(text.vocab_size) * width
-        cast = 4 * head if self.spec.training.cast_lm_head_to_fp32 and size < 4 else 0
+        cast = 4 * head if self.spec.training.cast_lm_head_to_fp32 and self.is_sharded(where) and size < 4 else 0
         return kept + layer + 12 * min(elements, tokens * int(text.vocab_size)) + 6 * head + cast
 
     def _cache(self, where: Where, grpo: GRPOSpec, taken: int) -> tuple[int, int]:
