@@ -35,7 +35,7 @@ def loads(content: bytes | str) -> Any:
 def deeper(text: bytes, limit: int) -> bool:
     """Whether lists and mappings of a JSON text are nested more than `limit` levels deep; what is no JSON may look so.
 
-    Every answer of the API server and event of a watch comes by here: a sixth of the time that it takes to walk through the value.
+    Every answer of the API server comes by here; it takes a third of the time of a walk through the value.
     """
     empty = text.count(b"{}") + text.count(b"[]")  # a level at most, however many: managed fields are mostly that
     if text.count(b"[") + text.count(b"{") - empty + bool(empty) <= limit:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nemo_rl.model.replaced import Replaced, class_of
+
+
+class Fp32Head(Replaced):
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.weight.float(), self.bias.float() if self.bias is not None else None)
 
 
 def cast_to_fp32(model: nn.Module) -> None:
@@ -23,45 +33,20 @@ def cast_to_fp32(model: nn.Module) -> None:
             f"found {kind.__module__}.{kind.__name__} as the output layer of {type(model).__name__}; expected a plain linear "
             "layer without adapters, whose logits can be computed in float32: leave cast_lm_head_to_fp32 out"
         )
-    head.__class__ = _cast(type(head))
+    if not isinstance(head, Fp32Head):
+        head.__class__ = class_of(Fp32Head, type(head))
 
 
 def undo_cast(model: nn.Module) -> None:
     """The output layer computes as it did before `cast_to_fp32`, which an earlier run with the same model may have called."""
-    for head in model.modules():
-        if is_cast_to_fp32(head):
-            head.__class__ = cast(Any, type(head)).own
-
-
-def is_cast_to_fp32(head: Any) -> bool:
-    return getattr(type(head), "forward", None) is _forward_in_fp32
+    for module in model.modules():
+        if isinstance(module, Fp32Head):
+            module.__class__ = module.own
 
 
 def _is_linear(head: Any) -> bool:
     # sharding makes a class of its own for a module, with the same forward
-    return isinstance(head, nn.Linear) and type(head).forward in (nn.Linear.forward, _forward_in_fp32)
-
-
-@cache
-def _cast(own: type[nn.Module]) -> type[nn.Module]:
-    if own.forward is _forward_in_fp32:
-        return own
-    contents = {"own": own, "forward": _forward_in_fp32, "__reduce_ex__": _reduce, "__module__": own.__module__}
-    return type(own.__name__, (own,), contents)
-
-
-def _forward_in_fp32(self: nn.Linear, hidden: Tensor) -> Tensor:
-    with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden.float(), self.weight.float(), self.bias.float() if self.bias is not None else None)
-
-
-def _reduce(self: Any, protocol: Any) -> Any:
-    # copies, and what is pickled, are of the class that torch knows
-    return _new, (type(self).own,), self.__dict__
-
-
-def _new(kind: type[nn.Module]) -> nn.Module:
-    return kind.__new__(kind)
+    return isinstance(head, nn.Linear) and type(head).forward in (nn.Linear.forward, Fp32Head.forward)
 
 
 LARGE = 40.0

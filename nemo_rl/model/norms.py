@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from nemo_rl.model.replaced import Replaced, class_of
+
 log = logging.getLogger(__name__)
 
 EXACT, HALF = 1e-5, 2e-2
@@ -84,23 +86,12 @@ class _RMSNorm(torch.autograd.Function):
 # --- in the modules of transformers -----------------------------------------------------------------------------------
 
 
-class LeanNorm(nn.Module):
-    """What a norm becomes: of a class made from its own, so that it still is one of those."""
-
-    own: ClassVar[type[nn.Module]]
+class LeanNorm(Replaced):
     facts: ClassVar[Facts]
     weight: Tensor
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return rms_norm(hidden_states, self.weight, self.facts)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # copies, and what is pickled, are of the class that transformers knows
-        return _new, (self.own,), self.__dict__
-
-
-def _new(kind: type[nn.Module]) -> nn.Module:
-    return kind.__new__(kind)
 
 
 def make_norms_lean(model: nn.Module) -> int:
@@ -132,7 +123,7 @@ _known: dict[tuple[type[nn.Module], tuple[tuple[str, Any], ...]], Facts | None] 
 
 @cache
 def _lean(own: type[nn.Module], facts: Facts) -> type[LeanNorm]:
-    return type(own.__name__, (LeanNorm, own), {"own": own, "facts": facts, "__module__": own.__module__})
+    return class_of(LeanNorm, own, facts=facts)
 
 
 def _facts(module: nn.Module) -> Facts | None:

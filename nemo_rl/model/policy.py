@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_rl.model.attention import Flat, PackedAttention
-from nemo_rl.model.head import Head, cast_to_fp32, is_cast_to_fp32, measure_head, undo_cast
+from nemo_rl.model.head import Fp32Head, Head, cast_to_fp32, measure_head, undo_cast
 from nemo_rl.model.kinds import describe
 from nemo_rl.model.load import compute_dtype
 from nemo_rl.model.logprobs import token_logprobs
@@ -183,7 +183,7 @@ class Policy:
 
         def logprobs(hidden: Tensor) -> Tensor:
             with torch.autocast(self.device.type, enabled=False):
-                dtype = torch.float32 if is_cast_to_fp32(head) else self.dtype
+                dtype = torch.float32 if isinstance(head, Fp32Head) else self.dtype
                 selected = hidden.flatten(0, -2).index_select(0, call.select).to(dtype)
                 values = token_logprobs(
                     selected,

@@ -53,13 +53,7 @@ def claims_scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
             plane.commands["dra-test-driver"] = [
                 str(programs.path("dra-test-driver")),
                 f"--kubeconfig={plane.kubeconfig}",
-                f"--drivername={dra.DRIVER}",
-                "kubelet-plugin",
-                f"--node-name={NODE}",
-                f"--num-devices={dra.COUNT}",
-                f"--datadir={sockets}",
-                f"--plugin-registration-path={sockets}",
-                f"--cdi-dir={sockets}/cdi",
+                *dra.arguments(NODE, dra.COUNT, sockets, sockets, f"{sockets}/cdi"),
             ]
             plane.launch("dra-test-driver")
             kubectl("create", "-f", "-", stdin=json.dumps(dra.device_class()))

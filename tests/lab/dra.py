@@ -75,6 +75,19 @@ def device_class() -> dict[str, Any]:
     }
 
 
+def arguments(node: str, count: int, plugins: str, registry: str, cdi: str) -> list[str]:
+    """How the driver is told to offer `count` devices of a node, with its folders there."""
+    return [
+        f"--drivername={DRIVER}",
+        "kubelet-plugin",
+        f"--node-name={node}",
+        f"--num-devices={count}",
+        f"--datadir={plugins}",
+        f"--plugin-registration-path={registry}",
+        f"--cdi-dir={cdi}",
+    ]
+
+
 def manifest(count: int) -> str:
     """The driver as a DaemonSet, with the rights that its own example gives it, and a class of its devices."""
     account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": NAME, "namespace": NAMESPACE}}
@@ -100,20 +113,11 @@ def manifest(count: int) -> str:
     # the kubelet and the driver find each other's sockets by their paths on the node
     plugins, registry = f"{RUN}/kubelet/plugins", f"{RUN}/kubelet/plugins_registry"
     folders = {"plugin": f"{plugins}/{DRIVER}", "registry": registry, "cdi": CDI}
-    arguments = [
-        f"--drivername={DRIVER}",
-        "kubelet-plugin",
-        f"--node-name={NODE}",
-        f"--num-devices={count}",
-        f"--datadir={plugins}",
-        f"--plugin-registration-path={registry}",
-        f"--cdi-dir={CDI}",
-    ]
     container = {
         "name": "driver",
         "image": IMAGE,
         "imagePullPolicy": "Never",
-        "args": arguments,
+        "args": arguments(NODE, count, plugins, registry, CDI),
         "volumeMounts": [{"name": name, "mountPath": place} for name, place in folders.items()],
     }
     volumes = [

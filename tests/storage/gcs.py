@@ -9,10 +9,12 @@ import hashlib
 import itertools
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+from storage.server import Local
 
 DATE = "Sun, 29 Nov 2026 12:00:00 GMT"
 
@@ -21,7 +23,7 @@ def digest(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-class Gcs:
+class Gcs(Local):
     """One bucket in memory. `objects`: name to (generation, content)."""
 
     def __init__(self) -> None:
@@ -31,9 +33,6 @@ class Gcs:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
 
             def _name(self) -> str:
                 return unquote(urlsplit(self.path).path).removeprefix("/bucket").lstrip("/")
@@ -93,16 +92,9 @@ class Gcs:
                 if self.command != "HEAD":
                     self.wfile.write(content)
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+        self._serve(Handler)
 
     def write_account(self, path: Path) -> None:
         """A service account's file that leads to this server: GOOGLE_SERVICE_ACCOUNT names it."""
-        url = f"http://127.0.0.1:{self._http.server_address[1]}"
         keys = {"client_email": "", "private_key": "", "private_key_id": ""}
-        path.write_text(json.dumps({"gcs_base_url": url, "disable_oauth": True, **keys}))
-
-    def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
+        path.write_text(json.dumps({"gcs_base_url": self.url, "disable_oauth": True, **keys}))

@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import obstore
@@ -101,8 +103,35 @@ ANSWERS = {
 """Faults that are an answer in the server's place: status, code and message."""
 
 
+class Local:
+    """An HTTP server of this process, on a port of its own."""
+
+    def _serve(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        class Quiet(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                if not isinstance(sys.exception(), OSError):  # connections that are cut are what this is for
+                    super().handle_error(request, client_address)
+
+        class Silent(handler):  # type: ignore[misc,valid-type]
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._http = Quiet(("127.0.0.1", 0), Silent)
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._http.server_address[1]}"
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+
 @dataclass
-class Faults:
+class Faults(Local):
     """A proxy before an S3 server. `choose` is asked for each request: None passes it on.
 
     One of ANSWERS: that answer in the server's place; "reset": the connection is cut; "lost": the server does it, and
@@ -128,9 +157,6 @@ class Faults:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
 
             def _pass(self) -> None:
                 fault = faults.choose(self.command, self.path)
@@ -220,25 +246,10 @@ class Faults:
 
             do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass
 
-        class Quiet(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, request: object, client_address: object) -> None:
-                pass  # connections that are cut are what this is for
-
-        self._http = Quiet(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._http.server_address[1]}"
-
-    def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
+        self._serve(Handler)
 
 
-class PodIdentity:
+class PodIdentity(Local):
     """Gives the server's keys for a few seconds to who asks, as EKS Pod Identity does. `cut`: so many requests get no answer."""
 
     def __init__(self) -> None:
@@ -246,9 +257,6 @@ class PodIdentity:
         identity = self
 
         class Handler(BaseHTTPRequestHandler):
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
             def do_GET(self) -> None:
                 if identity.cut > 0:
                     identity.cut -= 1
@@ -261,15 +269,8 @@ class PodIdentity:
                 self.wfile.write(json.dumps({**told, "Expiration": f"{until:%Y-%m-%dT%H:%M:%SZ}"}).encode())
                 identity.given += not identity.refuses
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self._http.handle_error = lambda request, client_address: None  # type: ignore[method-assign]
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+        self._serve(Handler)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._http.server_address[1]}/v1/credentials"
-
-    def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
+        return f"{super().url}/v1/credentials"
